@@ -1,0 +1,72 @@
+"""What an attention backend is given and what it must say about itself.
+
+Shapes: T patches, S segments, H heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Boundaries of the segments that attend only to themselves.
+
+    The device tensors may have room for more than is used (CUDA graphs): `cu_seqlens` then repeats its last
+    value, and the counts say how many entries are real. `lengths` and `max_seqlen` live on the host.
+    """
+
+    cu_seqlens: Tensor  # int32 [S + 1], first 0
+    count: Tensor  # int32 [1], segments in use
+    tiles: Tensor | None  # int32 [C, 3]: first query row, segment start, segment end; None for windows
+    tile_count: Tensor | None  # int32 [1], tiles in use
+    lengths: tuple[int, ...]  # S lengths in use, in order
+    max_seqlen: int  # an upper bound of `lengths`; a graph's own bound while one is recorded
+
+
+TILE_ROWS = 128  # query rows of one entry of `Segments.tiles`
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary positions of every patch and the table they index (NUMERICS: float32, never rounded)."""
+
+    positions: Tensor  # int32 [T, 2]: row, column
+    cos: Tensor  # float32 [positions, Dh / 4]
+    sin: Tensor  # float32 [positions, Dh / 4]
+    valid: Tensor | None = None  # int32 [1]: rows past it are padding; None where there is none
+
+
+class AttentionBackend(Protocol):
+    """Non-causal variable-length self-attention over packed segments."""
+
+    name: str
+    capturable: bool  # may be recorded into a CUDA graph
+    applies_rotary: bool  # rotates q and k itself; otherwise they arrive rotated
+
+    def __call__(self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None) -> Tensor:
+        """Attend within each segment, scaled by Dh ** -0.5.
+
+        qkv [T, 3, H, Dh], contiguous. Returns [T, H * Dh] in `out` where it is given. Rows outside every segment
+        are left unwritten.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """A registry entry: what it takes to know whether a backend can run, without importing it."""
+
+    name: str
+    load: Callable[[], AttentionBackend]
+    unavailable: Callable[[torch.device, torch.dtype, int], str | None]  # None, or why it cannot run
+
+
+def attention_shape(qkv: Tensor) -> torch.Size:
+    """[T, H * Dh], the shape of what attention over `qkv` returns."""
+    return torch.Size((qkv.shape[0], qkv.shape[2] * qkv.shape[3]))
