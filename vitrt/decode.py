@@ -1,0 +1,145 @@
+"""Paths, file contents, PIL images and arrays -> upright RGB, or an error that names the image.
+
+Files are decoded by Pillow, turned upright by their EXIF orientation and converted to RGB with
+`convert("RGB")`, which is what transformers' `load_image` does. That conversion drops transparency
+(the colours under it stay) and clips 16-bit and float modes to 0..255 instead of scaling them; the
+second is logged as a warning, because little can be seen in such an image.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import threading
+from typing import TypeAlias
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
+
+ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
+
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow loads pixels and EXIF into the image on first use, without a lock: the same PIL image given
+# twice would be loaded by two threads at once. PIL images do not hash, so locks are chosen by id.
+_LOAD_LOCKS = tuple(threading.Lock() for _ in range(64))
+_ARRAYS = "uint8 in the shape [H, W, 3], [H, W], [H, W, 1], or [F, H, W, 3] for a clip"
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the image and the reason."""
+
+
+def describe(image: object) -> str:
+    """What error messages call an image that has no other name."""
+    if isinstance(image, str | os.PathLike):
+        return os.fsdecode(image)
+    if isinstance(image, Image.Image):
+        origin = getattr(image, "filename", "") or "PIL image"
+        return f"{origin} ({image.mode}, {image.width} x {image.height})"
+    if isinstance(image, np.ndarray):
+        return "array"
+    if isinstance(image, bytes):
+        return f"bytes object of length {len(image)}"
+    return f"object of type {type(image).__module__}.{type(image).__qualname__}"
+
+
+def check_array(array: np.ndarray, name: str) -> np.ndarray:
+    """The array as uint8 [H, W, 3] or [F, H, W, 3]; what is neither is refused, never guessed."""
+    found = f"{name}: {array.dtype} in the shape {list(array.shape)}"
+    if array.dtype != np.uint8:
+        raise ImageError(f"{found}; expected {_ARRAYS}: scale it to 0..255 and cast it")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim not in (3, 4) or array.shape[-1] not in ((1, 3) if array.ndim == 3 else (3,)):
+        hint = ""
+        if array.ndim == 3 and array.shape[-1] == 4:
+            hint = ": pass array[..., :3] to drop the fourth channel, or a PIL image"
+        elif array.ndim in (3, 4) and array.shape[-3] == 3:
+            hint = ": move the channels to the last axis"
+        raise ImageError(f"{found}; expected {_ARRAYS}{hint}")
+    if 0 in array.shape:
+        raise ImageError(f"{found}; expected at least one pixel and one frame")
+    if array.shape[-1] == 1:
+        array = np.repeat(array, 3, axis=-1)
+    return array
+
+
+def decode(image: object, name: str) -> Image.Image:
+    """A path, the content of an image file or a PIL image -> upright, mode RGB, loaded.
+
+    Raises:
+        ImageError: it is none of these, or Pillow cannot read it.
+    """
+    if not isinstance(image, str | os.PathLike | bytes | Image.Image):
+        raise ImageError(
+            f"{name}: expected a path, the bytes of an image file, a PIL image or an array"
+        )
+    try:
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image, name)
+        source = io.BytesIO(image) if isinstance(image, bytes) else os.fsdecode(image)
+        length = len(image) if isinstance(image, bytes) else _file_length(os.fsdecode(image))
+        if length == 0:
+            raise ValueError("empty (0 bytes)")
+        with Image.open(source) as opened:
+            return _upright_rgb(opened, name)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image in a format that Pillow can read") from error
+    except Exception as error:
+        # Broken files make Pillow's plugins raise nearly anything (SyntaxError, struct.error, ...).
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name}: cannot be read as an image: {reason}") from error
+
+
+def _file_length(path: str) -> int:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError("it is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a regular file")  # opening a pipe would wait for ever
+    return status.st_size
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    with _LOAD_LOCKS[id(image) // 64 % len(_LOAD_LOCKS)]:
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        _warn_if_clipped(image, name)
+    if "transparency" in image.info:
+        # Pillow would look for its RGB colour, with warnings and errors; nobody reads it here.
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _warn_if_clipped(image: Image.Image, name: str) -> None:
+    values = np.asarray(image)
+    if values.size == 0:
+        return
+    low, high = values.min(), values.max()
+    if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
+        logger.warning(
+            "%s: mode %s with values %g..%g; they are read as 0..255 and cut off there, "
+            "as transformers does. Scale the image to 8 bits for useful features.",
+            name,
+            image.mode,
+            low,
+            high,
+        )

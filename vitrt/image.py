@@ -1,0 +1,183 @@
+"""Images and clips -> uint8 pixels of the size that the tower takes, and their grid of patches.
+
+Shape legend: F frames, H and W pixels, T patches, P values a patch (3 * temporal_patch_size *
+patch_size ** 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from vitrt.decode import ImageError, ImageInput, check_array, decode, describe
+from vitrt.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
+
+__all__ = [
+    "ImageError",
+    "ImageInput",
+    "ImageProcessor",
+    "PreparedImage",
+    "normalisation_table",
+    "patches_reference",
+    "smart_resize",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedImage:
+    """An image or clip, decoded and resized: all that the tower still has to do is normalise it."""
+
+    pixels: np.ndarray  # uint8 [F, H, W, 3], C-contiguous; F = 1 for an image
+    grid_thw: tuple[int, int, int]  # patches: frames (after temporal merging), rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """Decodes and resizes images. Holds no state, so threads may share one.
+
+    Args:
+        patch_size, merge_size, temporal_patch_size: of the tower.
+        min_pixels, max_pixels: bounds of the resized area, in pixels.
+        resize: "pillow" or "torch", bit-equal to transformers' PIL or torchvision backend.
+
+    Raises:
+        ValueError: a size below 1, limits that cross or cannot hold one merged token, an unknown
+            `resize`.
+    """
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    resize: Resize = "pillow"
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "merge_size", "temporal_patch_size", "min_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
+        if self.max_pixels < self.factor**2:
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}; one merged token alone covers "
+                f"{self.factor} x {self.factor} = {self.factor**2} pixels"
+            )
+        if self.resize not in RESIZE_NAMES:
+            raise ValueError(f"resize is {self.resize!r}; it must be one of {RESIZE_NAMES}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one merged token: every resized side is a multiple of it."""
+        return self.patch_size * self.merge_size
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) in pixels that an image of this size is resized to."""
+        return smart_resize(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """The grid (1, h, w) in patches that an image of height x width pixels gets."""
+        height, width = self.resized(height, width)
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def prepare(self, image: ImageInput, name: str | None = None) -> PreparedImage:
+        """Decode and resize one image, or a clip given as an array [F, H, W, 3].
+
+        A clip whose frames do not fill the last temporal patch has its last frame repeated.
+
+        Args:
+            image: a path, the bytes of an image file, a PIL image or a uint8 array.
+            name: what error messages call the image; None: its path, or a description of it.
+
+        Raises:
+            ImageError: the image cannot be read, decoded or resized.
+        """
+        name = describe(image) if name is None else name
+        frames: list[Image.Image | np.ndarray]
+        if isinstance(image, np.ndarray):
+            array = check_array(image, name)
+            is_clip = array.ndim == 4
+            frames = list(array) if is_clip else [array]
+            height, width = array.shape[-3:-1]
+        else:
+            decoded = decode(image, name)
+            is_clip = False
+            frames = [decoded]
+            width, height = decoded.size
+        try:
+            size = self.resized(height, width)
+        except ValueError as error:
+            raise ImageError(f"{name}: {error}") from error
+        grid_t = -(-len(frames) // self.temporal_patch_size)
+        rows = grid_t * self.temporal_patch_size if is_clip else 1
+        pixels = np.empty((rows, *size, 3), dtype=np.uint8)
+        for index, frame in enumerate(frames):
+            pixels[index] = self._resize_frame(frame, size)
+        pixels[len(frames) :] = pixels[len(frames) - 1]
+        grid_thw = (grid_t, size[0] // self.patch_size, size[1] // self.patch_size)
+        return PreparedImage(pixels, grid_thw)
+
+    def _resize_frame(self, frame: Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        if self.resize == "torch":
+            return resize_torch(np.asarray(frame), size)
+        image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+        return resize_pillow(image, size)
+
+
+def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Resize) -> np.ndarray:
+    """float32 [3, 256]: what each uint8 level of each channel becomes after rescaling by 1 / 255
+    and normalising, bit-equal to the transformers backend that `resize` names.
+
+    Raises:
+        ValueError: not three means and three non-zero deviations, or an unknown `resize`.
+    """
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise ValueError(f"mean {mean} and std {std} must be three values each, std without zeros")
+    if resize not in RESIZE_NAMES:
+        raise ValueError(f"resize is {resize!r}; it must be one of {RESIZE_NAMES}")
+    levels = np.arange(256)
+    means = np.asarray(mean, dtype=np.float32)[:, None]
+    stds = np.asarray(std, dtype=np.float32)[:, None]
+    if resize == "pillow":
+        return ((levels * (1 / 255)).astype(np.float32) - means) / stds
+    scale = np.float32(255)  # the torchvision backend folds the rescaling into mean and std
+    return (levels.astype(np.float32) - means * scale) / (stds * scale)
+
+
+def patches_reference(
+    prepared: PreparedImage,
+    table: np.ndarray,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+) -> np.ndarray:
+    """float32 [T, P]: transformers' `pixel_values` of one prepared image or clip.
+
+    Patches are ordered t, h / merge, w / merge, merge row, merge column; the values of a patch by
+    channel, frame, row, column. An image counts as its frame repeated `temporal_patch_size` times.
+    """
+    grid_t, grid_h, grid_w = prepared.grid_thw
+    pixels = np.moveaxis(prepared.pixels, -1, 1)  # [F, 3, H, W]
+    values = table[np.arange(3)[None, :, None, None], pixels]
+    values = np.broadcast_to(values, (grid_t * temporal_patch_size, *values.shape[1:]))
+    values = values.reshape(
+        grid_t,
+        temporal_patch_size,
+        3,
+        grid_h // merge_size,
+        merge_size,
+        patch_size,
+        grid_w // merge_size,
+        merge_size,
+        patch_size,
+    )
+    return values.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid_t * grid_h * grid_w, -1)
