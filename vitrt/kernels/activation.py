@@ -1,0 +1,151 @@
+"""SwiGLU and GELU for where no matrix product carries them in its epilogue.
+
+Shapes: T patches (or merged tokens), F width after SwiGLU, N width of a plain activation. Float32 inside, one
+rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrt.kernels.dispatch import ceil_div, jit, tl, use_triton
+
+Activation = Literal["gelu", "gelu_tanh"]
+
+# Four warps whose lanes hold one 16-byte load of bf16 each.
+_BLOCK = 1024
+_WARPS = 4
+
+
+@jit(do_not_specialize=["tokens"])
+def _swiglu_kernel(
+    x, bias, out, tokens, N: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr
+):
+    """BLOCK inputs (g0, u0, g1, u1, ...) to BLOCK / 2 outputs; rows are contiguous, so they need no axis."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK)
+    left = tokens.to(tl.int64) * N - start
+    mask = index < left
+    pairs = tl.load(x + start + index, mask=mask, other=0.0).to(tl.float32)
+    if BIASED:
+        column = ((start % N).to(tl.int32) + index) % N
+        pairs += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(pairs, (BLOCK // 2, 2)))
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    half_index = tl.arange(0, BLOCK // 2)
+    tl.store(
+        out + start // 2 + half_index,
+        result.to(out.dtype.element_ty),
+        mask=half_index < left // 2,
+    )
+
+
+@jit(do_not_specialize=["tokens"])
+def _bias_act_kernel(
+    x,
+    bias,
+    out,
+    tokens,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BIASED: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK)
+    mask = index < tokens.to(tl.int64) * N - start
+    values = tl.load(x + start + index, mask=mask, other=0.0).to(tl.float32)
+    if BIASED:
+        column = ((start % N).to(tl.int32) + index) % N
+        values += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    if TANH:
+        # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3)
+        twice = 1.5957691216057308 * (values + 0.044715 * values * values * values)
+        values = values / (1.0 + tl.exp(-twice))
+    else:
+        values = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
+    tl.store(out + start + index, values.to(out.dtype.element_ty), mask=mask)
+
+
+def _swiglu_triton(
+    gate_up: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    block: int = _BLOCK,
+    warps: int = _WARPS,
+) -> Tensor:
+    assert gate_up.is_contiguous()
+    tokens, width = gate_up.shape
+    if out is None:
+        out = gate_up.new_empty(tokens, width // 2)
+    if tokens:
+        grid = (ceil_div(tokens * width, block),)
+        _swiglu_kernel[grid](
+            gate_up, bias, out, tokens, width, block, bias is not None, num_warps=warps
+        )
+    return out
+
+
+def _bias_act_triton(
+    x: Tensor,
+    bias: Tensor | None,
+    kind: Activation,
+    out: Tensor | None = None,
+    block: int = _BLOCK,
+    warps: int = _WARPS,
+) -> Tensor:
+    assert x.is_contiguous()
+    tokens, width = x.shape
+    if out is None:
+        out = torch.empty_like(x)
+    if tokens:
+        grid = (ceil_div(tokens * width, block),)
+        _bias_act_kernel[grid](
+            x,
+            bias,
+            out,
+            tokens,
+            width,
+            block,
+            bias is not None,
+            kind == "gelu_tanh",
+            num_warps=warps,
+        )
+    return out
+
+
+def swiglu_ref(gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
+    """SwiGLU as the kernel does it: float32 inside, one rounding."""
+    values = gate_up.float() if bias is None else gate_up.float() + bias.float()
+    pairs = values.unflatten(-1, (-1, 2))
+    return F.silu(pairs[..., 0]).mul_(pairs[..., 1]).to(gate_up.dtype)
+
+
+def bias_act_ref(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
+    """The activation as the kernel does it: float32 inside, one rounding."""
+    values = x.float() if bias is None else x.float() + bias.float()
+    return F.gelu(values, approximate="tanh" if kind == "gelu_tanh" else "none").to(x.dtype)
+
+
+def swiglu(gate_up: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """silu(g) * u of gate_up [T, 2F], columns g0, u0, g1, u1, ..., after adding bias [2F]; returns [T, F]."""
+    if use_triton(gate_up):
+        return _swiglu_triton(gate_up, bias, out)
+    result = swiglu_ref(gate_up, bias)
+    return result if out is None else out.copy_(result)
+
+
+def bias_act(
+    x: Tensor, bias: Tensor | None, kind: Activation, *, out: Tensor | None = None
+) -> Tensor:
+    """GELU of x [T, N] + bias [N], exact (erf) or by the tanh formula; returns [T, N] in `out`, which may be x."""
+    if kind not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"kind {kind!r} is not an activation: use 'gelu' or 'gelu_tanh'")
+    if use_triton(x):
+        return _bias_act_triton(x, bias, kind, out)
+    result = bias_act_ref(x, bias, kind)
+    return result if out is None else out.copy_(result)

@@ -1,0 +1,228 @@
+"""RMSNorm and LayerNorm, alone or after the residual add: the row is read once and stays in registers.
+
+Shapes: T patches (or merged tokens), D width. Statistics and weights in float32, one rounding of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrt.kernels.dispatch import ceil_div, jit, row_tiles, tl, use_triton
+
+
+@jit()
+def _read(
+    x,
+    delta_bias,
+    residual,
+    total,
+    offsets,
+    columns,
+    mask,
+    ADD: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """One tile of what is normalised, in float32: x itself, or the rounded sum, which is also written to `total`."""
+    values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if BIASED:
+        values += tl.load(delta_bias + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + offsets, rounded, mask=mask)
+        # From the rounded sum, so that fusing the add changes nothing downstream of it.
+        values = rounded.to(tl.float32)
+    return values
+
+
+@jit()
+def _write(values, weight, bias, out, offsets, columns, mask, CENTRE: tl.constexpr):
+    values *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if CENTRE:
+        values += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["tokens"])
+def _norm_kernel(
+    x,
+    delta_bias,
+    residual,
+    weight,
+    bias,
+    total,
+    out,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    CENTRE: tl.constexpr,
+    ADD: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Each program normalises ROWS rows, held as a tile [ROWS, MAIN] and, unless D is a power of two, [ROWS, TAIL]."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    start = rows.to(tl.int64) * D
+    columns = tl.arange(0, MAIN)[None, :]
+    mask = (rows < tokens) & (columns < D)
+    values = _read(x, delta_bias, residual, total, start + columns, columns, mask, ADD, BIASED)
+    if TAIL:
+        tail_columns = MAIN + tl.arange(0, TAIL)[None, :]
+        tail_mask = (rows < tokens) & (tail_columns < D)
+        tail_offsets = start + tail_columns
+        tail = _read(
+            x, delta_bias, residual, total, tail_offsets, tail_columns, tail_mask, ADD, BIASED
+        )
+    if CENTRE:
+        mean = tl.sum(values, 1)
+        if TAIL:
+            mean += tl.sum(tail, 1)
+        mean = mean[:, None] / D
+        values -= mean
+        if TAIL:
+            tail = tl.where(tail_columns < D, tail - mean, 0.0)
+    squares = tl.sum(values * values, 1)
+    if TAIL:
+        squares += tl.sum(tail * tail, 1)
+    scale = tl.rsqrt(squares[:, None] / D + eps)
+    _write(values * scale, weight, bias, out, start + columns, columns, mask, CENTRE)
+    if TAIL:
+        _write(tail * scale, weight, bias, out, tail_offsets, tail_columns, tail_mask, CENTRE)
+
+
+def _norm_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
+    rows: int = 1,
+    warps: int | None = None,
+) -> Tensor:
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    tokens, width = x.shape
+    if out is None:
+        out = torch.empty_like(x)
+    if tokens == 0:
+        return out
+    main, tail, row_warps = row_tiles(width)
+    _norm_kernel[(ceil_div(tokens, rows),)](
+        x,
+        delta_bias,
+        residual,
+        weight,
+        bias,
+        total,
+        out,
+        tokens,
+        eps,
+        width,
+        main,
+        tail,
+        rows,
+        bias is not None,
+        residual is not None,
+        delta_bias is not None,
+        num_warps=warps or row_warps,
+    )
+    return out
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm as the kernel does it: float32 inside, one rounding."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm as the kernel does it: float32 inside, one rounding."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def add_ref(delta: Tensor, delta_bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + (delta + delta_bias), float32 inside, one rounding."""
+    total = delta.float()
+    if delta_bias is not None:
+        total = total + delta_bias.float()
+    return (total + residual.float()).to(delta.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """RMSNorm of x [T, D] with weight [D]; returns [T, D] in `out` where it is given (it may be x)."""
+    if use_triton(x):
+        return _norm_triton(x, weight, None, eps, out=out)
+    normed = rms_norm_ref(x, weight, eps)
+    return normed if out is None else out.copy_(normed)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """LayerNorm of x [T, D] with weight and bias [D]; returns [T, D] in `out` where it is given (it may be x)."""
+    if use_triton(x):
+        return _norm_triton(x, weight, bias, eps, out=out)
+    normed = layer_norm_ref(x, weight, bias, eps)
+    return normed if out is None else out.copy_(normed)
+
+
+def add_rms_norm(
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    sum_out: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(sum, RMSNorm of sum), sum = residual + (delta + delta_bias) rounded once; all [T, D], weights [D].
+
+    `sum_out` may be `residual` and `out` may be `delta`: each value is read before its place is written.
+    """
+    return _add_norm(delta, delta_bias, residual, weight, None, eps, sum_out, out)
+
+
+def add_layer_norm(
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    sum_out: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(sum, LayerNorm of sum); otherwise as `add_rms_norm`."""
+    return _add_norm(delta, delta_bias, residual, weight, bias, eps, sum_out, out)
+
+
+def _add_norm(
+    delta: Tensor,
+    delta_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    sum_out: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if use_triton(delta):
+        total = torch.empty_like(delta) if sum_out is None else sum_out
+        normed = _norm_triton(
+            delta, weight, bias, eps, residual=residual, delta_bias=delta_bias, total=total, out=out
+        )
+        return total, normed
+    total = add_ref(delta, delta_bias, residual)
+    if sum_out is not None:
+        total = sum_out.copy_(total)
+    if bias is None:
+        return total, rms_norm(total, weight, eps, out=out)
+    return total, layer_norm(total, weight, bias, eps, out=out)
