@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +18,14 @@ from torch import Tensor
 class Segments:
     """Boundaries of the segments that attend only to themselves.
 
-    The device tensors may have room for more than is used (CUDA graphs): `cu_seqlens` then repeats its last
-    value, and the counts say how many entries are real. `lengths` and `max_seqlen` live on the host.
+    The device tensors may have room for more than is used (CUDA graphs): `cu_seqlens` then repeats
+    its last value, and the counts say how many entries are real. `lengths` and `max_seqlen` live on
+    the host.
     """
 
     cu_seqlens: Tensor  # int32 [S + 1], first 0
     count: Tensor  # int32 [1], segments in use
-    tiles: Tensor | None  # int32 [C, 3]: first query row, segment start, segment end; None for windows
+    tiles: Tensor | None  # int32 [C, 3]: query row, segment start and end; None for windows
     tile_count: Tensor | None  # int32 [1], tiles in use
     lengths: tuple[int, ...]  # S lengths in use, in order
     max_seqlen: int  # an upper bound of `lengths`; a graph's own bound while one is recorded
@@ -34,7 +36,7 @@ TILE_ROWS = 128  # query rows of one entry of `Segments.tiles`
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotary positions of every patch and the table they index (NUMERICS: float32, never rounded)."""
+    """Rotary positions of every patch and the float32 table they index, which is never rounded."""
 
     positions: Tensor  # int32 [T, 2]: row, column
     cos: Tensor  # float32 [positions, Dh / 4]
@@ -49,24 +51,53 @@ class AttentionBackend(Protocol):
     capturable: bool  # may be recorded into a CUDA graph
     applies_rotary: bool  # rotates q and k itself; otherwise they arrive rotated
 
-    def __call__(self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
+    ) -> Tensor:
         """Attend within each segment, scaled by Dh ** -0.5.
 
-        qkv [T, 3, H, Dh], contiguous. Returns [T, H * Dh] in `out` where it is given. Rows outside every segment
-        are left unwritten.
+        qkv [T, 3, H, Dh], contiguous. Returns [T, H * Dh] in `out` where it is given. Rows outside
+        every segment are left unwritten.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """A registry entry: what it takes to know whether a backend can run, without importing it."""
+    """A registry entry: what it takes to know whether a backend can run, without importing it.
+
+    Both callables are asked with (device, dtype, head size).
+    """
 
     name: str
-    load: Callable[[], AttentionBackend]
-    unavailable: Callable[[torch.device, torch.dtype, int], str | None]  # None, or why it cannot run
+    load: Callable[[torch.device, torch.dtype, int], AttentionBackend]
+    unavailable: Callable[
+        [torch.device, torch.dtype, int], str | None
+    ]  # None, or why it cannot run
+    windows_only: bool = False  # made for short segments: never used for full-attention layers
 
 
 def attention_shape(qkv: Tensor) -> torch.Size:
     """[T, H * Dh], the shape of what attention over `qkv` returns."""
     return torch.Size((qkv.shape[0], qkv.shape[2] * qkv.shape[3]))
+
+
+def tile_list(cu_seqlens: np.ndarray) -> np.ndarray:
+    """The work list of `Segments.tiles`: int32 [n, 3] of (first query row, segment start, segment
+    end).
+
+    `cu_seqlens` [S + 1] on the host. Segments that are longest come first: their tiles take the
+    most time, and a list that ends with short ones keeps all processors busy to the end.
+    """
+    cu_seqlens = np.asarray(cu_seqlens, dtype=np.int64)
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    order = np.argsort(starts - ends, kind="stable")
+    starts, ends = starts[order], ends[order]
+    counts = -(-(ends - starts) // TILE_ROWS)
+    first = np.cumsum(counts) - counts  # of each segment's tiles in the list
+    within = np.arange(counts.sum()) - np.repeat(first, counts)
+    tiles = np.empty((len(within), 3), dtype=np.int32)
+    tiles[:, 0] = np.repeat(starts, counts) + within * TILE_ROWS
+    tiles[:, 1] = np.repeat(starts, counts)
+    tiles[:, 2] = np.repeat(ends, counts)
+    return tiles

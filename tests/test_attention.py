@@ -1,0 +1,232 @@
+"""The registry, the sdpa backend and the work list; all installed backends on a GPU."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vitrt.attention import (
+    TILE_ROWS,
+    AutoBackend,
+    BackendSpec,
+    Rotary,
+    Segments,
+    get_backend,
+    register,
+    resolve,
+    tile_list,
+    usable,
+)
+from vitrt.attention.registry import _SPECS
+from vitrt.attention.sdpa import SdpaBackend, _batches
+
+
+def make_segments(
+    lengths: list[int], *, room: int = 0, tiles: bool = True, device: str = "cpu"
+) -> Segments:
+    """Segments as a plan makes them, with `room` unused entries as a graph's buffers have."""
+    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    work = tile_list(cu)
+    room_in_tiles = np.full((room, 3), 2**30, dtype=np.int32)  # read, these would fault
+    padded = np.concatenate([cu, np.full(room, cu[-1], dtype=np.int32)])
+
+    def tensor(array: object) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.int32, device=device)
+
+    return Segments(
+        cu_seqlens=tensor(padded),
+        count=tensor([len(lengths)]),
+        tiles=tensor(np.concatenate([work, room_in_tiles])) if tiles else None,
+        tile_count=tensor([len(work)]) if tiles else None,
+        lengths=tuple(lengths),
+        max_seqlen=max(lengths),
+    )
+
+
+def no_rotary(tokens: int, head_dim: int, device: str = "cpu") -> Rotary:
+    table = torch.zeros(1, head_dim // 4, device=device)
+    positions = torch.zeros(tokens, 2, dtype=torch.int32, device=device)
+    return Rotary(positions, table + 1, table)
+
+
+def dense_reference(qkv: Tensor, lengths: list[int]) -> Tensor:
+    """Attention in float64 under an explicit [T, T] mask: as unlike the backends as can be."""
+    tokens, _, heads, head_dim = qkv.shape
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    used = len(segment)
+    q, k, v = qkv[:used].double().cpu().permute(1, 2, 0, 3)
+    scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)
+    scores = scores.masked_fill(segment[:, None] != segment[None, :], -math.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).reshape(used, heads * head_dim)
+
+
+MIXES = [
+    [1],
+    [7],
+    [64] * 20,  # one run of windows
+    [64, 64, 32, 64, 64, 32, 16, 16],  # ragged edges between
+    [64, 4, 64, 8, 64, 4],
+    [300, 5, 300],
+    [1100, 3, 1100, 1100],  # runs long enough for calls of their own, apart
+    [12, 0, 12],  # an empty segment
+    [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5],
+]
+
+
+@pytest.mark.parametrize("lengths", MIXES, ids=str)
+@pytest.mark.parametrize("into_out", [False, True])
+def test_sdpa_equals_dense(lengths: list[int], into_out: bool) -> None:
+    torch.manual_seed(len(lengths))
+    tokens = sum(lengths)
+    qkv = torch.randn(tokens, 3, 2, 24)
+    out = torch.full((tokens, 48), math.nan) if into_out else None
+    got = SdpaBackend()(qkv, make_segments(lengths), no_rotary(tokens, 24), out)
+    assert not into_out or got is out
+    expected = dense_reference(qkv, lengths)
+    # Outputs are averages of standard normals: float32 rounding over at most 24 + 1100 terms stays
+    # far under this.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sdpa_leaves_padding_rows_alone() -> None:
+    lengths = [8, 4, 8]
+    qkv = torch.randn(30, 3, 2, 16)
+    qkv[20:] = math.nan
+    out = torch.full((30, 32), 7.0)
+    SdpaBackend()(qkv, make_segments(lengths), no_rotary(30, 16), out)
+    torch.testing.assert_close(
+        out[:20].double(), dense_reference(qkv, lengths), rtol=1e-5, atol=1e-5
+    )
+    assert (out[20:] == 7.0).all()
+
+
+@pytest.mark.parametrize("lengths", [[64] * 648, [64, 32] * 300, [1296] * 32], ids=len)
+def test_sdpa_makes_few_calls(lengths: list[int]) -> None:
+    batches = _batches(tuple(lengths), torch.device("cpu"))
+    assert len(batches) == len(set(lengths))
+    assert sum(batch.count * batch.length for batch in batches) == sum(lengths)
+
+
+def test_frames_do_not_attend_to_each_other() -> None:
+    qkv = torch.randn(3 * 12, 3, 2, 16)
+    segments, rotary = make_segments([12] * 3), no_rotary(36, 16)
+    before = SdpaBackend()(qkv, segments, rotary)
+    qkv[12:24] = 100.0
+    after = SdpaBackend()(qkv, segments, rotary)
+    assert torch.equal(before[:12], after[:12])
+    assert torch.equal(before[24:], after[24:])
+    assert not torch.equal(before[12:24], after[12:24])
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [TILE_ROWS], [TILE_ROWS + 1], [5, 300, 0, 128, 257]], ids=str
+)
+def test_tile_list_covers_each_row_once(lengths: list[int]) -> None:
+    cu = np.concatenate([[0], np.cumsum(lengths)])
+    tiles = tile_list(cu)
+    assert tiles.dtype == np.int32
+    assert tiles.shape[1] == 3
+    rows = []
+    for first, start, end in tiles:
+        assert (start, end) in list(zip(cu[:-1], cu[1:], strict=True))
+        assert start <= first < end
+        rows += range(first, min(first + TILE_ROWS, end))
+    assert sorted(rows) == list(range(sum(lengths)))
+    spans = [end - start for _, start, end in tiles]
+    assert spans == sorted(spans, reverse=True)
+
+
+def test_usable_gives_every_name_a_reason_on_cpu() -> None:
+    reasons = dict(usable("cpu", torch.float32, 80))
+    assert list(reasons) == ["sdpa", "triton", "fa2", "fa3", "fa4", "window"]
+    assert reasons.pop("sdpa") is None
+    assert all(reasons.values())
+    assert "cpu" in str(reasons["triton"])
+
+
+@pytest.mark.parametrize("name", ["triton", "fa2", "fa3", "fa4"])
+def test_named_backend_that_cannot_run_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' cannot run on cpu .*Usable here: auto, sdpa"):
+        resolve(name, device="cpu", dtype=torch.float32, head_dim=80)
+
+
+def test_unknown_and_misplaced_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="no such backend; known are auto, sdpa, triton"):
+        resolve("flash", device="cpu", dtype=torch.float32, head_dim=80)
+    with pytest.raises(ValueError, match="window layers only"):
+        resolve("window", device="cpu", dtype=torch.float32, head_dim=80)
+
+
+def test_auto_on_cpu_is_sdpa_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="vitrt"):
+        choice = resolve("auto", device="cpu", dtype=torch.float32, head_dim=80)
+    assert choice.full.name == choice.window.name == choice.full_for(9).name == "sdpa"
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention: sdpa in full layers, sdpa in window layers"
+    ]
+
+
+def test_registered_backend_serves_both_kinds_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrt.attention.registry._SPECS", dict(_SPECS))
+    register(BackendSpec("mine", lambda *_: SdpaBackend(), lambda *_: None))
+    choice = resolve("mine", device="cpu", dtype=torch.float32, head_dim=80)
+    assert choice.full is choice.window
+    with pytest.raises(ValueError, match="'mine' is taken"):
+        register(BackendSpec("mine", lambda *_: SdpaBackend(), lambda *_: None))
+    with pytest.raises(ValueError, match="'auto' is taken"):
+        register(BackendSpec("auto", lambda *_: SdpaBackend(), lambda *_: None))
+
+
+def test_auto_selects_by_longest_segment() -> None:
+    long, short = SdpaBackend(), SdpaBackend()
+    long.capturable = True
+    auto = AutoBackend([(2048, long), (0, short)])
+    assert auto.select(2048) is long
+    assert auto.select(2047) is short
+    assert auto.select(1) is short
+    assert auto.capturable is False
+    assert repr(auto) == "auto(sdpa from 2048, sdpa)"
+
+
+GPU_MIXES = [[64, 48, 16, 4], [1296, 1296], [3080], [5, 300, 1, 127, 129, 2100]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "triton", "fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
+@pytest.mark.parametrize("lengths", GPU_MIXES, ids=str)
+def test_backend_on_gpu(name: str, head_dim: int, lengths: list[int]) -> None:
+    reason = dict(usable("cuda", torch.bfloat16, head_dim))[name]
+    if reason is not None:
+        pytest.skip(reason)
+    backend = get_backend(name, device="cuda", dtype=torch.bfloat16, head_dim=head_dim)
+    torch.manual_seed(head_dim)
+    tokens, padding, heads = sum(lengths), 40, 3
+    qkv = torch.randn(tokens + padding, 3, heads, head_dim, device="cuda").bfloat16()
+    qkv[tokens:] = 0  # rope_ zeroes padding rows for the kernels that read past a segment's end
+    segments = make_segments(lengths, room=5, device="cuda")
+    out = torch.full((tokens + padding, heads * head_dim), math.nan, device="cuda").bfloat16()
+    rotary = no_rotary(tokens, head_dim, "cuda")
+    assert backend(qkv, segments, rotary, out) is out
+    expected = dense_reference(qkv, lengths)
+    error = (out[:tokens].double().cpu() - expected).norm() / expected.norm()
+    # The output is rounded to bf16 once (2^-9 relative at most, 2^-9 / sqrt(3) rms) and so are the
+    # probabilities.
+    assert error < 2**-9 * math.sqrt(2)
+    assert torch.equal(backend(qkv, segments, rotary)[:tokens], out[:tokens])
+    if name == "triton":
+        assert out[tokens:].isnan().all()
+
+
+@pytest.mark.gpu
+def test_auto_on_gpu_uses_the_window_kernel() -> None:
+    choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
+    assert choice.window.name == "window"
+    assert choice.window.applies_rotary
+    assert choice.full.capturable
+    assert not choice.full.applies_rotary

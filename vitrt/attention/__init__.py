@@ -1,0 +1,35 @@
+"""Attention over packed segments: what a backend is, and the registry of those there are."""
+
+from vitrt.attention.base import (
+    TILE_ROWS,
+    AttentionBackend,
+    BackendSpec,
+    Rotary,
+    Segments,
+    attention_shape,
+    tile_list,
+)
+from vitrt.attention.registry import (
+    AttentionChoice,
+    AutoBackend,
+    get_backend,
+    register,
+    resolve,
+    usable,
+)
+
+__all__ = [
+    "TILE_ROWS",
+    "AttentionBackend",
+    "AttentionChoice",
+    "AutoBackend",
+    "BackendSpec",
+    "Rotary",
+    "Segments",
+    "attention_shape",
+    "get_backend",
+    "register",
+    "resolve",
+    "tile_list",
+    "usable",
+]

@@ -1,0 +1,64 @@
+"""FlashAttention-4 (CuTe) for Hopper and Blackwell, from the `flash-attn-4` package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
+
+_MODULE = "flash_attn.cute"
+
+
+class FlashAttention4:
+    """FlashAttention-4's variable-length forward over strided views of the packed qkv.
+
+    The first call for each head size and dtype compiles for some seconds; segment lengths do not
+    matter. The public function allocates its output and enters autograd, so we call the one below
+    it.
+    """
+
+    name = "fa4"
+    capturable = True  # once compiled: graph capture must follow one eager call
+    applies_rotary = False
+
+    def __init__(self) -> None:
+        from flash_attn.cute import interface
+
+        self._attend = interface._flash_attn_fwd
+
+    def __call__(
+        self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            out = qkv.new_empty(attention_shape(qkv))
+        q, k, v = qkv.unbind(1)
+        self._attend(
+            q,
+            k,
+            v,
+            cu_seqlens_q=segments.cu_seqlens,
+            cu_seqlens_k=segments.cu_seqlens,
+            max_seqlen_q=segments.max_seqlen,
+            max_seqlen_k=segments.max_seqlen,
+            out=out.view(q.shape),
+        )
+        return out
+
+
+def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    missing = [m for m in (_MODULE, "cutlass", "quack") if not installed(m)]
+    if missing:
+        return f"{', '.join(missing)} is not installed (pip install flash-attn-4)"
+    # Compute capability 12 is left out: there the package runs its Ampere kernels, untested by us.
+    return not_nvidia(
+        device, (9, 0), (12, 0), "a Hopper or Blackwell GPU (compute capability 9 to 11)"
+    ) or (wrong_shape(dtype, head_dim, HALF_PRECISION, 128))
+
+
+def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    return FlashAttention4()
+
+
+SPEC = BackendSpec("fa4", _load, _unavailable)

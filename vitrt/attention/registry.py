@@ -1,0 +1,182 @@
+"""Which attention backends there are, which of them can run here, and which one to take.
+
+A backend that was named runs or is refused with the reason; only "auto" falls back to another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitrt.attention import fa2, fa3, fa4, sdpa, triton, window
+from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments
+from vitrt.attention.probe import HALF_PRECISION, cuda_capability
+
+logger = logging.getLogger(__name__)
+
+_SPECS: dict[str, BackendSpec] = {}
+
+
+def register(spec: BackendSpec) -> None:
+    """Add a backend under `spec.name`. ValueError if the name is taken or is "auto"."""
+    if spec.name == "auto" or spec.name in _SPECS:
+        raise ValueError(f"attention backend name {spec.name!r} is taken; choose another")
+    _SPECS[spec.name] = spec
+
+
+for _spec in (sdpa.SPEC, triton.SPEC, fa2.SPEC, fa3.SPEC, fa4.SPEC, window.SPEC):
+    register(_spec)
+
+
+def usable(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> list[tuple[str, str | None]]:
+    """Every registered name with None where it can run, or the reason why it cannot."""
+    device = torch.device(device)
+    return [(name, spec.unavailable(device, dtype, head_dim)) for name, spec in _SPECS.items()]
+
+
+def get_backend(
+    name: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """The backend of that name; ValueError, naming those that can run, where it cannot."""
+    device = torch.device(device)
+    spec = _SPECS.get(name)
+    reason = (
+        f"there is no such backend; known are auto, {', '.join(_SPECS)}"
+        if spec is None
+        else spec.unavailable(device, dtype, head_dim)
+    )
+    if spec is None or reason is not None:
+        names = [n for n, why in usable(device, dtype, head_dim) if why is None]
+        raise ValueError(
+            f"attention backend {name!r} cannot run on {device} with {dtype} and "
+            f"head size {head_dim}: {reason}. Usable here: auto, {', '.join(names)}"
+        )
+    return spec.load(device, dtype, head_dim)
+
+
+class AutoBackend:
+    """The fastest backend for the longest segment of each call, by a table of thresholds.
+
+    A CUDA graph must be keyed by what `select` returned for its bound of the segment length, since
+    a replay cannot change its kernel.
+    """
+
+    name = "auto"
+    applies_rotary = False
+
+    def __init__(self, table: Sequence[tuple[int, AttentionBackend]]) -> None:
+        """`table`: (shortest max_seqlen it is used from, backend), descending, the last from 0."""
+        assert table and table[-1][0] == 0 and not any(b.applies_rotary for _, b in table)
+        self._table = tuple(table)
+        self.capturable = all(backend.capturable for _, backend in table)
+
+    def select(self, max_seqlen: int) -> AttentionBackend:
+        """The backend for segments of at most `max_seqlen` patches:
+
+        always the same object for the same length.
+        """
+        return next(backend for shortest, backend in self._table if max_seqlen >= shortest)
+
+    def __call__(
+        self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
+    ) -> Tensor:
+        return self.select(segments.max_seqlen)(qkv, segments, rotary, out)
+
+    def __repr__(self) -> str:
+        rows = [f"{b.name} from {n}" if n else b.name for n, b in self._table]
+        return f"auto({', '.join(rows)})"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """The backends of a tower's full-attention and window-attention layers."""
+
+    full: AttentionBackend
+    window: AttentionBackend
+
+    def full_for(self, max_seqlen: int) -> AttentionBackend:
+        """What full-attention layers run with segments of at most `max_seqlen`:
+
+        part of a CUDA graph's key.
+        """
+        return self.full.select(max_seqlen) if isinstance(self.full, AutoBackend) else self.full
+
+
+# What "auto" prefers for full attention: (compute capability, names with the max_seqlen from which
+# each is taken, in order). Measured at 16 heads of 72 and 80 in bf16: on Hopper FA4 leads FA3 from
+# about 2048 patches a segment (16 x 3080: 400-483 against 379-496 TFLOP/s; 1 x 16384: 454-532
+# against 421-526), and FA3 leads below (32 x 1296: 360-425 against 353-425; 162 x 256: 134-157
+# against 93-112).
+_PREFERENCES: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {
+    (10, 0): (("fa4", 256), ("triton", 0), ("sdpa", 0)),
+    (9, 0): (("fa4", 2048), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0)),
+    (8, 0): (("triton", 0), ("fa2", 0), ("sdpa", 0)),
+}
+
+
+def _auto_names(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    if dtype not in HALF_PRECISION:
+        return (
+            ("sdpa", 0),
+        )  # float32 matrix products without tensor cores: PyTorch's kernels are the faster
+    capability = cuda_capability(device)
+    if capability is None and device.type in ("cuda", "xpu"):
+        return (("triton", 0), ("sdpa", 0))
+    rows = (row for least, row in _PREFERENCES.items() if capability and capability >= least)
+    return next(rows, (("sdpa", 0),))
+
+
+def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    reasons = dict(usable(device, dtype, head_dim))
+    table: list[tuple[int, AttentionBackend]] = []
+    for name, shortest in _auto_names(device, dtype):
+        if reasons[name] is None:
+            backend = _SPECS[name].load(device, dtype, head_dim)
+            table.append((shortest, backend))
+            if shortest == 0:
+                break
+    return AutoBackend(table) if len(table) > 1 else table[0][1]
+
+
+def resolve(
+    name: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> AttentionChoice:
+    """The backends to run a tower with.
+
+    An explicit name serves full and window layers alike, or is a ValueError. "auto" takes the
+    fastest that can run, and the window kernel for window layers where Triton compiles for the
+    device.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        full = _auto_full(device, dtype, head_dim)
+        short = full
+        if window.SPEC.unavailable(device, dtype, head_dim) is None and dtype in HALF_PRECISION:
+            short = window.SPEC.load(device, dtype, head_dim)
+        choice = AttentionChoice(full, short)
+    else:
+        spec = _SPECS.get(name)
+        if spec is not None and spec.windows_only:
+            names = [n for n, s in _SPECS.items() if not s.windows_only]
+            raise ValueError(
+                f"attention backend {name!r} runs window layers only and is part of 'auto'; "
+                f"name one of auto, {', '.join(names)}"
+            )
+        backend = get_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+        choice = AttentionChoice(backend, backend)
+    logger.info(
+        "attention: %s in full layers, %s in window layers",
+        _label(choice.full),
+        _label(choice.window),
+    )
+    return choice
+
+
+def _label(backend: AttentionBackend) -> str:
+    return repr(backend) if isinstance(backend, AutoBackend) else backend.name

@@ -1,0 +1,43 @@
+"""Our Triton kernel for windows of at most 64 patches: RoPE inside, one read and one write."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.probe import HALF_PRECISION, not_triton, wrong_shape
+
+
+class WindowBackend:
+    """One program a window:
+
+    q, k and v are read once, rotated on the way, and the output is written once.
+    """
+
+    name = "window"
+    capturable = True
+    applies_rotary = True
+
+    def __init__(self) -> None:
+        from vitrt.kernels.window_attention import window_attention
+
+        self._attend = window_attention
+
+    def __call__(
+        self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            out = qkv.new_empty(attention_shape(qkv))
+        return self._attend(qkv, segments, rotary, out)
+
+
+def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return not_triton(device) or wrong_shape(dtype, head_dim, (*HALF_PRECISION, torch.float32), 128)
+
+
+def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    return WindowBackend()
+
+
+SPEC = BackendSpec("window", _load, _unavailable, windows_only=True)
