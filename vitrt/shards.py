@@ -1,0 +1,177 @@
+"""The safetensors file format: check a header, read parts of a tensor, write tensor by tensor.
+
+Plain reads instead of a memory map: pages of a mapped shard count as this process's memory, and a
+file that shrinks while it is mapped kills the process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+LENGTH_BYTES = 8  # a file starts with the length of its header
+
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32}
+_BITS |= {"I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "C64": 64}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it, the file and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies."""
+
+    file: Path
+    full_name: str  # as the file names it
+    shape: tuple[int, ...]
+    dtype: str  # as the file names it: "BF16", "F32", ...
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Raises CheckpointError for a file that is missing, truncated or not in the format.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(LENGTH_BYTES)
+            length = header_length(start, file, size)
+            header = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    return parse_header(header, file, size)
+
+
+def header_length(start: bytes, file: Path, size: int) -> int:
+    """The length of the header, from a file's first eight bytes and its size."""
+    if len(start) < LENGTH_BYTES:
+        raise CheckpointError(f"{file}: {size} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", start)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes)")
+    if LENGTH_BYTES + length > size:
+        raise CheckpointError(f"{file}: truncated: {size} bytes end inside the header")
+    return int(length)
+
+
+def parse_header(header: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
+    """The tensors a header names, checked against each other and against the size of the file."""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: _tensor_info(name, entry, file, LENGTH_BYTES + len(header))
+            for name, entry in entries.items()
+        }
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: the header is no safetensors header: {error}") from error
+    end = max((info.offset + info.nbytes for info in tensors.values()), default=size)
+    if end > size:
+        raise CheckpointError(f"{file}: truncated: its header says {end} bytes, it has {size}")
+    return tensors
+
+
+def _tensor_info(name: str, entry: Mapping[str, Any], file: Path, data: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    dtype = entry["dtype"]
+    numbers = (begin, end, *shape)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or end < begin:
+        raise CheckpointError(f"{file}: {name}: shape {shape} at bytes {begin} to {end}")
+    bits = _BITS.get(dtype)
+    if bits is not None and prod(shape) * bits != 8 * (end - begin):
+        raise CheckpointError(
+            f"{file}: {name}: shape {list(shape)} of {dtype} does not take {end - begin} bytes"
+        )
+    return TensorInfo(file, name, shape, dtype, data + begin, end - begin)
+
+
+class StoredTensor:
+    """A tensor on disk. Indexing reads no more rows than the first index asks for."""
+
+    def __init__(self, stream: BinaryIO, info: TensorInfo) -> None:
+        self._stream = stream
+        self._info = info
+
+    def get_shape(self) -> list[int]:
+        return list(self._info.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        shape = self._info.shape
+        if not shape or not isinstance(index[0], slice) or index[0].step not in (None, 1):
+            return self._read(0, self._info.nbytes).view(shape)[index]
+        start, stop, _ = index[0].indices(shape[0])
+        rows = max(stop - start, 0)
+        row_bytes = self._info.nbytes // max(shape[0], 1)
+        part = self._read(start * row_bytes, rows * row_bytes).view(rows, *shape[1:])
+        rest = (slice(None), *index[1:])
+        return part[rest]
+
+    def _read(self, start: int, count: int) -> Tensor:
+        buffer = torch.empty(count, dtype=torch.uint8)
+        self._stream.seek(self._info.offset + start)
+        got = self._stream.readinto(buffer.numpy())  # type: ignore[attr-defined]
+        if got != count:
+            raise CheckpointError(
+                f"{self._info.file}: truncated: {self._info.full_name} ends after {got} of {count} "
+                "bytes"
+            )
+        return buffer.view(FLOAT_DTYPES[self._info.dtype])
+
+
+def build_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """The first bytes of a file that holds `tensors` one behind the other, and the size of it all.
+
+    The order is that of `tensors`; a widest-dtype-first order keeps every tensor aligned to its own
+    element size, as safetensors' writer does.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, info in tensors.items():
+        entries[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the data starts aligned
+    return struct.pack("<Q", len(header)) + header, LENGTH_BYTES + len(header) + offset
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, info: TensorInfo) -> None:
+    """The bytes of a tensor from its file to another, in pieces."""
+    source.seek(info.offset)
+    left = info.nbytes
+    while left:
+        piece = source.read(min(left, 16 * io.DEFAULT_BUFFER_SIZE * 128))
+        if not piece:
+            raise CheckpointError(f"{info.file}: truncated: {info.full_name} lacks {left} bytes")
+        target.write(piece)
+        left -= len(piece)
