@@ -23,7 +23,9 @@ class ImageFeatures:
         return self.embeddings.view(t, h // self.merge_size, w // self.merge_size, -1)
 
     def concatenated(self) -> Tensor:
-        """[tokens, out_hidden * (1 + levels)], the embeddings first: the layout vLLM and SGLang take."""
+        """[tokens, out_hidden * (1 + levels)], the embeddings first: the layout vLLM and SGLang
+        take.
+        """
         if self.deepstack is None:
             return self.embeddings
         return torch.cat([self.embeddings, *self.deepstack.unbind(0)], dim=-1)

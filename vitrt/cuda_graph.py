@@ -1,0 +1,276 @@
+"""A CUDA-graph runner keyed by token-count buckets.
+
+One recording serves every batch that fits its bucket: positions, segment boundaries, window layout
+and order are read from static buffers that each batch's packed plan is copied into. Nothing here
+names a window, a deepstack level or a backend. A backend that cannot be recorded splits the forward
+into pieces, each a graph of its own, and runs between them.
+
+Padding is inert. Its rows belong to no segment, the rotary kernel zeroes their q, k and v (a flash
+kernel multiplies masked values by 0, and 0 * NaN is NaN), everything else works row by row, and
+results are copied from real rows only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vitrt.attention.registry import AttentionChoice
+from vitrt.feed import PatchFeed
+from vitrt.graph_pieces import Pieces, record_pieces
+from vitrt.layers.rotary import TABLE_POSITIONS
+from vitrt.models.device_plan import PlanLayout, view_plan
+from vitrt.models.plan import ForwardPlan
+from vitrt.models.tower import TowerOutput, VisionTower
+from vitrt.runner import EagerRunner
+
+logger = logging.getLogger(__name__)
+
+# Up to this many patches a replay beats an eager forward, whose launches then still outlast its
+# kernels.
+AUTO_MAX_PATCHES = 16384
+_SEGMENT_PATCHES = (
+    16  # a bucket holds one segment, and one window, for every so many of its patches
+)
+_SIGHTINGS = 2  # a shape class is recorded when it comes the second time
+
+
+def default_buckets(max_patches: int) -> tuple[int, ...]:
+    """Patch counts of the graphs: every 64 up to 1024, every 128 to 4096, then 16 steps an octave.
+
+    128 rows are one tile of a matrix product, so up to 4096 padding costs next to nothing; above,
+    at most 1/16.
+    """
+    buckets = list(range(64, min(max_patches, 1024) + 1, 64))
+    step = 128
+    while buckets[-1] + step <= max_patches:
+        buckets.append(buckets[-1] + step)
+        if buckets[-1] >= 4096 and buckets[-1] == 32 * step:
+            step *= 2
+    return tuple(buckets)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """A shape class: what a recording cannot change."""
+
+    bucket: int  # patches
+    backend: str  # of the full-attention layers, which may depend on the longest segment
+
+
+@dataclass(slots=True)
+class _Recording:
+    pieces: Pieces
+    layout: PlanLayout
+    nbytes: int  # device memory that recording it took
+
+
+class GraphRunner(EagerRunner):
+    """Replays batches that fit a bucket, runs the others eagerly, and counts both."""
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        attention: AttentionChoice,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        limit_bytes: int,
+        max_patches: int = AUTO_MAX_PATCHES,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(tower, attention, device, dtype)
+        self.buckets = tuple(sorted(buckets)) if buckets else default_buckets(max_patches)
+        self.limit_bytes = limit_bytes
+        self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
+        self._sightings: Counter[GraphKey] = Counter()
+        self._too_large: set[GraphKey] = set()
+        self._pool: tuple[int, int] | None = None
+        self._patches: Tensor | None = None  # static inputs, shared by all buckets
+        self._plan_buffer: Tensor | None = None
+        self._lock = threading.RLock()  # one forward at a time: the static buffers are shared
+
+    def run(
+        self, plan: ForwardPlan, feed: PatchFeed, keep_hidden: Sequence[int] = ()
+    ) -> TowerOutput:
+        with self._lock:
+            reason = self._ineligible(plan, keep_hidden)
+            if reason is None:
+                key = self._key(plan)
+                recording = self._recordings.get(key)
+                if recording is None:
+                    self._sightings[key] += 1
+                    if key in self._too_large:
+                        reason = "over the graph memory limit"
+                    elif self._sightings[key] < _SIGHTINGS:
+                        reason = "first of its bucket"
+                    else:
+                        recording = self._record(key, plan, feed)
+                if recording is not None:
+                    return self._replay(key, recording, plan, feed)
+            assert reason is not None or key in self._too_large
+            return self.run_eager(plan, feed, reason or "over the graph memory limit", keep_hidden)
+
+    def warmup(self, buckets: Sequence[int] | None = None) -> None:
+        """Record these buckets (default: all) now, the largest first, for every backend that they
+        may need.
+        """
+        with self._lock:
+            for bucket in sorted(buckets or self.buckets, reverse=True):
+                for plan in self._warmup_plans(bucket):
+                    key = self._key(plan)
+                    if key not in self._recordings and key not in self._too_large:
+                        self._record(key, plan, None)
+
+    # What fits
+
+    def _ineligible(self, plan: ForwardPlan, keep_hidden: Sequence[int]) -> str | None:
+        if keep_hidden:
+            return "hidden states asked for"
+        if plan.num_patches > self.buckets[-1]:
+            return "over the largest bucket"
+        if plan.largest_position >= TABLE_POSITIONS:
+            return "over the rotary table"
+        if not self._layout(self._bucket(plan.num_patches)).fits(plan):
+            return "more segments than the bucket holds"
+        return None
+
+    def _bucket(self, patches: int) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= patches)
+
+    def _key(self, plan: ForwardPlan) -> GraphKey:
+        backend = self.attention.full_for(plan.max_seqlen)
+        return GraphKey(self._bucket(plan.num_patches), backend.name)
+
+    def _layout(self, bucket: int) -> PlanLayout:
+        windowed = self.tower.window_patches > 0
+        segments = max(8, bucket // _SEGMENT_PATCHES)
+        return PlanLayout.bucket(
+            bucket,
+            segments,
+            segments if windowed else None,
+            self.tower.config.merge_unit,
+            self.tower.config.num_position_embeddings is not None,
+        )
+
+    def _warmup_plans(self, bucket: int) -> list[ForwardPlan]:
+        """Batches that fill `bucket`, one for every backend that full attention may take in it."""
+        merge = self.tower.config.spatial_merge_size
+        rows = next(r for r in (16, 8, 4, 2, 1) if bucket % (r * merge * merge) == 0) * merge
+        long = (1, rows, bucket // rows)
+        plans = [self.tower.plan([long])]
+        frames = bucket // 64
+        short = self.tower.plan([(frames, 8, 8)]) if bucket % 64 == 0 else plans[0]
+        if self._key(short) != self._key(plans[0]):
+            plans.append(short)
+        return [plan for plan in plans if self._ineligible(plan, ()) is None]
+
+    # Record and replay
+
+    def _record(
+        self, key: GraphKey, plan: ForwardPlan, feed: PatchFeed | None
+    ) -> _Recording | None:
+        """Record the shape class of `plan`; None if it does not fit the memory limit."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            largest = self._warmup_plans(self.buckets[-1])
+            # Recorded first, the largest bucket sizes the shared pool that all others then fit in.
+            if largest and self._key(largest[0]) != key:
+                self._record(self._key(largest[0]), largest[0], None)
+        free_before = torch.cuda.mem_get_info(self.device)[0]
+        patches, buffer = self._static(key.bucket)
+        layout = self._layout(key.bucket)
+        self._load(plan, layout, feed, patches, buffer)
+        backend = self.attention.full_for(plan.max_seqlen)
+        attention = replace(self.attention, full=backend)
+        views = view_plan(buffer, layout, plan, max_seqlen=key.bucket, padded=True)
+        try:
+            pieces = record_pieces(
+                lambda choice: self.forward(patches, views, choice), attention, self._pool
+            )
+        except torch.cuda.OutOfMemoryError:
+            logger.warning("no memory to record a graph of %d patches; it runs eagerly", key.bucket)
+            self._too_large.add(key)
+            return None
+        nbytes = max(free_before - torch.cuda.mem_get_info(self.device)[0], 0)
+        recording = _Recording(pieces, layout, nbytes)
+        self._recordings[key] = recording
+        self.stats.captures += 1
+        self.stats.graph_bytes += nbytes
+        logger.debug("recorded a graph of %d patches (%s)", key.bucket, key.backend)
+        return self._within_limit(key, recording)
+
+    def _within_limit(self, key: GraphKey, recording: _Recording) -> _Recording | None:
+        """Evict the least recently used until the rest fits; the new one itself if it alone does
+        not.
+        """
+        while self.stats.graph_bytes > self.limit_bytes and self._recordings:
+            oldest = next(iter(self._recordings))
+            self.stats.graph_bytes -= self._recordings.pop(oldest).nbytes
+            self.stats.evictions += 1
+            if oldest == key:
+                self._too_large.add(key)
+                return None
+        return recording
+
+    def _static(self, bucket: int) -> tuple[Tensor, Tensor]:
+        """The static inputs, sized for the largest bucket; smaller ones use their front."""
+        if self._patches is None or self._plan_buffer is None:
+            largest = self.buckets[-1]
+            self._patches = torch.zeros(
+                largest, self.tower.config.patch_dim, dtype=self.dtype, device=self.device
+            )
+            size = self._layout(largest).fed_by("sources").size
+            self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
+        return self._patches[:bucket], self._plan_buffer
+
+    def _load(
+        self,
+        plan: ForwardPlan,
+        layout: PlanLayout,
+        feed: PatchFeed | None,
+        patches: Tensor,
+        buffer: Tensor,
+    ) -> None:
+        """Copy a batch into the static inputs."""
+        if feed is None:
+            packed = self.pack_unfed(plan, layout)
+            buffer[: packed.numel()].copy_(packed, non_blocking=True)
+            return
+        layout = layout.fed_by(feed.kind)
+        packed = self.pack(plan, layout, feed)
+        buffer[: packed.numel()].copy_(packed, non_blocking=True)
+        rows = None
+        if layout.feed is not None:
+            offset, shape = layout.fields()["feed"]
+            rows = buffer[offset : offset + shape[0] * shape[1]].view(shape)
+        feed.write(patches, rows, plan.num_patches)
+
+    def _replay(
+        self, key: GraphKey, recording: _Recording, plan: ForwardPlan, feed: PatchFeed
+    ) -> TowerOutput:
+        self._recordings.move_to_end(key)
+        patches, buffer = self._static(key.bucket)
+        self._load(plan, recording.layout, feed, patches, buffer)
+        live = None
+        if recording.pieces.splits:
+            live = view_plan(
+                buffer, recording.layout, plan, max_seqlen=plan.max_seqlen, padded=True
+            )
+        output = recording.pieces.replay(live)
+        self.stats.hits[key.bucket] += 1
+        self.stats.patches += plan.num_patches
+        self.stats.padding += key.bucket - plan.num_patches
+        tokens = plan.num_patches // plan.merge_unit
+        deepstack = output.deepstack
+        # Copies, never views: the next replay overwrites what the graph wrote.
+        return TowerOutput(
+            output.embeddings[:tokens].clone(),
+            None if deepstack is None else deepstack[:, :tokens].clone(),
+        )

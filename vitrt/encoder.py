@@ -1,0 +1,275 @@
+"""VisionEncoder: images in, features out. Wires the rest together and knows no layer's insides.
+
+Shapes: T patches, M merged tokens, O output width, L deepstack levels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitrt.attention.registry import resolve
+from vitrt.batching import encode_in_order, stream_in_order
+from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
+from vitrt.cuda_graph import GraphRunner
+from vitrt.distributed import SINGLE, ParallelContext
+from vitrt.features import EncoderOutput, ImageFeatures
+from vitrt.feed import PixelsFeed, ValuesFeed
+from vitrt.image import ImageInput, ImageProcessor, PreparedImage, normalisation_table
+from vitrt.models import build_tower
+from vitrt.models.tower import VisionTower
+from vitrt.placement import budget_from_memory, resolve_device, resolve_dtype
+from vitrt.runner import EagerRunner, RunnerStats
+from vitrt.upload import PixelUploader
+from vitrt.weights import Checkpoint, load_weights, open_checkpoint
+
+__all__ = ["EncoderOutput", "ImageFeatures", "VisionEncoder"]
+
+logger = logging.getLogger(__name__)
+
+
+class VisionEncoder:
+    """The vision tower of one checkpoint, ready to encode.
+
+    Make one with `from_pretrained`. Methods may be called from several threads; forwards run one at
+    a time.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        preprocessor: PreprocessorConfig,
+        runtime: RuntimeConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        parallel: ParallelContext = SINGLE,
+        name: str = "",
+    ) -> None:
+        """`tower` holds its weights on `device` in `dtype`; `runtime` says how to run it."""
+        self.tower = tower
+        self.config: VisionConfig = tower.config
+        self.preprocessor = preprocessor
+        self.runtime = runtime
+        self.device = device
+        self.dtype = dtype
+        self.parallel = parallel
+        self.name = name
+        self.processor = _processor(preprocessor, runtime)
+        self.attention = resolve(
+            runtime.attention, device=device, dtype=dtype, head_dim=self.config.head_dim
+        )
+        self.runner = self._make_runner()
+        table = normalisation_table(
+            preprocessor.image_mean, preprocessor.image_std, self.processor.resize
+        )
+        self.table = torch.from_numpy(table).to(device)  # float32 [3, 256], the normalised levels
+        self._uploader = PixelUploader(device)
+        self.max_batch_tokens: int = runtime.max_batch_tokens or budget_from_memory(
+            tower, device, dtype
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attention: str = "auto",
+        cuda_graphs: Literal["auto"] | bool = "auto",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_batch_tokens: int | None = None,
+        resize: Literal["pillow", "torch"] = "pillow",
+        graph_memory_mib: float = RuntimeConfig().graph_memory_mib,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool | None = None,
+        parallel: ParallelContext = SINGLE,
+    ) -> VisionEncoder:
+        """Load the vision tower of a checkpoint: a folder, or a hub id.
+
+        Args:
+            device: "auto" is "cuda" where there is one, else "cpu".
+            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+            attention: "auto" or the name of a registered backend; one that cannot run here is an
+                error.
+            cuda_graphs: "auto" records graphs up to the size where they stop paying, True at any
+                size. min_pixels, max_pixels: bounds of a resized image's area; None: what the
+                checkpoint says.
+            max_batch_tokens: patches per forward; None: chosen from free memory.
+            resize: which of transformers' backends to be bit-equal to.
+            graph_memory_mib: how much device memory recorded graphs may take.
+            revision, cache_dir, token, local_files_only: as huggingface_hub takes them.
+            parallel: this process's place among several GPUs.
+
+        Raises:
+            CheckpointError (a ValueError): a checkpoint that is missing, incomplete or of another
+            kind.
+            ValueError: a choice that cannot be had here, with those that can.
+        """
+        checkpoint = open_checkpoint(
+            str(model) if not isinstance(model, Path) else model,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        runtime = RuntimeConfig(
+            device=str(device),
+            dtype=_dtype_name(dtype),
+            attention=attention,
+            cuda_graphs=cuda_graphs,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            max_batch_tokens=max_batch_tokens,
+            resize=resize,
+            graph_memory_mib=graph_memory_mib,
+        )
+        return cls.from_checkpoint(checkpoint, runtime, parallel)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, runtime: RuntimeConfig, parallel: ParallelContext = SINGLE
+    ) -> VisionEncoder:
+        """The same from an opened checkpoint."""
+        device = resolve_device(runtime.device)
+        dtype = resolve_dtype(runtime.dtype, device)
+        preprocessor = checkpoint.preprocessor_config()
+        with torch.device("meta"):
+            tower = build_tower(checkpoint.vision_config(), parallel)
+        tower = tower.to(dtype).to_empty(device=device).eval()
+        load_weights(tower, checkpoint)
+        return cls(
+            tower,
+            preprocessor,
+            runtime,
+            device=device,
+            dtype=dtype,
+            parallel=parallel,
+            name=checkpoint.name,
+        )
+
+    # Encoding
+
+    def encode(self, images: Iterable[ImageInput]) -> list[ImageFeatures]:
+        """Features of every image, in input order.
+
+        An image is a path, a PIL image, encoded bytes, or a uint8 array [H, W, 3]; an array [F, H,
+        W, 3] is a clip. The features of one batch are views of one tensor on the encoder's device.
+        Raises ImageError (a ValueError) naming the first image that cannot be used.
+        """
+        return encode_in_order(self, list(images))
+
+    def stream(
+        self, images: Iterable[ImageInput], *, workers: int | None = None
+    ) -> Iterator[ImageFeatures]:
+        """The same in bounded memory: images are decoded by `workers` threads a window ahead of the
+        device.
+        """
+        return stream_in_order(self, images, workers=workers)
+
+    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        """Features of images that `processor.prepare` made ready, as one batch."""
+        if not images:
+            return []
+        grids = [image.grid_thw for image in images]
+        plan = self.tower.plan(grids)
+        pixels = self._uploader.upload([image.pixels for image in images])
+        frames = [image.pixels.shape[0] for image in images]
+        feed = PixelsFeed(pixels, frames, self.table, self.config)
+        output = self.runner.run(plan, feed)
+        embeddings = output.embeddings.split(plan.tokens)
+        levels: Sequence[Tensor | None] = [None] * len(images)
+        if output.deepstack is not None:
+            levels = output.deepstack.split(plan.tokens, dim=1)
+        merge = self.config.spatial_merge_size
+        return [
+            ImageFeatures(embedding, deepstack, grid, merge)
+            for embedding, deepstack, grid in zip(embeddings, levels, plan.grids, strict=True)
+        ]
+
+    def __call__(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        *,
+        return_hidden: bool = False,
+    ) -> EncoderOutput:
+        """Features of patches cut by a transformers processor: the same inputs as its `visual`.
+
+        pixel_values [T, P] in any float dtype, on any device; grid_thw [images, 3] in patches. A
+        `grid_thw` on the device costs a synchronisation. ValueError where the two do not belong
+        together.
+        """
+        rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
+        plan = self.tower.plan(rows)
+        _check_pixel_values(pixel_values, plan.num_patches, self.config.patch_dim)
+        feed = ValuesFeed(pixel_values, reordered=plan.order is not None)
+        keep = (self.config.depth - 1,) if return_hidden else ()
+        output = self.runner.run(plan, feed, keep)
+        grids = torch.tensor(plan.grids, dtype=torch.int64)
+        hidden = output.hidden[0] if return_hidden else None
+        return EncoderOutput(output.embeddings, output.deepstack, grids, hidden)
+
+    # What runs how
+
+    def warmup(self, buckets: Sequence[int] | None = None) -> None:
+        """Record CUDA graphs now instead of during requests: these token counts, or all. No-op
+        without graphs.
+        """
+        if isinstance(self.runner, GraphRunner):
+            self.runner.warmup(buckets)
+
+    def stats(self) -> RunnerStats:
+        """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
+        return self.runner.stats
+
+    def _make_runner(self) -> EagerRunner:
+        arguments = (self.tower, self.attention, self.device, self.dtype)
+        wanted = self.runtime.cuda_graphs
+        if wanted is True and self.device.type != "cuda":
+            raise ValueError(
+                f"cuda_graphs=True needs a CUDA device, and this encoder is on {self.device}"
+            )
+        if wanted is False or self.device.type != "cuda":
+            return EagerRunner(*arguments)
+        limit = int(self.runtime.graph_memory_mib * (1 << 20))
+        if wanted is True:
+            return GraphRunner(*arguments, limit_bytes=limit, max_patches=1 << 16)
+        return GraphRunner(*arguments, limit_bytes=limit)
+
+
+def _processor(preprocessor: PreprocessorConfig, runtime: RuntimeConfig) -> ImageProcessor:
+    return ImageProcessor(
+        patch_size=preprocessor.patch_size,
+        merge_size=preprocessor.merge_size,
+        temporal_patch_size=preprocessor.temporal_patch_size,
+        min_pixels=runtime.min_pixels or preprocessor.min_pixels,
+        max_pixels=runtime.max_pixels or preprocessor.max_pixels,
+        resize=runtime.resize,
+    )
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:
+    if tuple(pixel_values.shape) != (patches, patch_dim):
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}; grid_thw holds {patches} patches, "
+            f"and this model's have {patch_dim} values each, so it must be ({patches}, {patch_dim})"
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values is {pixel_values.dtype}; it must be a floating-point tensor"
+        )

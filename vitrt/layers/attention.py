@@ -1,0 +1,45 @@
+"""Self-attention of one block: fused qkv product, rotary embedding, a backend, output product.
+
+Shapes: T patches, D width, H heads on this rank, Dh head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from vitrt.attention.base import AttentionBackend, Rotary, Segments
+from vitrt.config import VisionConfig
+from vitrt.distributed import ParallelContext
+from vitrt.kernels.rope import rope_
+from vitrt.layers.linear import FusedQKVLinear, RowParallelLinear
+from vitrt.layers.norm import Norm
+from vitrt.layers.slots import WeightSlot
+
+
+class VisionAttention(nn.Module):
+    """Attention within the given segments; what the segments mean is the plan's affair."""
+
+    def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.qkv = FusedQKVLinear(width, config.num_heads, parallel=parallel)
+        self.proj = RowParallelLinear(width, width, parallel=parallel)
+
+    def forward(
+        self, normed: Tensor, rotary: Rotary, segments: Segments, backend: AttentionBackend
+    ) -> Tensor:
+        """[T, D] -> [T, H * Dh], before the output product."""
+        qkv = self.qkv(normed)
+        if not backend.applies_rotary:
+            rope_(qkv, rotary)
+        return backend(qkv, segments, rotary)
+
+    def add_norm(self, attended: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(residual + proj(attended), its norm), both [T, D]."""
+        return self.proj.add_norm(attended, residual, norm)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.qkv.weight_slots(f"{prefix}qkv.")
+        yield from self.proj.weight_slots(f"{prefix}proj.")

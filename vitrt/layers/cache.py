@@ -1,0 +1,55 @@
+"""A least-recently-used cache bounded by the bytes of what it holds."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
+
+
+class Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V", bound=Sized)
+
+
+class ByteCache(Generic[K, V]):
+    """Values by key, dropped oldest use first once they hold more than `max_bytes`. Safe between
+    threads.
+
+    A value larger than the whole budget is computed and returned but not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._values: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: K, compute: Callable[[], V]) -> V:
+        """The value of `key`, computed if it is not held. Two threads may compute the same value at
+        once.
+        """
+        with self._lock:
+            if key in self._values:
+                self.hits += 1
+                self._values.move_to_end(key)
+                return self._values[key]
+            self.misses += 1
+        value = compute()
+        with self._lock:
+            if key not in self._values and value.nbytes <= self.max_bytes:
+                self._values[key] = value
+                self.nbytes += value.nbytes
+                while self.nbytes > self.max_bytes:
+                    self.nbytes -= self._values.popitem(last=False)[1].nbytes
+        return value

@@ -1,0 +1,216 @@
+"""Linear layers that know their part of the tensor-parallel split, and their epilogues.
+
+Column-parallel layers keep a slice of the output features and need no communication; a row-parallel
+layer keeps a slice of the input features, and its partial products are summed over the group, the
+bias added once after the sum.
+
+Shapes: T rows, K input and N output features of the whole layer, tp ranks, H heads, Dh head size, F
+    MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vitrt.distributed import SINGLE, ParallelContext
+from vitrt.kernels.gemm import Activation, fuses_residual, linear
+from vitrt.layers.norm import Norm
+from vitrt.layers.slots import TensorSlice, WeightSlot, whole
+
+WIDTH_ALIGNMENT = (
+    64  # a product whose K is no multiple of 8 runs at a quarter of its speed; 64 fills a tile's K
+)
+
+
+def padded_width(width: int, tp_size: int) -> int:
+    """The MLP width after zero-padding: aligned on every rank. Aligned widths stay as they are.
+
+    Exact: the padded gate and up (or fc1) rows are zero, so their activations are act(0) * 0 = 0 or
+        gelu(0) = 0, and the padded columns of the product that follows are zero too.
+    """
+    if width % (16 * tp_size) == 0:
+        return width
+    step = WIDTH_ALIGNMENT * tp_size
+    return -(-width // step) * step
+
+
+def _shard(width: int, parallel: ParallelContext) -> slice:
+    """This rank's part of `width` features, which the group divides evenly."""
+    share = width // parallel.tp_size
+    return slice(parallel.tp_rank * share, (parallel.tp_rank + 1) * share)
+
+
+def _clipped(part: slice, width: int) -> slice:
+    """`part` of the padded width, without what lies beyond the `width` that the checkpoint holds."""
+    return slice(min(part.start, width), min(part.stop, width))
+
+
+class Linear(nn.Module):
+    """y = act(x W^T + b), whole on every rank. Fills `weight` [N, K] and `bias` [N]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        activation: Activation = None,
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, activation=self.activation)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield whole(f"{prefix}weight", self.weight)
+        if self.bias is not None:
+            yield whole(f"{prefix}bias", self.bias)
+
+
+class ColumnParallelLinear(Linear):
+    """The output features split over the ranks, after zero-padding them to `padded` where that is
+    given.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        activation: Activation = None,
+        padded: int | None = None,
+        parallel: ParallelContext = SINGLE,
+    ) -> None:
+        padded = padded or out_features
+        super().__init__(in_features, padded // parallel.tp_size, activation=activation)
+        self.out_features = out_features
+        self.part = _shard(padded, parallel)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        rows = _clipped(self.part, self.out_features)
+        for name, target in (("weight", self.weight), ("bias", self.bias)):
+            assert target is not None
+            shape = (self.out_features, *target.shape[1:])
+            yield WeightSlot(f"{prefix}{name}", shape, _rows_into(target, rows))
+
+
+def _rows_into(target: Tensor, rows: slice):
+    def store(source: TensorSlice) -> None:
+        count = rows.stop - rows.start
+        target[:count].copy_(source[rows])
+        target[count:].zero_()
+
+    return store
+
+
+class FusedQKVLinear(Linear):
+    """q, k and v as one product [T, 3, H / tp, Dh]: each of the three split by heads."""
+
+    def __init__(self, width: int, num_heads: int, *, parallel: ParallelContext = SINGLE) -> None:
+        super().__init__(width, 3 * width // parallel.tp_size)
+        self.width = width
+        self.part = _shard(
+            width, parallel
+        )  # heads are neighbours, so a share of heads is a slice of rows
+        self.output_shape = (3, num_heads // parallel.tp_size, width // num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(x.shape[0], *self.output_shape)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        for name, target in (("weight", self.weight), ("bias", self.bias)):
+            assert target is not None
+            shape = (3 * self.width, *target.shape[1:])
+            yield WeightSlot(f"{prefix}{name}", shape, self._heads_into(target))
+
+    def _heads_into(self, target: Tensor):
+        def store(source: TensorSlice) -> None:
+            for index, block in enumerate(target.view(3, -1, *target.shape[1:])):
+                first = index * self.width
+                block.copy_(source[first + self.part.start : first + self.part.stop])
+
+        return store
+
+
+class GateUpLinear(Linear):
+    """silu(x Wg^T + bg) * (x Wu^T + bu) as one product, its rows interleaved g0, u0, g1, u1, ...
+
+    Interleaved, a gate and its up value meet in one tile of the product, where the epilogue
+    multiplies them.
+    """
+
+    def __init__(
+        self, in_features: int, width: int, *, padded: int, parallel: ParallelContext = SINGLE
+    ) -> None:
+        super().__init__(in_features, 2 * padded // parallel.tp_size, activation="swiglu")
+        self.width = width
+        self.part = _shard(padded, parallel)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        rows = _clipped(self.part, self.width)
+        for index, projection in enumerate(("gate_proj", "up_proj")):
+            for name, target in (("weight", self.weight), ("bias", self.bias)):
+                assert target is not None
+                shape = (self.width, *target.shape[1:])
+                store = _rows_into(target.view(-1, 2, *target.shape[1:])[:, index], rows)
+                yield WeightSlot(f"{prefix}{projection}.{name}", shape, store)
+
+
+class RowParallelLinear(Linear):
+    """The input features split over the ranks; partial products are summed, then the bias is added
+    once.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        padded: int | None = None,
+        parallel: ParallelContext = SINGLE,
+    ) -> None:
+        padded = padded or in_features
+        super().__init__(padded // parallel.tp_size, out_features)
+        self.in_features = in_features
+        self.part = _shard(padded, parallel)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, K / tp] -> [T, N], in `out` where it is given."""
+        if self.parallel.tp_size == 1:
+            return linear(x, self.weight, self.bias, out=out)
+        partial = linear(x, self.weight, None, out=out)
+        return self.parallel.all_reduce(partial).add_(self.bias)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(residual + this layer's output, its norm), both [T, N].
+
+        The residual rides in the product's epilogue where that is measured faster, else in the
+        norm's one pass.
+        """
+        if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
+            total = linear(x, self.weight, self.bias, residual=residual)
+            return total, norm(total)
+        partial = self.parallel.all_reduce(linear(x, self.weight, None))
+        return norm.add(partial, self.bias, residual)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        columns = _clipped(self.part, self.in_features)
+        count = columns.stop - columns.start
+        weight = self.weight
+
+        def store(source: TensorSlice) -> None:
+            weight[:, :count].copy_(source[:, columns])
+            weight[:, count:].zero_()
+
+        yield WeightSlot(f"{prefix}weight", (weight.shape[0], self.in_features), store)
+        assert self.bias is not None
+        yield whole(f"{prefix}bias", self.bias)

@@ -1,0 +1,58 @@
+"""Mergers: the merge x merge patches of one token become one row of the language model's width.
+
+Shapes: T patches, M = T / merge^2 merged tokens, D width, O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from vitrt.config import VisionConfig
+from vitrt.distributed import ParallelContext
+from vitrt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vitrt.layers.norm import LayerNorm
+from vitrt.layers.slots import WeightSlot
+
+
+class PatchMerger(nn.Module):
+    """fc2(gelu(fc1(x))) over the joined width; GELU is the exact one (erf) here.
+
+    The norm in front belongs to the tower: over D it rides on the last block's residual add.
+    """
+
+    def __init__(
+        self, config: VisionConfig, parallel: ParallelContext, *, names: tuple[str, str]
+    ) -> None:
+        super().__init__()
+        self.joined = config.hidden_size * config.merge_unit
+        self.fc1 = ColumnParallelLinear(
+            self.joined, self.joined, activation="gelu", parallel=parallel
+        )
+        self.fc2 = RowParallelLinear(self.joined, config.out_hidden_size, parallel=parallel)
+        self.names = names
+
+    def forward(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
+        """Normed patches [T, D] or tokens [M, D * merge^2] -> [M, O], in `out` where it is given."""
+        return self.fc2(self.fc1(normed.view(-1, self.joined)), out=out)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.fc1.weight_slots(prefix + self.names[0])
+        yield from self.fc2.weight_slots(prefix + self.names[1])
+
+
+class DeepstackMerger(PatchMerger):
+    """A merger on the output of an inner layer, with LayerNorm AFTER the join, over D * merge^2."""
+
+    def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
+        super().__init__(config, parallel, names=("linear_fc1.", "linear_fc2."))
+        self.norm = LayerNorm(self.joined)
+
+    def forward(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] -> [M, O]."""
+        return super().forward(self.norm(residual.view(-1, self.joined)), out)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.norm.weight_slots(f"{prefix}norm.")
+        yield from super().weight_slots(prefix)

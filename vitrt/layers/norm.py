@@ -1,0 +1,69 @@
+"""RMSNorm and LayerNorm, alone or behind the residual add they follow.
+
+Shapes: T patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vitrt.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from vitrt.layers.slots import WeightSlot, whole
+
+EPS = 1e-6  # every norm of both families
+
+
+class Norm(Protocol):
+    """What a block asks of its norms."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add(
+        self, delta: Tensor, delta_bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(residual + delta + delta_bias, its norm), both [T, D], in one pass."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, EPS)
+
+    def add(
+        self, delta: Tensor, delta_bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(delta, delta_bias, residual, self.weight, EPS)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield whole(f"{prefix}weight", self.weight)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias over the last dimension, statistics in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, EPS)
+
+    def add(
+        self, delta: Tensor, delta_bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(delta, delta_bias, residual, self.weight, self.bias, EPS)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield whole(f"{prefix}weight", self.weight)
+        yield whole(f"{prefix}bias", self.bias)

@@ -1,0 +1,98 @@
+"""The vision tower of Qwen3-VL (dense and MoE): learned positions, full attention per frame,
+deepstack.
+
+Shapes: T patches, P values of one patch, D width, M merged tokens, O output width, L deepstack
+    levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+
+from vitrt.attention.registry import AttentionChoice
+from vitrt.config import VisionConfig
+from vitrt.distributed import SINGLE, ParallelContext
+from vitrt.kernels.pos_embed import add_position_embedding_
+from vitrt.layers.merger import DeepstackMerger, PatchMerger
+from vitrt.layers.mlp import GeluMLP
+from vitrt.layers.norm import LayerNorm, Norm
+from vitrt.layers.patch import PatchEmbed
+from vitrt.layers.slots import WeightSlot, whole
+from vitrt.models.device_plan import DevicePlan
+from vitrt.models.plan import FramePlan, position_taps
+from vitrt.models.tower import TowerOutput, VisionBlock, VisionTower
+
+
+class Qwen3VLVisionTower(VisionTower):
+    """patch embed + interpolated positions -> blocks, tapped by deepstack mergers -> merger."""
+
+    def __init__(self, config: VisionConfig, parallel: ParallelContext = SINGLE) -> None:
+        super().__init__(config)
+        assert config.num_position_embeddings is not None
+        self.table_side = isqrt(config.num_position_embeddings)
+        self.patch_embed = PatchEmbed(config, bias=True)
+        self.pos_embed = nn.Parameter(
+            torch.empty(config.num_position_embeddings, config.hidden_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, parallel, LayerNorm, GeluMLP(config, parallel))
+            for _ in range(config.depth)
+        )
+        self.merger_norm = LayerNorm(config.hidden_size)
+        self.merger = PatchMerger(config, parallel, names=("linear_fc1.", "linear_fc2."))
+        self.deepstack_mergers = nn.ModuleList(
+            DeepstackMerger(config, parallel) for _ in config.deepstack_visual_indexes
+        )
+
+    @property
+    def final_norm(self) -> Norm:
+        return self.merger_norm
+
+    def plan_frame(self, h: int, w: int) -> FramePlan:
+        positions = self.rotary_position_ids(h, w, self.config.spatial_merge_size)
+        taps, weights = position_taps(positions, h, w, self.table_side)
+        return FramePlan(positions, None, None, taps, weights)
+
+    def forward(
+        self,
+        patches: Tensor,
+        plan: DevicePlan,
+        attention: AttentionChoice,
+        keep_hidden: Sequence[int] = (),
+    ) -> TowerOutput:
+        assert plan.taps is not None and plan.tap_weights is not None
+        levels = self.config.deepstack_visual_indexes
+        tokens = patches.shape[0] // self.config.merge_unit
+        deepstack = patches.new_empty(len(levels), tokens, self.config.out_hidden_size)
+        rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
+
+        residual = self.patch_embed(patches)
+        add_position_embedding_(residual, self.pos_embed, plan.taps, plan.tap_weights)
+        normed = self.blocks[0].norm1(residual)
+        hidden: dict[int, Tensor] = {}
+        for index in range(len(self.blocks)):
+            residual, normed = self.run_block(
+                index, residual, normed, rotary, plan.full, attention.full
+            )
+            if index in levels:
+                level = levels.index(index)
+                self.deepstack_mergers[level](residual, out=deepstack[level])
+            if index in keep_hidden:
+                hidden[index] = residual
+        embeddings = self.merger(normed)
+        kept = tuple(hidden[index] for index in keep_hidden)
+        return TowerOutput(embeddings, deepstack if levels else None, kept)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        yield from self.patch_embed.weight_slots("patch_embed.")
+        yield whole("pos_embed.weight", self.pos_embed)
+        for index, block in enumerate(self.blocks):
+            yield from block.weight_slots(f"blocks.{index}.")
+        yield from self.merger_norm.weight_slots("merger.norm.")
+        yield from self.merger.weight_slots("merger.")
+        for level, merger in enumerate(self.deepstack_mergers):
+            yield from merger.weight_slots(f"deepstack_merger_list.{level}.")

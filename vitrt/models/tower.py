@@ -1,0 +1,154 @@
+"""What the towers of both families share: patches in, residual blocks, merged tokens out.
+
+Shapes: T patches, P values of one patch, D width, M merged tokens, O output width, L deepstack
+    levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vitrt.attention.base import AttentionBackend, Rotary, Segments
+from vitrt.attention.registry import AttentionChoice
+from vitrt.config import VisionConfig
+from vitrt.distributed import ParallelContext
+from vitrt.layers.attention import VisionAttention
+from vitrt.layers.cache import ByteCache
+from vitrt.layers.mlp import MLP
+from vitrt.layers.norm import Norm
+from vitrt.layers.patch import PatchEmbed
+from vitrt.layers.rotary import RotaryPosMixin
+from vitrt.layers.slots import WeightSlot
+from vitrt.models.device_plan import DevicePlan
+from vitrt.models.plan import ForwardPlan, FramePlan, Grid, build_plan, check_grids
+
+_FRAME_CACHE_BYTES = 64 << 20
+_PLAN_CACHE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TowerOutput:
+    """What a forward leaves on the device."""
+
+    embeddings: Tensor  # [M, O], raster order
+    deepstack: Tensor | None = None  # [L, M, O]
+    hidden: tuple[
+        Tensor, ...
+    ] = ()  # [T, D] each, in the order asked for and the order of `pixel_values`
+
+
+class VisionBlock(nn.Module):
+    """norm1, attention, residual; norm2, MLP, residual. A norm rides behind the add it follows."""
+
+    def __init__(
+        self, config: VisionConfig, parallel: ParallelContext, norm: type[nn.Module], mlp: MLP
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(config.hidden_size)
+        self.attn = VisionAttention(config, parallel)
+        self.norm2 = norm(config.hidden_size)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        residual: Tensor,
+        normed: Tensor,
+        rotary: Rotary,
+        segments: Segments,
+        backend: AttentionBackend,
+        next_norm: Norm,
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden states, their norm1) -> (hidden states, the norm that comes next), all [T, D]."""
+        attended = self.attn(normed, rotary, segments, backend)
+        residual, normed = self.attn.add_norm(attended, residual, self.norm2)
+        return self.mlp.add_norm(normed, residual, next_norm)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.norm1.weight_slots(f"{prefix}norm1.")
+        yield from self.attn.weight_slots(f"{prefix}attn.")
+        yield from self.norm2.weight_slots(f"{prefix}norm2.")
+        yield from self.mlp.weight_slots(f"{prefix}mlp.")
+
+
+class VisionTower(RotaryPosMixin, nn.Module):
+    """A tower: `plan` on the host, `forward` on the device. Families fill in what is theirs."""
+
+    config: VisionConfig
+    patch_embed: PatchEmbed
+    blocks: nn.ModuleList
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.__init_rotary__(config.head_dim)
+        self.frames: ByteCache[tuple[int, int], FramePlan] = ByteCache(_FRAME_CACHE_BYTES)
+        self.plans: ByteCache[tuple[Grid, ...], ForwardPlan] = ByteCache(_PLAN_CACHE_BYTES)
+
+    # Host
+
+    def plan(self, grid_thw: Sequence[Sequence[int]]) -> ForwardPlan:
+        """The plan of a batch of (t, h, w) grids in patches, cached. ValueError for a grid no tower
+        can take.
+        """
+        grids = check_grids(grid_thw, self.config.spatial_merge_size)
+        return self.plans.get(grids, lambda: self._build(grids))
+
+    def _build(self, grids: tuple[Grid, ...]) -> ForwardPlan:
+        frames = [
+            self.frames.get((h, w), lambda h=h, w=w: self.plan_frame(h, w)) for _, h, w in grids
+        ]
+        return build_plan(
+            grids, frames, merge_unit=self.config.merge_unit, window_patches=self.window_patches
+        )
+
+    @property
+    def window_patches(self) -> int:
+        """The most patches of one attention window; 0 for a tower without windows."""
+        cells = self.config.window_cells
+        return 0 if cells is None else cells**2 * self.config.merge_unit
+
+    def plan_frame(self, h: int, w: int) -> FramePlan:
+        """The plan of one frame of h x w patches."""
+        raise NotImplementedError
+
+    # Device
+
+    def forward(
+        self,
+        patches: Tensor,
+        plan: DevicePlan,
+        attention: AttentionChoice,
+        keep_hidden: Sequence[int] = (),
+    ) -> TowerOutput:
+        """patches [T, P] in the plan's order. `keep_hidden` asks for the hidden states after those
+        layers.
+        """
+        raise NotImplementedError
+
+    def run_block(
+        self,
+        index: int,
+        residual: Tensor,
+        normed: Tensor,
+        rotary: Rotary,
+        segments: Segments,
+        backend: AttentionBackend,
+    ) -> tuple[Tensor, Tensor]:
+        """Block `index`, followed by the first norm of the next one, or by the merger's."""
+        last = index + 1 == len(self.blocks)
+        next_norm = self.final_norm if last else self.blocks[index + 1].norm1
+        return self.blocks[index](residual, normed, rotary, segments, backend, next_norm)
+
+    @property
+    def final_norm(self) -> Norm:
+        """The norm in front of the merger."""
+        raise NotImplementedError
+
+    # Weights
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Every tensor of the checkpoint's tower, once."""
+        raise NotImplementedError

@@ -1,0 +1,70 @@
+"""Where a tower runs, in which dtype, and how many patches it takes at once."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vitrt.models.tower import VisionTower
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CPU_PATCHES = 8192  # some 100 MiB of activations: larger batches do not run faster on a CPU
+_GPU_PATCHES = 49152  # 150 images of 560 x 560: far past where the device is full
+_FREE_SHARE = 0.5  # of the free memory that activations may take
+
+
+def resolve_device(name: str) -> torch.device:
+    """CUDA where there is one for "auto", else the CPU. ValueError for a device that is not there."""
+    if name == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown: {error}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"device {name!r} asked for, but no CUDA device is available; use 'cpu' or 'auto'"
+            )
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices"
+            )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU and float32 on a CPU. ValueError for a dtype the towers do not
+    run in.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; use auto, {', '.join(DTYPES)}")
+    if name == "float16":
+        logger.warning(
+            "float16 overflows in these towers on real weights; bfloat16 is the safe choice"
+        )
+    return DTYPES[name]
+
+
+def budget_from_memory(tower: VisionTower, device: torch.device, dtype: torch.dtype) -> int:
+    """Patches per forward that fit in part of the device's free memory."""
+    if device.type != "cuda":
+        return _CPU_PATCHES
+    config = tower.config
+    # The widest moment of a block: residual, norm, MLP activations before and after gating, and
+    # pixels.
+    values = 2 * config.hidden_size + 3 * config.intermediate_size + config.patch_dim
+    free = torch.cuda.mem_get_info(device)[0]
+    fitting = int(free * _FREE_SHARE) // (values * dtype.itemsize)
+    return max(min(fitting, _GPU_PATCHES), 256)
