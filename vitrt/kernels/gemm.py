@@ -1,0 +1,156 @@
+"""Matrix products with bias, activation and residual: `linear`, and what it chooses by.
+
+`quack` puts everything into the epilogue (Hopper), cuBLAS what it can; which is faster depends on
+N, K and M and was measured (gemm_table.py). Where nothing was measured, cuBLAS runs and the kernels
+of activation.py do the rest.
+
+Shapes: M rows (patches or merged tokens), K input and N output features; swiglu halves N.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrt.kernels import gemm_aten, gemm_quack
+from vitrt.kernels.gemm_table import Choice, Kind, Product, Table, table_for
+
+Activation: TypeAlias = Literal["gelu_tanh", "gelu", "swiglu"] | None
+
+# How cuBLAS carries each kind, where no table says otherwise.
+_CUBLAS: dict[Kind, Choice] = {
+    "bias": Choice("addmm"),
+    "gelu_tanh": Choice("addmm"),
+    "gelu": Choice("mm"),
+    "swiglu": Choice("mm"),
+    "residual": Choice("mm"),
+}
+
+_MAX_RESOLVED = 8192
+_resolved: dict[tuple[Any, ...], Any] = {}  # a product seen before -> what runs it
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """act(x W^T + b), or residual + (x W^T + b).
+
+    Args:
+        x: [M, K], rows contiguous.
+        weight: [N, K]; for swiglu its rows are interleaved, gate 0, up 0, gate 1, up 1, ...
+        bias: [N], in the order of the weight's rows.
+        activation: None, "gelu_tanh", "gelu" (erf) or "swiglu"; not together with `residual`.
+        residual: [M, N], left as it is.
+        out: where the result goes, [M, N] ([M, N / 2] for swiglu), rows contiguous.
+
+    Returns [M, N] ([M, N / 2] for swiglu) in the dtype of x, rounded once where an epilogue carries
+    everything.
+    """
+    assert activation is None or residual is None
+    kind: Kind = activation or ("bias" if residual is None else "residual")
+    key = (kind, x.shape, weight.shape, x.dtype, x.device, bias is None)
+    function = _resolved.get(key)
+    if function is None:
+        function = _resolve(kind, x, weight, bias)
+        if len(_resolved) >= _MAX_RESOLVED:
+            _resolved.clear()
+        _resolved[key] = function
+    return function(x, weight, bias, residual, out)
+
+
+def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear(..., residual=...)` beats the bare product and a fused add and norm."""
+    if not x.is_cuda:
+        return x.device.type == "cpu"
+    key = ("fuses", x.shape, weight.shape, x.dtype, x.device)
+    answer = _resolved.get(key)
+    if answer is None:
+        n, k = weight.shape
+        chosen = choose("residual", x.shape[0], n, k, x.dtype, x.device)
+        answer = _resolved[key] = chosen.implementation == "quack"
+    return answer
+
+
+def choose(kind: Kind, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """What runs a product with bias on `device`: the measured choice, where it can run."""
+    table = _usable_table(kind, n, k, dtype, device)
+    if table is None:
+        # cuBLASLt's GELU is of 16-bit accuracy: float32 takes the exact kernels.
+        return _CUBLAS[kind] if dtype.itemsize == 2 or kind == "bias" else Choice("mm")
+    return table.choice(Product(kind, n, k), m) or _CUBLAS[kind]
+
+
+def prepare(
+    weight: Tensor, bias: Tensor | None, *, activation: Activation = None, residual: bool = False
+) -> int:
+    """Compiles what `linear` may run with this weight at any M; returns how many kernels.
+
+    Called when a model is loaded, so that no call later waits: about two seconds for a kernel that
+    is not yet in quack's disk cache, milliseconds for one that is. Layers of one shape share them.
+    """
+    kind: Kind = activation or ("residual" if residual else "bias")
+    n, k = weight.shape
+    table = None if bias is None else _usable_table(kind, n, k, weight.dtype, weight.device)
+    if table is None:
+        return 0
+    tiles = table.tiles(Product(kind, n, k))
+    for tile in tiles:
+        gemm_quack.compiled(kind, tile, weight.dtype, weight.device)
+    return len(tiles)
+
+
+def _usable_table(
+    kind: Kind, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> Table | None:
+    if gemm_quack.unavailable(device) or not gemm_quack.supports(kind, n, k, dtype):
+        return None
+    return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def _resolve(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """The function (x, weight, bias, residual, out) that runs this product from now on."""
+    assert x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], (
+        f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not share K"
+    )
+    if x.device.type == "cpu":
+        return partial(gemm_aten.on_cpu, kind)
+    m, (n, k) = x.shape[0], weight.shape
+    if bias is None or not x.is_cuda or m == 0:
+        return partial(gemm_aten.product_then_kernel, kind)
+    chosen = choose(kind, m, n, k, x.dtype, x.device)
+    if chosen.tile is not None:
+        return gemm_quack.compiled(kind, chosen.tile, x.dtype, x.device)
+    if chosen.implementation == "addmm":
+        return partial(gemm_aten.addmm, kind)
+    return partial(gemm_aten.product_then_kernel, kind)
+
+
+def linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`linear` with float32 (float64 for float64 inputs) inside and one rounding: the oracle."""
+    inside = torch.promote_types(x.dtype, torch.float32)
+    result = F.linear(x.to(inside), weight.to(inside), None if bias is None else bias.to(inside))
+    if activation == "swiglu":
+        gate, up = result.unflatten(-1, (-1, 2)).unbind(-1)
+        result = F.silu(gate) * up
+    elif activation is not None:
+        result = F.gelu(result, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if residual is not None:
+        result = result + residual.to(inside)
+    return result.to(x.dtype)

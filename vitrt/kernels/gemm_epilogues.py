@@ -1,0 +1,56 @@
+"""What quack's products do before they store: each a function over the float32 accumulator.
+
+Importing this imports quack and CUTLASS (seconds): only gemm_quack.py does, on a device that can
+use it.
+
+quack keeps compiled kernels on disk under a fingerprint of these functions, but of an installed
+package it takes only their names. A function whose result changes therefore gets a new name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quack.activation import gelu_erf, gelu_tanh_approx
+from quack.activation import swiglu as silu_mul
+from quack.epilogue.frontend import gemm_epilogue
+from quack.epilogue.math import unpack
+from quack.epilogue.ops import RowVecLoad
+
+# Pinned: quack would otherwise guess from the shapes whether the vector runs along M or N.
+_BIAS = {"bias": RowVecLoad("bias")}
+
+
+@gemm_epilogue(ops=_BIAS)
+def add_bias(acc: Any, bias: Any) -> dict[str, Any]:
+    return {"D": acc + bias}
+
+
+@gemm_epilogue(ops=_BIAS)
+def add_bias_residual(acc: Any, c: Any, bias: Any) -> dict[str, Any]:
+    return {"D": c + (acc + bias)}
+
+
+@gemm_epilogue(ops=_BIAS)
+def gelu(acc: Any, bias: Any) -> dict[str, Any]:
+    return {"D": gelu_erf(acc + bias)}
+
+
+@gemm_epilogue(ops=_BIAS)
+def gelu_tanh(acc: Any, bias: Any) -> dict[str, Any]:
+    return {"D": gelu_tanh_approx(acc + bias)}
+
+
+@gemm_epilogue(outputs=("out",), mode="acc_pair", ops=_BIAS)
+def swiglu(acc: Any, bias: Any) -> dict[str, Any]:
+    gate, up = unpack(acc + bias)  # neighbouring columns: weight rows come as g0, u0, g1, u1, ...
+    return {"out": silu_mul(gate, up)}
+
+
+EPILOGUES = {
+    "bias": add_bias,
+    "residual": add_bias_residual,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": swiglu,
+}

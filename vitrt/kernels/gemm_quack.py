@@ -1,0 +1,142 @@
+"""Matrix products with everything in the epilogue, by quack-kernels (CuTe DSL) on Hopper.
+
+A kernel is compiled for a kind, a tile and a dtype, never for a shape: about two seconds once, then
+quack keeps it on disk (`QUACK_CACHE_DIR`, by default under the system's temporary folder).
+`FusedProduct` holds the finished launch plan, so that a call costs the host about what cuBLAS does;
+nothing in it synchronises, so a graph can capture it.
+
+Shapes: M rows, K input and N output features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+import time
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrt.kernels.gemm_table import Kind, Tile
+
+logger = logging.getLogger(__name__)
+
+RELEASES = "0.6."  # of quack-kernels: its launch plans are no stable interface
+
+_PACKAGES = ("quack", "cutlass", "tvm_ffi")
+_DTYPES = (torch.bfloat16, torch.float16)
+_ALIGNMENT = 8  # elements: a row starts on 16 bytes, which TMA asks for
+
+_compile_lock = threading.Lock()
+_compiled: dict[tuple[Kind, Tile, torch.dtype, torch.device], FusedProduct] = {}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None where quack's products run on `device`, else the reason why not."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, this one is {device.type}"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    return _unavailable(torch.cuda.get_device_capability(device))
+
+
+@lru_cache(maxsize=8)
+def _unavailable(capability: tuple[int, int]) -> str | None:
+    if capability[0] != 9:
+        major, minor = capability
+        return f"tuned for compute capability 9.x (Hopper), this device has {major}.{minor}"
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: pip install 'vitrt[hopper]'"
+    version = metadata.version("quack-kernels")
+    if not version.startswith(RELEASES):
+        needed = f"quack-kernels {version} is installed, {RELEASES}x is needed"
+        return f"{needed}: pip install 'vitrt[hopper]'"
+    try:
+        import vitrt.kernels.gemm_epilogues  # noqa: F401
+    except Exception as error:  # whatever a mismatched CUTLASS raises: cuBLAS still works
+        return f"import failed: {type(error).__name__}: {error}"
+    return None
+
+
+def supports(kind: Kind, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether rows of both matrices and of the output are aligned as TMA asks."""
+    aligned = 2 * _ALIGNMENT if kind == "swiglu" else _ALIGNMENT
+    return dtype in _DTYPES and n % aligned == 0 and k % _ALIGNMENT == 0
+
+
+class FusedProduct:
+    """One compiled kernel: a product of any shape with its epilogue, rounded once."""
+
+    __slots__ = ("_gated", "_launch", "_plan")
+
+    def __init__(self, kind: Kind, plan: Any) -> None:
+        from quack.gemm_runtime.host import run_gemm_epi_plan
+
+        self._gated = kind == "swiglu"
+        self._launch = run_gemm_epi_plan
+        self._plan = plan
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """act(x [M, K] weight [N, K]^T + bias [N]) or residual [M, N] + that; rows contiguous."""
+        if out is None:
+            n = weight.shape[0]
+            out = x.new_empty(x.shape[0], n // 2 if self._gated else n)
+        # A gated result is half as wide as the product: to quack a second output, not its D matrix.
+        product = None if self._gated else out
+        self._launch(self._plan, x, weight, product, residual, {"bias": bias, "out": out})
+        return out
+
+
+def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> FusedProduct:
+    """The kernel, on first use compiled (or loaded from quack's disk cache) and run once.
+
+    Run once because CUDA loads a kernel at its first launch, and under graph capture it must not.
+    """
+    key = (kind, tile, dtype, device)
+    with _compile_lock:
+        if key not in _compiled:
+            started = time.perf_counter()
+            with torch.cuda.device(device):
+                _compiled[key] = FusedProduct(kind, compile_and_launch(kind, tile, dtype, device))
+            seconds = time.perf_counter() - started
+            logger.info("product %s %s %s ready in %.1f s", kind, tile, dtype, seconds)
+        return _compiled[key]
+
+
+def compile_and_launch(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> Any:
+    """quack's launch plan, which holds for every shape, made by running one small product."""
+    from vitrt.kernels.gemm_epilogues import EPILOGUES
+
+    m, n, k = 256, 512, 128
+    x = torch.zeros(m, k, dtype=dtype, device=device)
+    weight = torch.zeros(n, k, dtype=dtype, device=device)
+    product = torch.empty(m, n, dtype=dtype, device=device)
+    gated = kind == "swiglu"
+    arguments = {"bias": torch.zeros(n, dtype=dtype, device=device)}
+    if gated:
+        arguments["out"] = torch.empty(m, n // 2, dtype=dtype, device=device)
+    return EPILOGUES[kind].gemm(
+        x,
+        weight,
+        None if gated else product,
+        torch.zeros_like(product) if kind == "residual" else None,
+        epi_args=arguments,
+        tile_M=tile.m,
+        tile_N=tile.n,
+        pingpong=tile.pingpong,
+        cluster_M=tile.cluster_m,
+        cluster_N=tile.cluster_n,
+        split_k=tile.split_k,
+    )
