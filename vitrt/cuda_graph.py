@@ -101,21 +101,18 @@ class GraphRunner(EagerRunner):
     ) -> TowerOutput:
         with self._lock:
             reason = self._ineligible(plan, keep_hidden)
-            if reason is None:
-                key = self._key(plan)
-                recording = self._recordings.get(key)
-                if recording is None:
-                    self._sightings[key] += 1
-                    if key in self._too_large:
-                        reason = "over the graph memory limit"
-                    elif self._sightings[key] < _SIGHTINGS:
-                        reason = "first of its bucket"
-                    else:
-                        recording = self._record(key, plan, feed)
-                if recording is not None:
-                    return self._replay(key, recording, plan, feed)
-            assert reason is not None or key in self._too_large
-            return self.run_eager(plan, feed, reason or "over the graph memory limit", keep_hidden)
+            if reason is not None:
+                return self.run_eager(plan, feed, reason, keep_hidden)
+            key = self._key(plan)
+            recording = self._recordings.get(key)
+            if recording is None and key not in self._too_large:
+                self._sightings[key] += 1
+                if self._sightings[key] < _SIGHTINGS:
+                    return self.run_eager(plan, feed, "first of its bucket")
+                recording = self._record(key, plan, feed)
+            if recording is None:
+                return self.run_eager(plan, feed, "over the graph memory limit")
+            return self._replay(key, recording, plan, feed)
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
         """Record these buckets (default: all) now, the largest first, for every backend that they

@@ -28,7 +28,7 @@ class PatchFeed(Protocol):
         ...
 
     def write(self, out: Tensor, rows: Tensor | None, num_patches: int) -> None:
-        """Fill the first `num_patches` rows of `out` [T or more, P]; what lies behind is padding."""
+        """Fill the first `num_patches` rows of `out` [T or more, P]; the rest is padding."""
         ...
 
 

@@ -17,7 +17,7 @@ _FREE_SHARE = 0.5  # of the free memory that activations may take
 
 
 def resolve_device(name: str) -> torch.device:
-    """CUDA where there is one for "auto", else the CPU. ValueError for a device that is not there."""
+    """CUDA where there is one for "auto", else the CPU. ValueError for one that is not there."""
     if name == "auto":
         return (
             torch.device("cuda", torch.cuda.current_device())

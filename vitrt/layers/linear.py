@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrt.distributed import SINGLE, ParallelContext
-from vitrt.kernels.gemm import Activation, fuses_residual, linear
+from vitrt.kernels.gemm import Activation, fuses_residual, linear, prepare
 from vitrt.layers.norm import Norm
 from vitrt.layers.slots import TensorSlice, WeightSlot, whole
 
@@ -44,7 +44,7 @@ def _shard(width: int, parallel: ParallelContext) -> slice:
 
 
 def _clipped(part: slice, width: int) -> slice:
-    """`part` of the padded width, without what lies beyond the `width` that the checkpoint holds."""
+    """`part` of the padded width, without what lies beyond the checkpoint's own `width`."""
     return slice(min(part.start, width), min(part.stop, width))
 
 
@@ -68,6 +68,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, activation=self.activation)
+
+    def prepare(self) -> None:
+        """Compile what this product may run, so that no forward waits for a compiler."""
+        prepare(self.weight, self.bias, activation=self.activation)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield whole(f"{prefix}weight", self.weight)
@@ -201,6 +205,11 @@ class RowParallelLinear(Linear):
             return total, norm(total)
         partial = self.parallel.all_reduce(linear(x, self.weight, None))
         return norm.add(partial, self.bias, residual)
+
+    def prepare(self) -> None:
+        if self.parallel.tp_size == 1:
+            prepare(self.weight, self.bias, residual=True)
+            prepare(self.weight, self.bias)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         columns = _clipped(self.part, self.in_features)

@@ -34,7 +34,7 @@ class PatchMerger(nn.Module):
         self.names = names
 
     def forward(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normed patches [T, D] or tokens [M, D * merge^2] -> [M, O], in `out` where it is given."""
+        """Normed patches [T, D] or tokens [M, D * merge^2] -> [M, O], in `out` where given."""
         return self.fc2(self.fc1(normed.view(-1, self.joined)), out=out)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

@@ -44,7 +44,7 @@ class RotaryPosMixin:
         )
 
     def rotary_position_ids(self, h: int, w: int, merge: int) -> NDArray[np.int32]:
-        """(row, column) of every patch of one frame, int32 [h * w, 2], merge x merge blocks first."""
+        """(row, column) of every patch of a frame, int32 [h * w, 2], merge x merge blocks first."""
         return self.position_ids_cache.get((h, w, merge), lambda: _position_ids(h, w, merge))
 
     def rotary(self, positions: Tensor, valid: Tensor | None, largest: int) -> Rotary:

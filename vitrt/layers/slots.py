@@ -32,7 +32,7 @@ class WeightSlot:
 
 
 def whole(name: str, target: Tensor, shape: tuple[int, ...] | None = None) -> WeightSlot:
-    """A slot that fills `target` with the whole tensor, reshaped from `shape` where that differs."""
+    """A slot that fills `target` with the whole tensor, reshaped from `shape` where it differs."""
 
     def store(source: TensorSlice) -> None:
         target.copy_(source[...].reshape(target.shape))

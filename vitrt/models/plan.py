@@ -84,7 +84,7 @@ class ForwardPlan:
 
     @cached_property
     def patch_order(self) -> IntArray | None:
-        """[T] patch of the input at each place of execution; None where the input's order is kept."""
+        """[T] patch of the input at each place of execution; None where that order is kept."""
         if self.order is None:
             return None
         unit = np.arange(self.merge_unit, dtype=np.int32)

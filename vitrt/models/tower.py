@@ -17,6 +17,7 @@ from vitrt.config import VisionConfig
 from vitrt.distributed import ParallelContext
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
+from vitrt.layers.linear import Linear
 from vitrt.layers.mlp import MLP
 from vitrt.layers.norm import Norm
 from vitrt.layers.patch import PatchEmbed
@@ -148,6 +149,12 @@ class VisionTower(RotaryPosMixin, nn.Module):
         raise NotImplementedError
 
     # Weights
+
+    def prepare(self) -> None:
+        """Compile the kernels of all products, once a shape."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Every tensor of the checkpoint's tower, once."""
