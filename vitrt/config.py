@@ -319,7 +319,7 @@ class RuntimeConfig:
     min_pixels: int | None = None  # None: what the checkpoint says
     max_pixels: int | None = None
     max_batch_tokens: int | None = None  # patches of one forward; None: chosen from free memory
-    resize: str = "pillow"  # or "torch": whose bicubic, bit for bit
+    resize: Literal["pillow", "torch"] = "pillow"  # or "torch": whose bicubic, bit for bit
     graph_memory_mib: float = 4096.0
 
     def __post_init__(self) -> None:

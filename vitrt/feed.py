@@ -21,7 +21,11 @@ class PatchFeed(Protocol):
     """Writes the patches of one batch; `rows` travels to the device inside the packed plan."""
 
     kind: Feed | None  # None: the patches already lie in the order of execution
-    key: Hashable  # equal keys and grids mean equal `rows`
+
+    @property
+    def key(self) -> Hashable:
+        """Equal keys and grids mean equal `rows`."""
+        ...
 
     def rows(self, plan: ForwardPlan) -> IntArray | None:
         """int32 [T, columns] on the host, or None where `kind` is None."""

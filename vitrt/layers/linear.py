@@ -10,7 +10,7 @@ Shapes: T rows, K input and N output features of the whole layer, tp ranks, H he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class ColumnParallelLinear(Linear):
             yield WeightSlot(f"{prefix}{name}", shape, _rows_into(target, rows))
 
 
-def _rows_into(target: Tensor, rows: slice):
+def _rows_into(target: Tensor, rows: slice) -> Callable[[TensorSlice], None]:
     def store(source: TensorSlice) -> None:
         count = rows.stop - rows.start
         target[:count].copy_(source[rows])
@@ -135,7 +135,7 @@ class FusedQKVLinear(Linear):
             shape = (3 * self.width, *target.shape[1:])
             yield WeightSlot(f"{prefix}{name}", shape, self._heads_into(target))
 
-    def _heads_into(self, target: Tensor):
+    def _heads_into(self, target: Tensor) -> Callable[[TensorSlice], None]:
         def store(source: TensorSlice) -> None:
             for index, block in enumerate(target.view(3, -1, *target.shape[1:])):
                 first = index * self.width
@@ -189,6 +189,7 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [T, K / tp] -> [T, N], in `out` where it is given."""
+        assert self.bias is not None
         if self.parallel.tp_size == 1:
             return linear(x, self.weight, self.bias, out=out)
         partial = linear(x, self.weight, None, out=out)

@@ -168,10 +168,9 @@ class DevicePlan:
     largest_position: int  # host bound of `positions`
 
     @cached_property
-    def hidden_inverse(self) -> Tensor | None:
-        """[T] place of execution of each patch, for hidden states; None where the order is kept."""
-        if self.inverse is None:
-            return None
+    def hidden_inverse(self) -> Tensor:
+        """[T] place of execution of each patch, for hidden states of a reordered tower."""
+        assert self.inverse is not None
         unit = self.positions.shape[0] // self.inverse.shape[0]
         steps = torch.arange(unit, dtype=torch.int32, device=self.inverse.device)
         return (self.inverse[:, None] * unit + steps).reshape(-1)

@@ -61,7 +61,7 @@ class Qwen25VLVisionTower(VisionTower):
         assert plan.window is not None and plan.inverse is not None
         rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
         residual = self.patch_embed(patches)
-        normed = self.blocks[0].norm1(residual)
+        normed = self.block(0).norm1(residual)
         hidden: dict[int, Tensor] = {}
         for index in range(len(self.blocks)):
             full = index in self.config.fullatt_block_indexes
@@ -76,7 +76,7 @@ class Qwen25VLVisionTower(VisionTower):
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         yield from self.patch_embed.weight_slots("patch_embed.")
-        for index, block in enumerate(self.blocks):
-            yield from block.weight_slots(f"blocks.{index}.")
+        for index in range(len(self.blocks)):
+            yield from self.block(index).weight_slots(f"blocks.{index}.")
         yield from self.merger_norm.weight_slots("merger.ln_q.")
         yield from self.merger.weight_slots("merger.")

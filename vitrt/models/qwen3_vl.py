@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,9 @@ class Qwen3VLVisionTower(VisionTower):
             DeepstackMerger(config, parallel) for _ in config.deepstack_visual_indexes
         )
 
+    def deepstack_merger(self, level: int) -> DeepstackMerger:
+        return cast(DeepstackMerger, self.deepstack_mergers[level])
+
     @property
     def final_norm(self) -> Norm:
         return self.merger_norm
@@ -72,7 +76,7 @@ class Qwen3VLVisionTower(VisionTower):
 
         residual = self.patch_embed(patches)
         add_position_embedding_(residual, self.pos_embed, plan.taps, plan.tap_weights)
-        normed = self.blocks[0].norm1(residual)
+        normed = self.block(0).norm1(residual)
         hidden: dict[int, Tensor] = {}
         for index in range(len(self.blocks)):
             residual, normed = self.run_block(
@@ -80,7 +84,7 @@ class Qwen3VLVisionTower(VisionTower):
             )
             if index in levels:
                 level = levels.index(index)
-                self.deepstack_mergers[level](residual, out=deepstack[level])
+                self.deepstack_merger(level)(residual, out=deepstack[level])
             if index in keep_hidden:
                 hidden[index] = residual
         embeddings = self.merger(normed)
@@ -90,9 +94,9 @@ class Qwen3VLVisionTower(VisionTower):
     def weight_slots(self) -> Iterator[WeightSlot]:
         yield from self.patch_embed.weight_slots("patch_embed.")
         yield whole("pos_embed.weight", self.pos_embed)
-        for index, block in enumerate(self.blocks):
-            yield from block.weight_slots(f"blocks.{index}.")
+        for index in range(len(self.blocks)):
+            yield from self.block(index).weight_slots(f"blocks.{index}.")
         yield from self.merger_norm.weight_slots("merger.norm.")
         yield from self.merger.weight_slots("merger.")
-        for level, merger in enumerate(self.deepstack_mergers):
-            yield from merger.weight_slots(f"deepstack_merger_list.{level}.")
+        for level in range(len(self.deepstack_mergers)):
+            yield from self.deepstack_merger(level).weight_slots(f"deepstack_merger_list.{level}.")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import Linear
 from vitrt.layers.mlp import MLP
-from vitrt.layers.norm import Norm
+from vitrt.layers.norm import LayerNorm, Norm, RMSNorm
 from vitrt.layers.patch import PatchEmbed
 from vitrt.layers.rotary import RotaryPosMixin
 from vitrt.layers.slots import WeightSlot
@@ -45,7 +47,11 @@ class VisionBlock(nn.Module):
     """norm1, attention, residual; norm2, MLP, residual. A norm rides behind the add it follows."""
 
     def __init__(
-        self, config: VisionConfig, parallel: ParallelContext, norm: type[nn.Module], mlp: MLP
+        self,
+        config: VisionConfig,
+        parallel: ParallelContext,
+        norm: type[RMSNorm] | type[LayerNorm],
+        mlp: MLP,
     ) -> None:
         super().__init__()
         self.norm1 = norm(config.hidden_size)
@@ -98,9 +104,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
         return self.plans.get(grids, lambda: self._build(grids))
 
     def _build(self, grids: tuple[Grid, ...]) -> ForwardPlan:
-        frames = [
-            self.frames.get((h, w), lambda h=h, w=w: self.plan_frame(h, w)) for _, h, w in grids
-        ]
+        frames = [self.frames.get((h, w), partial(self.plan_frame, h, w)) for _, h, w in grids]
         return build_plan(
             grids, frames, merge_unit=self.config.merge_unit, window_patches=self.window_patches
         )
@@ -140,8 +144,11 @@ class VisionTower(RotaryPosMixin, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Block `index`, followed by the first norm of the next one, or by the merger's."""
         last = index + 1 == len(self.blocks)
-        next_norm = self.final_norm if last else self.blocks[index + 1].norm1
-        return self.blocks[index](residual, normed, rotary, segments, backend, next_norm)
+        next_norm = self.final_norm if last else self.block(index + 1).norm1
+        return self.block(index)(residual, normed, rotary, segments, backend, next_norm)
+
+    def block(self, index: int) -> VisionBlock:
+        return cast(VisionBlock, self.blocks[index])
 
     @property
     def final_norm(self) -> Norm:
