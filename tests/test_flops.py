@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.checkpoints import CONFIGS, TOWER_CLASSES
+from tests.checkpoints import CONFIGS
+from vitrt.bench.towers import empty_tower
 from vitrt.config import VisionConfig
 from vitrt.flops import Grid, attention_layers, count_flops, count_parameters, count_tokens
 
@@ -104,9 +104,7 @@ def test_layers_listed_beyond_the_depth_are_not_counted() -> None:
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()))
 def test_parameters_are_those_of_transformers(name: str) -> None:
     config = released(name)
-    tower = getattr(transformers, TOWER_CLASSES[config.model_type])
-    with torch.device("meta"):
-        reference = tower(tower.config_class(**config.to_dict()))
+    reference = empty_tower(config, device=torch.device("meta"), dtype=torch.float32)
     assert count_parameters(config) == sum(
         parameter.numel() for parameter in reference.parameters()
     )

@@ -1,0 +1,125 @@
+"""Arguments of `vitrt bench` and scripts/bench.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vitrt.bench.peers import PEER_NAMES
+from vitrt.bench.report import agrees, to_json, to_text
+from vitrt.bench.runs import BenchConfig, run_bench
+from vitrt.bench.workloads import WORKLOAD_NAMES
+from vitrt.placement import resolve_device, resolve_dtype
+
+DEFAULTS = BenchConfig()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run` reads."""
+    parser.description = (
+        "Time vitrt and transformers on the same weights and pixels, in one process and one run, "
+        "and check that their outputs agree. Without a GPU, shapes are scaled down."
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL|CONFIG",
+        help="checkpoints (folder or hub id), or config.json files or released sizes with random "
+        f"weights (default: {' '.join(DEFAULTS.models)})",
+    )
+    parser.add_argument("--models", dest="models_option", type=_names, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--workloads", type=_names, default=DEFAULTS.workloads, help=",".join(WORKLOAD_NAMES)
+    )
+    parser.add_argument("--peers", type=_names, help=f"{','.join(PEER_NAMES)}, or none")
+    parser.add_argument("--device", default="auto", help="default: cuda where there is one")
+    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--attention", default=DEFAULTS.attention, help="vitrt's backend")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="CUDA graphs at every size or at none (default: as the encoder decides)",
+    )
+    parser.add_argument("--scale", choices=("auto", "full", "tiny"), default="auto")
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=DEFAULTS.check,
+        help="compare outputs with transformers in float32",
+    )
+    parser.add_argument("--profile", action="store_true", help="time by kernel group")
+    parser.add_argument("--ablate", action="store_true", help="what each part is worth, as ratios")
+    parser.add_argument("--memory", action="store_true", help="peak memory beyond weights")
+    parser.add_argument(
+        "--seconds", type=float, default=DEFAULTS.seconds, help="of timing for each figure"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=DEFAULTS.time_limit,
+        metavar="SECONDS",
+        help="compile no further shapes after this (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    parser.add_argument("--quiet", action="store_true", help="tables only, no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run and print; 1 where vitrt failed or disagrees, else 0. ValueError for bad arguments."""
+    config = _config(args)
+
+    def progress(line: str) -> None:
+        if not args.quiet:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    result = run_bench(config, progress)
+    if args.json is not None:
+        args.json.write_text(json.dumps(to_json(result), indent=1) + "\n")
+    sys.stdout.write(to_text(result) + "\n")
+    rows = [row for model in result.models for row in model.rows]
+    return 1 if any("vitrt" in row.failures or not agrees(row) for row in rows) else 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name and name != "none")
+
+
+def _config(args: argparse.Namespace) -> BenchConfig:
+    device = resolve_device(args.device)
+    unknown = [name for name in args.peers or () if name not in PEER_NAMES]
+    if unknown:
+        raise ValueError(f"peer {unknown[0]!r} does not exist; there are {', '.join(PEER_NAMES)}")
+    scale = args.scale
+    if scale == "auto":
+        scale = "full" if device.type == "cuda" else "tiny"
+    return BenchConfig(
+        models=tuple(args.models) or args.models_option or DEFAULTS.models,
+        workloads=args.workloads,
+        peers=args.peers,
+        device=device,
+        dtype=resolve_dtype(args.dtype, device),
+        attention=args.attention,
+        cuda_graphs=args.graphs,
+        tiny=scale == "tiny",
+        check=args.check,
+        profile=args.profile,
+        ablate=args.ablate,
+        memory=args.memory,
+        seconds=args.seconds,
+        time_limit=args.time_limit,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The benchmark as a program of its own."""
+    parser = argparse.ArgumentParser(prog="bench")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ValueError as error:
+        parser.error(str(error))

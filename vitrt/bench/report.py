@@ -1,0 +1,244 @@
+"""The benchmark's tables, as text and as JSON."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from vitrt.bench.ablate import Ablation
+from vitrt.bench.peers import PEER_NAMES
+from vitrt.bench.profiling import GROUP_NAMES, Profile
+from vitrt.bench.runs import BenchResult, ModelResult, Row
+from vitrt.bench.timing import Timing
+from vitrt.runner import RunnerStats
+
+FLOAT32_BOUND = 1e-5  # relative L2
+RATIO_BOUND = 1.05  # of transformers' own error in the same dtype
+TOP_KERNELS = 8
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures were taken on."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+    else:
+        found["device"] = platform.processor() or platform.machine()
+    for name in ("transformers", "triton"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = "not installed"
+    return found
+
+
+def to_json(result: BenchResult) -> dict[str, Any]:
+    """Everything that was measured, in plain types."""
+    config = result.config
+    options = {
+        name: getattr(config, name)
+        for name in ("attention", "cuda_graphs", "tiny", "seconds", "time_limit")
+    }
+    return {
+        "format": "vitrt.bench.v1",
+        "machine": machine(config.device),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "options": options,
+        "ceilings": [asdict(ceiling) for ceiling in result.ceilings],
+        "ceiling_tflops": result.tflops,
+        "seconds": result.seconds,
+        "models": [_model_json(model, result.tflops) for model in result.models],
+    }
+
+
+def _model_json(model: ModelResult, ceiling: float) -> dict[str, Any]:
+    return {
+        "model": model.source.name,
+        "model_type": model.source.config.model_type,
+        "vision_config": model.source.config.to_dict(),
+        "random_weights": model.source.checkpoint is None,
+        "attention": model.attention,
+        "runner": _stats_json(model.stats),
+        "workloads": [_row_json(row, ceiling) for row in model.rows],
+    }
+
+
+def _row_json(row: Row, ceiling: float) -> dict[str, Any]:
+    timings = {}
+    for name, timing in row.timings.items():
+        timings[name] = asdict(timing) | {
+            "tflops": rate(row, timing.rate_ms),
+            "share": rate(row, timing.rate_ms) / ceiling,
+        }
+        if timing.wall_ms is not None:
+            timings[name]["wall_share"] = rate(row, timing.wall_ms) / ceiling
+    return {
+        "workload": row.workload.name,
+        "grids": row.workload.grids,
+        "patches": row.workload.patches,
+        "flops": row.flops,
+        "timings": timings,
+        "errors": {name: asdict(errors) for name, errors in row.errors.items()},
+        "reference_errors": None if row.reference_errors is None else asdict(row.reference_errors),
+        "error_ratio": error_ratio(row),
+        "agrees": agrees(row),
+        "failures": row.failures,
+        "compile_seconds": row.compile_seconds,
+        "plan_ms": row.plan_ms,
+        "profile": None if row.profile is None else asdict(row.profile),
+        "ablations": [asdict(a) | {"ratio": a.ratio} for a in row.ablations],
+        "peak_bytes": row.memory,
+    }
+
+
+def _stats_json(stats: RunnerStats) -> dict[str, Any]:
+    return {
+        "replays": dict(stats.hits),
+        "eager": dict(stats.eager),
+        "captures": stats.captures,
+        "evictions": stats.evictions,
+        "padding_share": stats.padding_share,
+        "graph_bytes": stats.graph_bytes,
+    }
+
+
+def rate(row: Row, milliseconds: float) -> float:
+    """Counted TFLOP/s."""
+    return row.flops / milliseconds / 1e9
+
+
+def to_text(result: BenchResult) -> str:
+    """The tables, short enough for a terminal."""
+    return "\n".join(_lines(result))
+
+
+def _lines(result: BenchResult) -> Iterator[str]:
+    found = machine(result.config.device)
+    dtype = str(result.config.dtype).removeprefix("torch.")
+    for model in result.models:
+        yield from _extra_lines(model)
+    yield ""
+    yield ", ".join(f"{key} {value}" for key, value in found.items()) + f", {dtype}"
+    products = " / ".join(f"{ceiling.tflops:.4g}" for ceiling in result.ceilings)
+    copies = " / ".join(f"{ceiling.copy_tb_s:.3g}" for ceiling in result.ceilings)
+    yield f"ceilings before / after: product {products} TFLOP/s, copy {copies} TB/s"
+    for model in result.models:
+        yield ""
+        yield from _model_lines(model, result.tflops)
+    yield f"took {result.seconds:.0f} s"
+
+
+def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
+    weights = "random weights" if model.source.checkpoint is None else "its own weights"
+    yield f"{model.source.name} ({weights}); {model.attention}"
+    peers = [
+        p for p in PEER_NAMES if any(p in row.timings or p in row.failures for row in model.rows)
+    ]
+    head = f"{'workload':<17}{'floor':>8}{'vitrt ms':>10}{'TFLOP/s':>9}{'share':>8}"
+    yield head + "".join(f"{p + ' ms':>13}{'x':>6}" for p in peers) + f"{'error':>10}{'/ ref':>7}"
+    for row in model.rows:
+        yield _row_line(row, peers, ceiling, wall=False)
+        if row.workload.single:
+            yield _row_line(row, peers, ceiling, wall=True)
+    yield from _host_lines(model)
+    reasons: dict[str, list[str]] = {}
+    for row in model.rows:
+        for name, reason in row.failures.items():
+            reasons.setdefault(f"{name}: {reason}", []).append(row.workload.name)
+    for reason, names in reasons.items():
+        yield f"failed on {', '.join(names)}: {reason}"
+
+
+def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
+    def milliseconds(name: str) -> float | None:
+        timing: Timing | None = row.timings.get(name)
+        return None if timing is None else timing.wall_ms if wall else timing.rate_ms
+
+    ours = milliseconds("vitrt")
+    line = f"{row.workload.name + (' wall' if wall else ''):<17}{row.flops / ceiling / 1e9:>8.3g}"
+    if ours is None:
+        line += f"{'failed':>10}{'-':>9}{'-':>8}"
+    else:
+        tflops = rate(row, ours)
+        line += f"{ours:>10.4g}{tflops:>9.4g}{tflops / ceiling:>8.1%}"
+    for name in peers:
+        theirs = milliseconds(name)
+        text = "failed" if theirs is None else f"{theirs:.4g}"
+        times = f"{theirs / ours:.2f}" if theirs and ours else "-"
+        line += f"{text:>13}{times:>6}"
+    error = row.errors.get("vitrt")
+    if wall or error is None:
+        return line
+    ratio = error_ratio(row)
+    line += f"{error.embeddings:>10.2e}" + (f"{'':>7}" if ratio is None else f"{ratio:>7.3f}")
+    return line if agrees(row) else line + "  DISAGREES"
+
+
+def error_ratio(row: Row) -> float | None:
+    """The worst of vitrt's errors over transformers' own; None in float32, where it has none."""
+    ours, theirs = row.errors.get("vitrt"), row.reference_errors
+    if ours is None or theirs is None:
+        return None
+    if len(ours.deepstack) != len(theirs.deepstack):
+        return float("inf")
+    pairs = zip(
+        (ours.embeddings, *ours.deepstack), (theirs.embeddings, *theirs.deepstack), strict=True
+    )
+    return max(a / b for a, b in pairs)
+
+
+def agrees(row: Row) -> bool:
+    """Whether vitrt's output is as close to transformers' as promised; true where nobody looked."""
+    ours, ratio = row.errors.get("vitrt"), error_ratio(row)
+    if ours is None:
+        return True
+    return ours.worst <= FLOAT32_BOUND if ratio is None else ratio <= RATIO_BOUND
+
+
+def _host_lines(model: ModelResult) -> Iterator[str]:
+    for row in model.rows:
+        timing = row.timings.get("vitrt")
+        if row.plan_ms is not None and timing is not None and timing.host_ms is not None:
+            yield (
+                f"{row.workload.name}: host time a call {timing.host_ms:.3f} ms,"
+                f" of it the cached plan {row.plan_ms:.4f} ms"
+            )
+        for name, peak in row.memory.items():
+            yield f"{row.workload.name}: {name} peak beyond weights {peak / 2**20:.0f} MiB"
+    stats = model.stats
+    if stats.hits.total():
+        yield (
+            f"graphs: {stats.captures} recorded in {stats.graph_bytes / 2**20:.0f} MiB,"
+            f" {stats.hits.total()} replays, {stats.padding_share:.1%} padding;"
+            f" eager: {dict(stats.eager)}"
+        )
+
+
+def _extra_lines(model: ModelResult) -> Iterator[str]:
+    for row in model.rows:
+        title = f"{model.source.name} {row.workload.name}"
+        if row.profile is not None:
+            yield from _profile_lines(title, row.profile)
+        if row.ablations:
+            yield f"\n{title}: without / with"
+            yield from map(_ablation_line, row.ablations)
+
+
+def _ablation_line(row: Ablation) -> str:
+    label = f"  {row.part} -> {row.without}"
+    if row.ratio is None:
+        return f"{label:<50} cannot run: {row.reason[:120]}"
+    return f"{label:<50}{row.without_ms:>9.4g} / {row.with_ms:.4g} ms = {row.ratio:.2f}x"
+
+
+def _profile_lines(title: str, profile: Profile) -> Iterator[str]:
+    yield f"\n{title}: {profile.total_ms:.4g} ms a forward by kernel group"
+    shares = [(name, profile.groups[name]) for name in GROUP_NAMES if profile.groups[name] > 0]
+    yield "  " + "  ".join(f"{n} {ms:.3g} ({ms / profile.total_ms:.0%})" for n, ms in shares)
+    for kernel in profile.kernels[:TOP_KERNELS]:
+        yield f"  {kernel.ms:>8.3f} ms {kernel.calls:>5.0f}x {kernel.group:<16} {kernel.name[:90]}"

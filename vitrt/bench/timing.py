@@ -1,0 +1,127 @@
+"""Medians of warm calls, and the ceilings they are held against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice, pairwise
+
+import torch
+from torch import Tensor
+
+Call = Callable[[Tensor], object]
+
+WARM_CALLS = 4  # lazily recorded graphs need a shape twice
+MIN_CALLS, MAX_CALLS = 5, 200
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of one contender on one workload; medians."""
+
+    rate_ms: (
+        float  # between the ends of successive calls on the device, calls queued without a pause
+    )
+    wall_ms: float | None  # one call at a time, from before it to after the device has finished
+    host_ms: float | None  # until a call returns, the device idle when it starts
+    spread: float  # half the distance between the quartiles of rate_ms, over its median
+    calls: int
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    call: Call,
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    latency: bool = False,
+) -> Timing:
+    """Time `call` on `inputs` in turn, for about `seconds` after warming up."""
+    one = warm(call, inputs, device)
+    count = max(MIN_CALLS, min(MAX_CALLS, int(seconds / one)))
+    rates = _rates(call, inputs, device, count)
+    quartiles = statistics.quantiles(rates, n=4)
+    median = statistics.median(rates)
+    wall = host = None
+    if latency:
+        wall, host = _latency(call, inputs, device, count)
+    spread = (quartiles[2] - quartiles[0]) / 2 / median
+    return Timing(median, wall, host, spread, count)
+
+
+def warm(call: Call, inputs: Sequence[Tensor], device: torch.device) -> float:
+    """Run `call` until it is warm; the seconds that the last run took."""
+    elapsed = 0.0
+    for pixels in islice(cycle(inputs), WARM_CALLS):
+        synchronize(device)
+        start = time.perf_counter()
+        call(pixels)
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+    return max(elapsed, 1e-6)
+
+
+def _rates(call: Call, inputs: Sequence[Tensor], device: torch.device, count: int) -> list[float]:
+    turns = islice(cycle(inputs), count)
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for pixels in turns:
+            call(pixels)
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize(device)
+    events[0].record()
+    for pixels, event in zip(turns, events[1:], strict=True):
+        call(pixels)
+        event.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def _latency(
+    call: Call, inputs: Sequence[Tensor], device: torch.device, count: int
+) -> tuple[float, float]:
+    wall, host = [], []
+    for pixels in islice(cycle(inputs), count):
+        synchronize(device)
+        start = time.perf_counter()
+        call(pixels)
+        returned = time.perf_counter()
+        synchronize(device)
+        host.append(1e3 * (returned - start))
+        wall.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(wall), statistics.median(host)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What the machine gives at best: no forward is faster than its counted work at these rates."""
+
+    tflops: float  # a square matrix product in the benchmark's dtype
+    copy_tb_s: float  # a large copy on the device, bytes read plus bytes written
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """A product of 8192^3 and a copy of 2 GiB on a GPU; small ones on a CPU.
+
+    Random values: zeros run faster than any real input.
+    """
+    side, nbytes = (8192, 2**31) if device.type == "cuda" else (512, 2**25)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    product = measure(lambda x: torch.mm(x, b), [a, a.clone()], device, seconds=0.3)
+    source = torch.randn(nbytes // 4, device=device, generator=generator).view(torch.uint8)
+    target = torch.empty_like(source)
+    copy = measure(lambda x: target.copy_(x), [source], device, seconds=0.3)
+    return Ceilings(
+        tflops=2 * side**3 / product.rate_ms / 1e9,
+        copy_tb_s=2 * source.nbytes / copy.rate_ms / 1e9,
+    )
