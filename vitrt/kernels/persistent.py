@@ -1,0 +1,28 @@
+"""How many programs a persistent kernel is launched with:
+
+enough to fill the device, never more than the work.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU (an XPU calls them subslices).
+
+    The interpreter's few programs share each other's work.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 2
+
+
+def programs(work: int, per_processor: int, device: torch.device) -> int:
+    """The grid for at most `work` items, `per_processor` programs on each multiprocessor."""
+    return max(1, min(work, _processors(device) * per_processor))
