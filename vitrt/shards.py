@@ -6,7 +6,6 @@ file that shrinks while it is mapped kills the process.
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+COPY_BYTES = 16 << 20
 LENGTH_BYTES = 8  # a file starts with the length of its header
 
 FLOAT_DTYPES = {
@@ -145,32 +145,35 @@ class StoredTensor:
 
 def build_header(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> tuple[bytes, int]:
-    """The first bytes of a file that holds `tensors` one behind the other, and the size of it all.
-
-    The order is that of `tensors`; a widest-dtype-first order keeps every tensor aligned to its own
-    element size, as safetensors' writer does.
-    """
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file that holds `tensors` in their order, and where each one starts."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
+    offsets: dict[str, int] = {}
+    end = 0
     for name, info in tensors.items():
-        entries[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
+        begin, end = end, end + info.nbytes
+        offsets[name] = begin
+        shape = list(info.shape)
+        entries[name] = {"dtype": info.dtype, "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data starts aligned
-    return struct.pack("<Q", len(header)) + header, LENGTH_BYTES + len(header) + offset
+    data = LENGTH_BYTES + len(header)
+    offsets = {name: data + begin for name, begin in offsets.items()}
+    return struct.pack("<Q", len(header)) + header, offsets
+
+
+def aligned_order(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Widest dtypes first: every tensor is aligned to its elements, as safetensors writes them."""
+    order = sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
+    return {name: tensors[name] for name in order}
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, info: TensorInfo) -> None:
-    """The bytes of a tensor from its file to another, in pieces."""
+    """The bytes of a tensor, from its file to where `target` stands, in bounded pieces."""
     source.seek(info.offset)
     left = info.nbytes
     while left:
-        piece = source.read(min(left, 16 * io.DEFAULT_BUFFER_SIZE * 128))
+        piece = source.read(min(left, COPY_BYTES))
         if not piece:
             raise CheckpointError(f"{info.file}: truncated: {info.full_name} lacks {left} bytes")
         target.write(piece)

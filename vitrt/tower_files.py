@@ -51,8 +51,8 @@ def shards_of_index(index: Mapping[str, Any], where: str) -> ShardNames:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{where}: {INDEX} holds no weight_map")
-    for shard in set(weight_map.values()):
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\\" in shard:
             raise CheckpointError(
                 f"{where}: {INDEX} names {shard!r}, which is no file of its folder"
             )

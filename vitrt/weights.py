@@ -93,8 +93,8 @@ def open_checkpoint(
 
     hub = HubSource(name, revision, cache_dir, token, bool(local_files_only))
     folder = hub.fetch(CONFIG).parent
-    files = [file for file in (PREPROCESSOR, PROCESSOR) if hub.fetch_optional(file)]
-    checkpoint = describe(name, folder, files)
+    found = next((file for file in (PREPROCESSOR, PROCESSOR) if hub.fetch_optional(file)), None)
+    checkpoint = describe(name, folder, [found] if found else [])
     return _with_tensors(checkpoint, hub.fetch_tensors()) if weights else checkpoint
 
 
@@ -109,7 +109,7 @@ def describe(name: str, folder: Path, processors: Iterable[str]) -> Checkpoint:
     else:
         raise CheckpointError(
             f"{name}: holds no {PREPROCESSOR}, nor a {PROCESSOR} with an image_processor; the "
-            "pixel limits in it have no defaults"
+            f"pixel limits in it have no defaults (looked in {folder})"
         )
     checkpoint = Checkpoint(name, folder, config, preprocessor)
     vision, images = checkpoint.vision_config(), checkpoint.preprocessor_config()

@@ -1,0 +1,258 @@
+"""Configs in every released spelling, and what no tower can be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.checkpoints import CONFIGS, MODEL_CLASSES, TINY_VISION
+from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
+
+# NUMERICS.md, "The released towers": depth, width, MLP width, heads, patch, output width.
+RELEASED = {
+    "qwen2.5-vl-3b": (32, 1280, 3420, 16, 14, 2048),
+    "qwen2.5-vl-7b": (32, 1280, 3420, 16, 14, 3584),
+    "qwen2.5-vl-32b": (32, 1280, 3456, 16, 14, 5120),
+    "qwen2.5-vl-72b": (32, 1280, 3456, 16, 14, 8192),
+    "qwen3-vl-2b": (24, 1024, 4096, 16, 16, 2048),
+    "qwen3-vl-4b": (24, 1024, 4096, 16, 16, 2560),
+    "qwen3-vl-8b": (27, 1152, 4304, 16, 16, 4096),
+    "qwen3-vl-32b": (27, 1152, 4304, 16, 16, 5120),
+    "qwen3-vl-30b-a3b": (27, 1152, 4304, 16, 16, 2048),
+    "qwen3-vl-235b-a22b": (27, 1152, 4304, 16, 16, 4096),
+}
+
+
+def released(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / name / "config.json").read_text())
+
+
+def preprocessor(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / name / "preprocessor_config.json").read_text())
+
+
+def test_configs_are_exactly_the_released_ones() -> None:
+    assert {path.parent.name for path in CONFIGS.glob("*/config.json")} == set(RELEASED)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_tower(name: str) -> None:
+    config = VisionConfig.from_dict(released(name))
+    measured = (
+        config.depth,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_heads,
+        config.patch_size,
+        config.out_hidden_size,
+    )
+    assert measured == RELEASED[name]
+    images = PreprocessorConfig.from_dict(preprocessor(name))
+    assert (images.patch_size, images.merge_size) == (config.patch_size, 2)
+    if name.startswith("qwen2.5"):
+        assert (config.window_size, config.window_cells) == (112, 4)
+        assert config.fullatt_block_indexes == (7, 15, 23, 31)
+        assert config.deepstack_visual_indexes == ()
+        assert config.patch_dim == 1176
+        assert (images.min_pixels, images.max_pixels) == (3136, 12845056)
+        assert images.image_mean == (0.48145466, 0.4578275, 0.40821073)
+    else:
+        levels = (5, 11, 17) if config.depth == 24 else (8, 16, 24)
+        assert config.deepstack_visual_indexes == levels
+        assert config.num_position_embeddings == 2304
+        assert config.window_cells is None
+        assert config.patch_dim == 1536
+        assert (images.min_pixels, images.max_pixels) == (65536, 16777216)
+        assert images.image_std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_transformers_reads_the_same_tower(name: str) -> None:
+    data = released(name)
+    kind = getattr(transformers, MODEL_CLASSES[data["model_type"]]).config_class
+    theirs = kind(**data).vision_config
+    ours = VisionConfig.from_dict(data)
+    for key, value in ours.to_dict().items():
+        if key != "model_type":
+            expected = getattr(theirs, key)
+            assert value == (list(expected) if isinstance(value, list) else expected), key
+
+
+@pytest.mark.parametrize("family", TINY_VISION)
+def test_what_transformers_saves(family: str, tmp_path: Path) -> None:
+    """Whole and vision only, where `model_type` reads qwen3_vl_vision."""
+    kind = getattr(transformers, MODEL_CLASSES[family]).config_class
+    saved = kind(vision_config=TINY_VISION[family])
+    saved.save_pretrained(tmp_path)
+    whole = VisionConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    saved.vision_config.save_pretrained(tmp_path)
+    part = VisionConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    assert whole == part
+    assert whole.model_type == family
+    for key, value in TINY_VISION[family].items():
+        found = getattr(whole, key)
+        assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_round_trip(name: str) -> None:
+    config = VisionConfig.from_dict(released(name))
+    assert VisionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_old_spellings() -> None:
+    data = released("qwen2.5-vl-7b")["vision_config"]
+    del data["in_channels"], data["patch_size"]
+    data["num_attention_heads"] = data.pop("num_heads")
+    assert "in_chans" in data
+    assert "spatial_patch_size" in data
+    assert VisionConfig.from_dict(data) == VisionConfig.from_dict(released("qwen2.5-vl-7b"))
+
+
+def test_square_sizes_may_be_pairs() -> None:
+    data = released("qwen3-vl-8b")
+    data["vision_config"]["patch_size"] = [16, 16]
+    assert VisionConfig.from_dict(data).patch_size == 16
+
+
+def test_what_is_left_out_means_the_default_of_the_format() -> None:
+    """Older transformers saved only what differs from its class defaults."""
+    vision = {"model_type": "qwen2_5_vl", "hidden_size": 1280}
+    config = VisionConfig.from_dict({"model_type": "qwen2_5_vl", "vision_config": vision})
+    assert config == VisionConfig.from_dict(released("qwen2.5-vl-7b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llava"}, "'llava'.*qwen2_5_vl, qwen3_vl, qwen3_vl_moe"),
+        ({"model_type": None}, "None"),
+        ({"vision_config": None}, "vision_config must be an object, got None"),
+        ({"vision_config": {"model_type": "siglip"}}, "'siglip'.*'qwen3_vl'"),
+    ],
+)
+def test_no_tower_of_ours(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        VisionConfig.from_dict(released("qwen3-vl-8b") | change)
+
+
+def test_a_config_without_vision() -> None:
+    data = {"model_type": "qwen3_vl", "hidden_size": 4096, "num_hidden_layers": 36}
+    with pytest.raises(ValueError, match=r"qwen3_vl.*no vision_config"):
+        VisionConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("depth", 0, "depth must be a positive integer, got 0"),
+        ("depth", "27", "depth.*'27'"),
+        ("depth", True, "depth.*True"),
+        ("patch_size", [16, 14], r"patch_size.*\[16, 14\]"),
+        ("num_heads", 17, "1152 is not a multiple of num_heads 17"),
+        ("num_heads", 64, "heads of 18"),
+        ("hidden_act", "relu", "'gelu_pytorch_tanh', got 'relu'"),
+        ("in_channels", 4, "in_channels must be 3.*got 4"),
+        ("temporal_patch_size", 1, "temporal_patch_size must be 2, got 1"),
+        ("num_position_embeddings", 2300, "square, got 2300"),
+        ("deepstack_visual_indexes", [8, 16, 27], r"\[27\] are beyond depth 27"),
+        ("deepstack_visual_indexes", [16, 8], "ascending"),
+        ("deepstack_visual_indexes", [8, 8], "ascending"),
+        ("deepstack_visual_indexes", 8, "ascending"),
+        ("rope_parameters", {"rope_theta": 5e5}, "500000.0.*must be 10000.0"),
+    ],
+)
+def test_impossible_towers(key: str, value: Any, said: str) -> None:
+    data = released("qwen3-vl-8b")
+    data["vision_config"][key] = value
+    with pytest.raises(ValueError, match=said):
+        VisionConfig.from_dict(data)
+
+
+def test_a_window_smaller_than_a_token() -> None:
+    config = VisionConfig.from_dict(released("qwen2.5-vl-7b"))
+    with pytest.raises(ValueError, match=r"window_size 27 .* 28 pixels"):
+        replace(config, window_size=27)
+
+
+def test_full_attention_beyond_the_depth_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers runs such a tower with windows only, so it is no error here either."""
+    data = released("qwen2.5-vl-7b")
+    data["vision_config"]["depth"] = 16
+    assert VisionConfig.from_dict(data).depth == 16
+    assert "[23, 31] are beyond depth 16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"min_pixels": 10, "max_pixels": 20}, (10, 20)),
+        ({"size": {"shortest_edge": 10, "longest_edge": 20}}, (10, 20)),
+        ({"size": {"min_pixels": 10, "max_pixels": 20}}, (10, 20)),
+        (
+            {"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 10, "max_pixels": 20},
+            (10, 20),
+        ),
+        ({"size": {"shortest_edge": 10, "longest_edge": 9}, "max_pixels": 20}, (10, 20)),
+        ({"size": {"shortest_edge": 10, "longest_edge": 20}, "min_pixels": None}, (10, 20)),
+    ],
+)
+def test_pixel_limits(limits: dict[str, Any], expected: tuple[int, int]) -> None:
+    data = preprocessor("qwen3-vl-8b")
+    del data["size"]
+    config = PreprocessorConfig.from_dict(data | limits)
+    assert (config.min_pixels, config.max_pixels) == expected
+    # transformers takes the same limits from the same file.
+    if "min_pixels" not in limits.get("size", {}):
+        theirs = transformers.Qwen2VLImageProcessorPil(**(data | limits)).size
+        assert (theirs["shortest_edge"], theirs["longest_edge"]) == expected
+
+
+def test_processor_config_nests_the_image_processor() -> None:
+    data = preprocessor("qwen3-vl-8b")
+    nested = {"processor_class": "Qwen3VLProcessor", "image_processor": data}
+    assert PreprocessorConfig.from_dict(nested) == PreprocessorConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"size": None}, "neither min_pixels nor size.shortest_edge"),
+        ({"size": {"shortest_edge": 5}}, "neither max_pixels nor size.longest_edge"),
+        ({"size": {"shortest_edge": 0, "longest_edge": 5}}, "min_pixels.*got 0"),
+        ({"min_pixels": 100, "max_pixels": 50}, "min_pixels 100 is larger than max_pixels 50"),
+        ({"image_mean": [0.5]}, r"image_mean.*\[0.5\]"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std.*above 0"),
+        ({"image_std": None}, "image_std"),
+        ({"patch_size": None}, "no patch_size"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"rescale_factor": 1.0}, "rescale_factor must be 1/255, got 1.0"),
+        ({"resample": 2}, "resample.*got 2"),
+    ],
+)
+def test_impossible_preprocessors(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PreprocessorConfig.from_dict(preprocessor("qwen3-vl-8b") | change)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"dtype": "int8"}, "dtype.*bfloat16.*'int8'"),
+        ({"cuda_graphs": "maybe"}, "cuda_graphs.*'maybe'"),
+        ({"resize": "opencv"}, "resize.*'opencv'"),
+        ({"min_pixels": -1}, "min_pixels.*-1"),
+        ({"max_pixels": 0}, "max_pixels.*0"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens.*0"),
+        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels 9 is larger than max_pixels 8"),
+        ({"graph_memory_mib": -1.0}, "graph_memory_mib.*-1.0"),
+    ],
+)
+def test_impossible_choices(choice: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RuntimeConfig(**choice)
