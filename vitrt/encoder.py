@@ -267,8 +267,8 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
 def _check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:
     if tuple(pixel_values.shape) != (patches, patch_dim):
         raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}; grid_thw holds {patches} "
-            f"patches, and this model's have {patch_dim} values each, so it must be ({patches}, {patch_dim})"
+            f"pixel_values has shape {tuple(pixel_values.shape)}; grid_thw holds {patches} patches "
+            f"of {patch_dim} values in this model, so it must be ({patches}, {patch_dim})"
         )
     if not pixel_values.is_floating_point():
         raise ValueError(

@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
             raise ValueError(
                 f"device {name!r} asked for, but no CUDA device is available; use 'cpu' or 'auto'"
             )
-        if device.index is None:
+        if ":" not in name:
             return torch.device("cuda", torch.cuda.current_device())
         if device.index >= torch.cuda.device_count():
             raise ValueError(
