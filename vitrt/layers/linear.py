@@ -103,7 +103,8 @@ class ColumnParallelLinear(Linear):
         for name, target in (("weight", self.weight), ("bias", self.bias)):
             assert target is not None
             shape = (self.out_features, *target.shape[1:])
-            yield WeightSlot(f"{prefix}{name}", shape, _rows_into(target, rows))
+            identical = target if target.shape == shape else None
+            yield WeightSlot(f"{prefix}{name}", shape, _rows_into(target, rows), identical)
 
 
 def _rows_into(target: Tensor, rows: slice) -> Callable[[TensorSlice], None]:
@@ -133,7 +134,8 @@ class FusedQKVLinear(Linear):
         for name, target in (("weight", self.weight), ("bias", self.bias)):
             assert target is not None
             shape = (3 * self.width, *target.shape[1:])
-            yield WeightSlot(f"{prefix}{name}", shape, self._heads_into(target))
+            identical = target if target.shape == shape else None
+            yield WeightSlot(f"{prefix}{name}", shape, self._heads_into(target), identical)
 
     def _heads_into(self, target: Tensor) -> Callable[[TensorSlice], None]:
         def store(source: TensorSlice) -> None:
@@ -221,6 +223,8 @@ class RowParallelLinear(Linear):
             weight[:, :count].copy_(source[:, columns])
             weight[:, count:].zero_()
 
-        yield WeightSlot(f"{prefix}weight", (weight.shape[0], self.in_features), store)
+        shape = (weight.shape[0], self.in_features)
+        identical = weight if weight.shape == shape else None
+        yield WeightSlot(f"{prefix}weight", shape, store, identical)
         assert self.bias is not None
         yield whole(f"{prefix}bias", self.bias)

@@ -29,6 +29,9 @@ class WeightSlot:
     name: str  # in the checkpoint, without the tower's prefix
     shape: tuple[int, ...]  # of the whole tensor, as saved
     store: Callable[[TensorSlice], None]  # reads this rank's part, casts it, writes it
+    # The parameter that is this very tensor, at most reshaped: it may share the memory of one that
+    # is already loaded. None where the layout changes or a rank keeps only a part.
+    identical: Tensor | None = None
 
 
 def whole(name: str, target: Tensor, shape: tuple[int, ...] | None = None) -> WeightSlot:
@@ -37,4 +40,4 @@ def whole(name: str, target: Tensor, shape: tuple[int, ...] | None = None) -> We
     def store(source: TensorSlice) -> None:
         target.copy_(source[...].reshape(target.shape))
 
-    return WeightSlot(name, shape or tuple(target.shape), store)
+    return WeightSlot(name, shape or tuple(target.shape), store, identical=target)
