@@ -1,0 +1,56 @@
+"""The vision encoders of Qwen2.5-VL and Qwen3-VL on their own: images in, visual features out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vitrt.version import __version__
+
+if TYPE_CHECKING:
+    from vitrt.config import PreprocessorConfig, VisionConfig
+    from vitrt.decode import ImageError
+    from vitrt.distributed import ParallelContext
+    from vitrt.encoder import VisionEncoder
+    from vitrt.extract import extract_tower
+    from vitrt.features import EncoderOutput, ImageFeatures
+    from vitrt.output import FeatureStore
+    from vitrt.shards import CheckpointError
+
+# Loaded when they are asked for: importing vitrt alone costs nothing.
+_HOME = {
+    "CheckpointError": "vitrt.shards",
+    "EncoderOutput": "vitrt.features",
+    "FeatureStore": "vitrt.output",
+    "ImageError": "vitrt.decode",
+    "ImageFeatures": "vitrt.features",
+    "ParallelContext": "vitrt.distributed",
+    "PreprocessorConfig": "vitrt.config",
+    "VisionConfig": "vitrt.config",
+    "VisionEncoder": "vitrt.encoder",
+    "extract_tower": "vitrt.extract",
+}
+
+__all__ = [
+    "CheckpointError",
+    "EncoderOutput",
+    "FeatureStore",
+    "ImageError",
+    "ImageFeatures",
+    "ParallelContext",
+    "PreprocessorConfig",
+    "VisionConfig",
+    "VisionEncoder",
+    "__version__",
+    "extract_tower",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vitrt' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,149 @@
+"""File operations that survive a power cut, and one error for all the ways a disk can refuse them.
+
+A file counts as written only after its bytes and then the folder that names it were flushed to the
+disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+_WRITE_BYTES = 64 << 20  # of one call: some systems refuse or cut short 2 GiB and more
+
+
+class OutputError(OSError):
+    """The output folder cannot be written; what was finished before stays valid."""
+
+    def __init__(self, action: str, path: Path, error: OSError) -> None:
+        super().__init__(f"cannot {action} {path}: {error.strerror or error}")
+        self.errno = error.errno
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents where missing, each flushed into the one above it."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    for path in reversed(missing):
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            continue  # another rank was faster
+        except OSError as error:
+            raise OutputError("create folder", path, error) from error
+        flush_folder(path.parent)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, temporary: Path) -> None:
+    """Write `chunks` to `temporary`, flush it, and rename it to `path`: all or nothing."""
+    action, target = "create", temporary
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            action = "write"
+            for chunk in chunks:
+                _write_all(handle, chunk)
+            action = "flush"
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        action, target = "rename a finished file to", path
+        os.replace(temporary, path)
+    except OSError as error:
+        discard(temporary)
+        raise OutputError(action, target, error) from error
+    try:
+        flush_folder(path.parent)
+    except OutputError:
+        discard(path)
+        raise
+
+
+def append(path: Path, data: bytes, *, flush: bool) -> None:
+    """Append `data`; where that fails, cut the file back to what it held (OutputError either way).
+
+    The error's attribute `undone` says whether the file is as it was before.
+    """
+    action, before = "open", None
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            before = os.fstat(handle).st_size
+            action = "write"
+            _write_all(handle, data)
+            if flush:
+                action = "flush"
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        failure = AppendError(action, path, error)
+        failure.undone = before is None or _cut(path, before)
+        raise failure from error
+
+
+class AppendError(OutputError):
+    """Appending failed; `undone` is False where not even the old length could be restored."""
+
+    undone = False
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut `path` to `size` bytes and flush it."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(handle, size)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise OutputError("cut", path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Remove `path`; no error where it is gone already. `flush_folder` makes it last."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError("remove", path, error) from error
+
+
+def discard(path: Path) -> None:
+    """Remove `path` where that is possible: for cleaning up after another error."""
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk, on systems and file systems that can."""
+    if os.name == "nt":
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOTSUP):
+            return  # this file system has no such operation
+        raise OutputError("flush folder", folder, error) from error
+
+
+def _write_all(handle: int, data: bytes | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[os.write(handle, view[:_WRITE_BYTES]) :]
+
+
+def _cut(path: Path, size: int) -> bool:
+    try:
+        truncate(path, size)
+    except OutputError:
+        return False
+    return True

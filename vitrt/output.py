@@ -1,0 +1,254 @@
+"""The output folder: FeatureWriter fills it shard by shard, FeatureStore reads it.
+
+An image is in the folder once its manifest line is: the line is flushed to the disk only after the
+whole shard is there under its final name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vitrt.durable import AppendError, append, discard, write_file
+from vitrt.feature_shard import encode_shard, read_header
+from vitrt.features import ImageFeatures
+from vitrt.manifest import (
+    Entry,
+    RunIdentity,
+    error_line,
+    errors_name,
+    live_entries,
+    manifest_name,
+    manifests,
+    shard_name,
+    temporary_path,
+)
+
+if TYPE_CHECKING:
+    from vitrt.listing import Source
+
+DEFAULT_SHARD_MIB = 256
+SHARD_IMAGES = 1024  # most images of a shard: what a kill costs stays small where features are
+_OPEN_SHARDS = 64  # kept mapped by a store
+_MERGE_SIZE = 2  # of every tower so far; a shard says its own
+
+
+class FeatureWriter:
+    """Writes features into one rank's shards. Not for several threads at once.
+
+    Nothing is durable before its shard is full, or `flush`. After an OutputError the writer is
+    closed for good; what it finished before stays valid.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: RunIdentity,
+        *,
+        rank: int = 0,
+        first_shard: int = 0,
+        shard_mib: float = DEFAULT_SHARD_MIB,
+        merge_size: int = _MERGE_SIZE,
+    ) -> None:
+        """`folder` exists and was recovered; `first_shard` is the first number free for this rank."""
+        self.folder = folder
+        self.rank = rank
+        self.images = 0  # durable ones
+        self._metadata = identity.metadata() | {"merge_size": str(merge_size)}
+        self._next_shard = first_shard
+        self._shard_bytes = int(shard_mib * (1 << 20))
+        self._manifest = folder / manifest_name(rank)
+        self._errors = folder / errors_name(rank)
+        self._held: list[tuple[Source, ImageFeatures, Tensor | None, str | None]] = []
+        self._held_bytes = 0
+        if not self._manifest.exists():
+            write_file(self._manifest, [], temporary=temporary_path(self._manifest))
+
+    def add(
+        self,
+        source: Source,
+        features: ImageFeatures,
+        *,
+        pooled: Tensor | None = None,
+        replaces: str | None = None,
+    ) -> None:
+        """Take the features of one image, on the CPU; kept by reference until its shard is written.
+
+        Args:
+            features: where `pooled` is given, only its grid and shapes are used.
+            pooled: [out_hidden] float32, to be stored instead of the features.
+            replaces: the shard that holds the features of an older state of the image.
+        """
+        self._held.append((source, features, pooled, replaces))
+        self._held_bytes += _bytes(features, pooled)
+        if self._held_bytes >= self._shard_bytes or len(self._held) >= SHARD_IMAGES:
+            self.flush()
+
+    def add_error(self, image_id: str, error_class: str, message: str) -> None:
+        """Record an image that could not be encoded."""
+        append(self._errors, error_line(image_id, error_class, message), flush=False)
+
+    def flush(self) -> None:
+        """Write the shard in hand and list it; durable on return."""
+        if not self._held:
+            return
+        held, self._held, self._held_bytes = self._held, [], 0
+        path = self.folder / shard_name(self.rank, self._next_shard)
+        self._next_shard += 1
+        shard = encode_shard(_tensors(held), self._metadata)
+        write_file(path, shard, temporary=temporary_path(path))
+        lines = "".join(
+            Entry(
+                source.id,
+                path.name,
+                features.grid_thw,
+                tokens_of(features),
+                source.size,
+                source.mtime,
+                replaces,
+            ).line()
+            for source, features, _, replaces in held
+        )
+        try:
+            append(self._manifest, lines.encode(), flush=True)
+        except AppendError as error:
+            if error.undone:
+                discard(path)  # not listed, so nobody would ever read it
+            raise
+        self.images += len(held)
+
+    def close(self) -> None:
+        """Flush everything, the errors as well."""
+        self.flush()
+        if self._errors.exists():
+            append(self._errors, b"", flush=True)
+
+
+def tokens_of(features: ImageFeatures) -> int:
+    """Merged tokens by the grid: pooled features hold only one row."""
+    t, h, w = features.grid_thw
+    return t * h * w // features.merge_size**2
+
+
+def _bytes(features: ImageFeatures, pooled: Tensor | None) -> int:
+    if pooled is not None:
+        return pooled.nbytes
+    levels = features.deepstack
+    return features.embeddings.nbytes + (0 if levels is None else levels.nbytes)
+
+
+def _tensors(
+    held: list[tuple[Source, ImageFeatures, Tensor | None, str | None]],
+) -> list[tuple[str, Tensor]]:
+    rows = [(f"{source.id}/pooled", pooled) for source, _, pooled, _ in held if pooled is not None]
+    whole = [(source.id, features) for source, features, pooled, _ in held if pooled is None]
+    grids = [
+        (f"{name}/grid_thw", torch.tensor(features.grid_thw, dtype=torch.int64))
+        for name, features in whole
+    ]
+    tensors: list[tuple[str, Tensor]] = []
+    for name, features in whole:
+        tensors.append((f"{name}/embeddings", features.embeddings.contiguous()))
+        if features.deepstack is not None:
+            tensors.append((f"{name}/deepstack", features.deepstack.contiguous()))
+    return [*grids, *rows, *tensors]
+
+
+class FeatureStore(Mapping[str, ImageFeatures]):
+    """The features in an output folder, of all ranks, by image id. Read-only.
+
+    Tensors are views of memory-mapped shards: opened on first use, read when touched. Of a run with
+    `--pool mean`, `embeddings` is the one pooled row [1, out_hidden], so `pooled()` gives it back;
+    `grid_thw` is the image's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """ValueError where `folder` is no output folder. Images written later need a new store."""
+        self.folder = Path(folder)
+        if not manifests(self.folder):
+            raise ValueError(
+                f"{self.folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
+            )
+        self._entries: dict[str, Entry] = {entry.id: entry for entry in live_entries(self.folder)}
+        self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, image_id: str) -> ImageFeatures:
+        entry = self._entries[image_id]
+        shard, names = self._shard(entry.shard)
+        merge_size = int(self.metadata_of(entry.shard).get("merge_size", _MERGE_SIZE))
+        if f"{image_id}/pooled" in names:
+            row = shard.get_tensor(f"{image_id}/pooled")
+            return ImageFeatures(row[None], None, entry.grid_thw, merge_size)
+        deepstack = f"{image_id}/deepstack"
+        return ImageFeatures(
+            shard.get_tensor(f"{image_id}/embeddings"),
+            shard.get_tensor(deepstack) if deepstack in names else None,
+            entry.grid_thw,
+            merge_size,
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._entries  # Mapping's own would read the features
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({str(self.folder)!r}, {len(self)} images)"
+
+    def entry(self, image_id: str) -> Entry:
+        """What the manifest says about an image: shard, grid, tokens, size and mtime of its source."""
+        return self._entries[image_id]
+
+    def metadata_of(self, shard: str) -> dict[str, str]:
+        """A shard's own metadata: format, model, dtype, pixel limits, version."""
+        metadata: dict[str, str] = self._shard(shard)[0].metadata()
+        return metadata
+
+    def pooled_tables(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Of a run with `--pool mean`: each shard's ids and its [images, out_hidden] float32 table,
+        mapped as a whole.
+
+        ValueError where the folder holds whole features.
+        """
+        for shard in dict.fromkeys(entry.shard for entry in self._entries.values()):
+            ids, table = _table(self.folder / shard)
+            rows = [row for row, name in enumerate(ids) if self._is_live(name, shard)]
+            yield ([ids[row] for row in rows], table if len(rows) == len(ids) else table[rows])
+
+    def _is_live(self, image_id: str, shard: str) -> bool:
+        entry = self._entries.get(image_id)
+        return entry is not None and entry.shard == shard
+
+    def _shard(self, name: str) -> tuple[Any, frozenset[str]]:
+        with self._lock:
+            if name in self._open:
+                self._open.move_to_end(name)
+                return self._open[name]
+            handle = safe_open(self.folder / name, framework="pt")
+            self._open[name] = handle, frozenset(handle.keys())
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return self._open[name]
+
+
+def _table(path: Path) -> tuple[list[str], Tensor]:
+    header = read_header(path)
+    spans = sorted(header.tensors.items(), key=lambda item: item[1].begin)
+    if not all(name.endswith("/pooled") for name, _ in spans):
+        raise ValueError(f"{path} holds whole features; tables come from vitrt encode --pool mean")
+    size = path.stat().st_size
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    table = data[header.data_start :].view(torch.float32).view(len(spans), -1)
+    return [name.removesuffix("/pooled") for name, _ in spans], table
