@@ -7,6 +7,11 @@ K * 2^-24 at most.
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
@@ -408,3 +413,47 @@ def check_on_gpu(
     assert actual.shape == reference.shape and actual.dtype == operands[0].dtype
     k = operands[0].shape[1]
     assert relative_error(actual, reference) < tolerance(actual.dtype, k, roundings) + slack
+
+
+# --- the tuner's selection ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def selection(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    return importlib.import_module("gemm_selection")
+
+
+def test_tiles_that_win_too_little_are_dropped(selection: ModuleType) -> None:
+    rows = [
+        {"mm": 10.0, "quack a": 8.0, "quack b": 7.95, "quack c": 9.0},
+        {"mm": 5.0, "quack a": 5.5, "quack b": 6.0, "quack c": 4.96},
+    ]
+    # a is the best nowhere; c wins 0.8% over mm in one row; without b the first row loses 13%.
+    assert selection.keep_few(rows, 0.015) == {"mm", "quack b"}
+    assert selection.keep_few(rows, 0.007) == {"mm", "quack b", "quack c"}
+
+
+def test_the_written_table_reads_back(selection: ModuleType, tmp_path: Path) -> None:
+    raw = {
+        "device": "NVIDIA H200",
+        "capability": [9, 0],
+        "products": {
+            "bias 3456 1152": {
+                "4000": {"addmm": 50.0, "quack 128x192p1x1": 40.0},
+                "64": {"addmm": 5.0, "quack 128x192p1x1": 6.0},
+            },
+            "residual 1152 1152": {"64": {"mm": 5.0}},
+        },
+    }
+    path = tmp_path / "table.json"
+    selection.summary(selection.write_table(path, raw, 0.01))
+    table = Table.parse(json.loads(path.read_text()))
+    assert (table.device, table.capability) == ("NVIDIA H200", (9, 0))
+    assert table.choices == {
+        Product("bias", 3456, 1152): [
+            (64, Choice("addmm")),
+            (4000, Choice("quack", SMALL)),
+        ],
+        Product("residual", 1152, 1152): [(64, Choice("mm"))],
+    }
