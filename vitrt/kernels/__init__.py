@@ -1,1 +1,1 @@
-"""One Triton kernel a file: the kernel, its host function and a PyTorch reference that is the CPU path and the oracle."""
+"""One Triton kernel a file, with its host function and a PyTorch reference: CPU path and oracle."""

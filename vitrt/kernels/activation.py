@@ -1,7 +1,7 @@
 """SwiGLU and GELU for where no matrix product carries them in its epilogue.
 
-Shapes: T patches (or merged tokens), F width after SwiGLU, N width of a plain activation. Float32 inside, one
-rounding.
+Shapes: T patches (or merged tokens), F width after SwiGLU, N width of a plain activation.
+Float32 inside, one rounding.
 """
 
 from __future__ import annotations
@@ -21,19 +21,32 @@ _BLOCK = 1024
 _WARPS = 4
 
 
+@jit()
+def _bias(bias, start, index, mask, N: tl.constexpr, ALIGN: tl.constexpr):
+    """The bias of values start + index. ALIGN divides N and every start: the loads stay wide."""
+    first = tl.multiple_of((start % N).to(tl.int32), ALIGN)
+    return tl.load(bias + (first + index) % N, mask=mask, other=0.0).to(tl.float32)
+
+
 @jit(do_not_specialize=["tokens"])
 def _swiglu_kernel(
-    x, bias, out, tokens, N: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr
+    x,
+    bias,
+    out,
+    tokens,
+    N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
-    """BLOCK inputs (g0, u0, g1, u1, ...) to BLOCK / 2 outputs; rows are contiguous, so they need no axis."""
+    """BLOCK inputs g0, u0, g1, u1, ... to BLOCK / 2 outputs, whatever rows they lie in."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     left = tokens.to(tl.int64) * N - start
     mask = index < left
     pairs = tl.load(x + start + index, mask=mask, other=0.0).to(tl.float32)
     if BIASED:
-        column = ((start % N).to(tl.int32) + index) % N
-        pairs += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        pairs += _bias(bias, start, index, mask, N, ALIGN)
     gate, up = tl.split(tl.reshape(pairs, (BLOCK // 2, 2)))
     result = gate / (1.0 + tl.exp(-gate)) * up
     half_index = tl.arange(0, BLOCK // 2)
@@ -51,6 +64,7 @@ def _bias_act_kernel(
     out,
     tokens,
     N: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     BIASED: tl.constexpr,
     TANH: tl.constexpr,
@@ -60,8 +74,7 @@ def _bias_act_kernel(
     mask = index < tokens.to(tl.int64) * N - start
     values = tl.load(x + start + index, mask=mask, other=0.0).to(tl.float32)
     if BIASED:
-        column = ((start % N).to(tl.int32) + index) % N
-        values += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        values += _bias(bias, start, index, mask, N, ALIGN)
     if TANH:
         # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3)
         twice = 1.5957691216057308 * (values + 0.044715 * values * values * values)
@@ -85,7 +98,15 @@ def _swiglu_triton(
     if tokens:
         grid = (ceil_div(tokens * width, block),)
         _swiglu_kernel[grid](
-            gate_up, bias, out, tokens, width, block, bias is not None, num_warps=warps
+            gate_up,
+            bias,
+            out,
+            tokens,
+            width,
+            width & -width,
+            block,
+            bias is not None,
+            num_warps=warps,
         )
     return out
 
@@ -110,6 +131,7 @@ def _bias_act_triton(
             out,
             tokens,
             width,
+            width & -width,
             block,
             bias is not None,
             kind == "gelu_tanh",
@@ -132,7 +154,7 @@ def bias_act_ref(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
 
 
 def swiglu(gate_up: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """silu(g) * u of gate_up [T, 2F], columns g0, u0, g1, u1, ..., after adding bias [2F]; returns [T, F]."""
+    """silu(g) * u of gate_up [T, 2F] + bias [2F], columns g0, u0, g1, u1, ...; returns [T, F]."""
     if use_triton(gate_up):
         return _swiglu_triton(gate_up, bias, out)
     result = swiglu_ref(gate_up, bias)
@@ -142,7 +164,7 @@ def swiglu(gate_up: Tensor, bias: Tensor | None = None, *, out: Tensor | None = 
 def bias_act(
     x: Tensor, bias: Tensor | None, kind: Activation, *, out: Tensor | None = None
 ) -> Tensor:
-    """GELU of x [T, N] + bias [N], exact (erf) or by the tanh formula; returns [T, N] in `out`, which may be x."""
+    """GELU of x [T, N] + bias [N], exact (erf) or by tanh; returns [T, N], in `out` (may be x)."""
     if kind not in ("gelu", "gelu_tanh"):
         raise ValueError(f"kind {kind!r} is not an activation: use 'gelu' or 'gelu_tanh'")
     if use_triton(x):

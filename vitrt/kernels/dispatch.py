@@ -1,28 +1,40 @@
-"""The one place that says where Triton kernels run; Triton itself stays optional (CPU-only and macOS installs)."""
+"""The one place that says where Triton kernels run; without Triton all still imports."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None  # type: ignore[assignment]
+triton: Any = None
+tl: Any = None  # kernel files take `tl` from here
+with suppress(ImportError):
+    import triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
+
+__all__ = [
+    "HAVE_TRITON",
+    "ceil_div",
+    "jit",
+    "pow2_ceil",
+    "pow2_floor",
+    "row_tiles",
+    "tl",
+    "use_triton",
+]
 
 HAVE_TRITON = triton is not None
 
 
 def jit(**options: Any) -> Any:
-    """`triton.jit(**options)`, or a decorator that leaves the function alone where Triton is not installed."""
+    """`triton.jit(**options)`, or a decorator that does nothing where Triton is not installed."""
     return triton.jit(**options) if HAVE_TRITON else lambda function: function
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether work on `tensor` goes to the Triton kernels: CUDA (ROCm too) and XPU, with Triton installed."""
+    """Whether the Triton kernels take `tensor`: on CUDA (ROCm too) or XPU, with Triton."""
     return HAVE_TRITON and (tensor.is_cuda or tensor.is_xpu)
 
 
@@ -42,12 +54,14 @@ def pow2_ceil(value: int) -> int:
 
 @lru_cache(maxsize=256)
 def row_tiles(width: int) -> tuple[int, int, int]:
-    """(main, tail, warps): two power-of-two tiles that cover a row of `width`, and the warps that hold it.
+    """(main, tail, warps): two power-of-two tiles that cover a row, and the warps that hold it.
 
-    Tiles must be powers of two. One of 2048 would leave 44% of the lanes idle at width 1152; 1024 + 128 leaves
-    none. A warp holds 1024 values of a row, 32 a lane: four 16-byte loads of bf16 in flight, and at the towers'
-    widths the reduction needs no barrier between warps.
+    Tiles must be powers of two. One of 2048 would leave 44% of its values empty at width 1152,
+    where 1024 + 256 leave 10%. A warp holds 1024 values of a row, 32 a lane: four 16-byte loads of
+    bf16 in flight, and no barrier between warps in the reductions at the towers' widths. The tail
+    has 8 values a lane at least: its loads are as wide, and Triton need not move it between lanes.
     """
     main = pow2_floor(width)
-    tail = pow2_ceil(width - main) if width > main else 0
-    return main, tail, min(max(main // 1024, 1), 16)
+    warps = min(max(main // 1024, 1), 16)
+    tail = max(pow2_ceil(width - main), min(256 * warps, main)) if width > main else 0
+    return main, tail, warps

@@ -1,6 +1,6 @@
-"""RMSNorm and LayerNorm, alone or after the residual add: the row is read once and stays in registers.
+"""RMSNorm and LayerNorm, alone or after the residual add: a row is read once, into registers.
 
-Shapes: T patches (or merged tokens), D width. Statistics and weights in float32, one rounding of the result.
+Shapes: T patches (or merged tokens), D width. Float32 inside, weights too; one rounding at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _read(
     ADD: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """One tile of what is normalised, in float32: x itself, or the rounded sum, which is also written to `total`."""
+    """A tile of what is normalised, in float32: x, or the rounded sum, which `total` gets too."""
     values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if BIASED:
         values += tl.load(delta_bias + columns, mask=mask, other=0.0).to(tl.float32)
@@ -64,7 +64,7 @@ def _norm_kernel(
     ADD: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Each program normalises ROWS rows, held as a tile [ROWS, MAIN] and, unless D is a power of two, [ROWS, TAIL]."""
+    """ROWS rows a program, as a tile [ROWS, MAIN] and, unless D is a power of two, [ROWS, TAIL]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     start = rows.to(tl.int64) * D
     columns = tl.arange(0, MAIN)[None, :]
@@ -155,7 +155,7 @@ def add_ref(delta: Tensor, delta_bias: Tensor | None, residual: Tensor) -> Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """RMSNorm of x [T, D] with weight [D]; returns [T, D] in `out` where it is given (it may be x)."""
+    """RMSNorm of x [T, D] with weight [D]; returns [T, D], in `out` where given (it may be x)."""
     if use_triton(x):
         return _norm_triton(x, weight, None, eps, out=out)
     normed = rms_norm_ref(x, weight, eps)
@@ -165,7 +165,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """LayerNorm of x [T, D] with weight and bias [D]; returns [T, D] in `out` where it is given (it may be x)."""
+    """LayerNorm of x [T, D], weight, bias [D]; returns [T, D], in `out` where given (may be x)."""
     if use_triton(x):
         return _norm_triton(x, weight, bias, eps, out=out)
     normed = layer_norm_ref(x, weight, bias, eps)
@@ -182,9 +182,9 @@ def add_rms_norm(
     sum_out: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(sum, RMSNorm of sum), sum = residual + (delta + delta_bias) rounded once; all [T, D], weights [D].
+    """(sum, RMSNorm of sum), both [T, D]; sum = residual + (delta + delta_bias), rounded once.
 
-    `sum_out` may be `residual` and `out` may be `delta`: each value is read before its place is written.
+    `sum_out` may be `residual` and `out` may be `delta`: all is read before its place is written.
     """
     return _add_norm(delta, delta_bias, residual, weight, None, eps, sum_out, out)
 

@@ -1,7 +1,7 @@
 """Uint8 images to normalised patches, in any order, in one pass.
 
-Shapes: T patches, p patch size, t temporal patch size, B bytes of all images; a patch is [channel 3, frame t, row p,
-column p].
+Shapes: T patches, p patch size, t temporal patch size, B bytes of all images; a patch is
+[channel 3, frame t, row p, column p].
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def _patchify_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One frame of BLOCK_T patches at a time, as a tile [patch, (channel, row, column)]; every output is written once.
+    """BLOCK_T patches, a frame at a time, as tiles [patch, (channel, row, column)].
 
-    Lanes follow the output, which is four times the input in bf16: its stores are wide, and the byte loads, three
-    apart, find their lines in the first-level cache. The table (3 KiB) lives there too.
+    Lanes follow the output, four times the input in bytes: its stores are wide, and the byte loads,
+    three apart, find their lines in the first-level cache. The table (3 KiB) lives there too.
     """
     patch = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     item = tl.arange(0, BLOCK)[None, :]
@@ -93,7 +93,7 @@ def patchify_ref(
     temporal_patch_size: int,
     out: Tensor,
 ) -> Tensor:
-    """Patchify in PyTorch: gather each patch's pixel rows (p * 3 bytes each), then look every level up."""
+    """Patchify in PyTorch: gather the patches' pixel rows, 3 p bytes each; look the levels up."""
     p, row_length = patch_size, 3 * patch_size
     levels = table.to(out.dtype)
     # Row i of this view is the pixel row that starts at byte i.
@@ -135,10 +135,11 @@ def patchify(
 ) -> Tensor:
     """Gather patches from raw images and normalise them; returns [T, 3 * t * p * p] in `dtype`.
 
-    pixels: uint8 [B], images [frame, height, width, 3] one after the other. sources: int32 [T, 3], for each patch
-    the byte of its first pixel, the bytes of one pixel row of its image, and the bytes from a frame to the next (0
-    where the frame is to be repeated); a negative first byte marks a row of padding, which is set to zero. table:
-    float32 [3, 256], the normalised value of every level of every channel; the result is exactly its rounding.
+    pixels: uint8 [B], images [frame, height, width, 3] one after the other.
+    sources: int32 [T, 3], for each patch the byte of its first pixel, the bytes of a pixel row of
+    its image, and the bytes from a frame to the next (0: the frame is repeated). A negative first
+    byte marks a row of padding, which is set to zero.
+    table: float32 [3, 256], every channel's levels normalised; the result is exactly its rounding.
     """
     width = 3 * temporal_patch_size * patch_size * patch_size
     if out is None:

@@ -1,150 +1,122 @@
 """Rotary position embedding of q and k, one launch, in place on the packed qkv.
 
 Shapes: T patches, H heads, Dh head size, P positions of the table.
-NeoX halves: dimension i pairs with i + Dh/2 and turns by frequency i of Dh/2; the first Dh/4 frequencies follow the
-patch's row, the rest its column.
+NeoX halves: dimension i pairs with i + Dh/2 and turns by frequency i of Dh/2; the first Dh/4
+frequencies follow the patch's row, the rest its column.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vitrt.kernels.dispatch import ceil_div, jit, pow2_ceil, tl, use_triton
+from vitrt.kernels.dispatch import jit, pow2_ceil, tl, use_triton
 
 if TYPE_CHECKING:  # attention imports kernels, never the other way round
     from vitrt.attention.base import Rotary
 
 
-@jit(do_not_specialize=["tokens"])
+@jit()
 def _rope_kernel(
     qkv,
     positions,
     cos,
     sin,
     valid,
-    tokens,
     H: tl.constexpr,
     HALF: tl.constexpr,
     VEC: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    FLAT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """BLOCK_H heads of q and k (2H in all) of some patches; half a head is CHUNKS vectors of VEC values.
+    """BLOCK_H of the 2H heads of q and k of one patch: tiles [vector, head, value] of half heads.
 
-    Dh/2 = 36 is no power of two, so either the vectors of a half are padded to BLOCK_C = 16 for each of BLOCK_T
-    patches, or (FLAT) BLOCK_C vectors are taken from the list (patch, vector) and no lane idles. Either way cos and
-    sin are fetched once for all heads, and the loads of q and k stand first, so that they overlap the table's.
-    Tile axes: FLAT [head, (patch, vector), value], else [patch, head, vector, value].
+    Dh/2 = 36 is no power of two: a half is CHUNKS = 9 vectors of VEC = 4, padded to BLOCK_C = 16.
+    Triton gives the lanes of a warp to the first axis, then the second, so a warp touches whole
+    halves of neighbouring heads and each lane reuses its cosines for all its heads. With one patch
+    a program the tables take fewer values than there are lanes; with more, Triton would give them a
+    layout of their own and shuffle q and k through shared memory.
     """
-    value = tl.arange(0, VEC)
-    if FLAT:
-        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
-        item = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-        token = (item // CHUNKS)[None, :, None]
-        frequency = (item % CHUNKS)[None, :, None] * VEC + value[None, None, :]
-        mask = token < tokens
-    else:
-        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None, None]
-        rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-        token = rows[:, None, None, None]
-        chunk = tl.arange(0, BLOCK_C)[None, None, :, None]
-        frequency = chunk * VEC + value[None, None, None, :]
-        mask = (token < tokens) & (chunk < CHUNKS)
+    token = tl.program_id(0)
+    chunk = tl.arange(0, BLOCK_C)[:, None, None]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    frequency = chunk * VEC + tl.arange(0, VEC)[None, None, :]
+    mask = chunk < CHUNKS
+    patch = qkv + token.to(tl.int64) * (6 * H * HALF)
+    low_at = patch + (head * (2 * HALF) + frequency)
+    high_at = low_at + HALF
     live = mask
     if PADDED:
         count = tl.load(valid)
         live = mask & (token < count)
-
-    patch = token.to(tl.int64) * (6 * H * HALF)
-    low_at = qkv + patch + (head * (2 * HALF) + frequency)
-    high_at = low_at + HALF
+        if token >= count:
+            # Attention multiplies the v of padding by zero, which NaN would survive.
+            zero = tl.zeros((BLOCK_C, BLOCK_H, VEC), qkv.dtype.element_ty)
+            value_at = patch + ((2 * H + head // 2) * (2 * HALF) + frequency)
+            tl.store(value_at, zero, mask=mask)
+            tl.store(value_at + HALF, zero, mask=mask)
     low = tl.load(low_at, mask=live, other=0.0).to(tl.float32)
     high = tl.load(high_at, mask=live, other=0.0).to(tl.float32)
 
+    row = tl.load(positions + 2 * token)
+    column = tl.load(positions + 2 * token + 1)
     quarter: tl.constexpr = HALF // 2
-    by_row = frequency < quarter
-    position = tl.load(positions + 2 * token + tl.where(by_row, 0, 1), mask=live, other=0)
-    entry = position * quarter + tl.where(by_row, frequency, frequency - quarter)
+    entry = tl.where(frequency < quarter, row * quarter, (column - 1) * quarter) + frequency
     c = tl.load(cos + entry, mask=live, other=0.0)
     s = tl.load(sin + entry, mask=live, other=0.0)
     tl.store(low_at, (low * c - high * s).to(qkv.dtype.element_ty), mask=mask)
     tl.store(high_at, (high * c + low * s).to(qkv.dtype.element_ty), mask=mask)
 
-    if PADDED:
-        # Attention reads the v of padding too, multiplied by zero: NaN there would spread.
-        padding = mask & (token >= count)
-        zero = tl.zeros_like(low).to(qkv.dtype.element_ty)
-        value_at = qkv + patch + ((2 * H + head // 2) * (2 * HALF) + frequency)
-        tl.store(value_at, zero, mask=padding)
-        tl.store(value_at + HALF, zero, mask=padding)
-
-
-@dataclass(frozen=True, slots=True)
-class RopeTiling:
-    """How the kernel is cut. `block` counts patches, or vectors of half a head where `flat`; see `_rope_kernel`."""
-
-    flat: bool
-    block: int
-    heads: int
-    warps: int
-
 
 @lru_cache(maxsize=256)
-def _launch(
-    heads: int, half: int, itemsize: int, tiling: RopeTiling
+def _tiling(
+    heads: int, half: int, itemsize: int, block_h: int, spread: int
 ) -> tuple[int, int, int, int, int, int]:
-    """(vec, chunks, block_t, block_h, block_c, head groups) of the kernel for this shape."""
+    """(vec, chunks, block_c, block_h, head groups, warps) for at most `block_h` heads a program.
+
+    There are `spread` lanes for every value of a padded half, two at least: from there on Triton
+    lets cos and sin share the layout of q and k.
+    """
     vec = min(half & -half, 16 // itemsize)
     chunks = half // vec
-    block_h = min((2 * heads) & -(2 * heads), tiling.heads)
-    block_t, block_c = (1, tiling.block) if tiling.flat else (tiling.block, pow2_ceil(chunks))
-    return vec, chunks, block_t, block_h, block_c, 2 * heads // block_h
+    block_c = pow2_ceil(chunks)
+    block_h = min((2 * heads) & -(2 * heads), block_h)
+    warps = min(max(block_c * vec * spread // 32, 1), 8)
+    return vec, chunks, block_c, block_h, 2 * heads // block_h, warps
 
 
-_SMALL = RopeTiling(flat=True, block=32, heads=8, warps=4)
-_LARGE = RopeTiling(flat=True, block=64, heads=16, warps=4)
-
-
-def _rope_triton(qkv: Tensor, rotary: Rotary, tiling: RopeTiling | None = None) -> None:
+def _rope_triton(qkv: Tensor, rotary: Rotary, block_h: int = 32, spread: int = 2) -> None:
     assert qkv.is_contiguous()
     tokens, _, heads, head_dim = qkv.shape
     if tokens == 0:
         return
-    if tiling is None:
-        tiling = _SMALL if tokens < 4096 else _LARGE
     half = head_dim // 2
-    vec, chunks, block_t, block_h, block_c, groups = _launch(heads, half, qkv.itemsize, tiling)
-    programs = ceil_div(tokens * chunks, block_c) if tiling.flat else ceil_div(tokens, block_t)
+    vec, chunks, block_c, block_h, groups, warps = _tiling(
+        heads, half, qkv.itemsize, block_h, spread
+    )
     valid = rotary.valid
-    _rope_kernel[(programs, groups)](
+    _rope_kernel[(tokens, groups)](
         qkv,
         rotary.positions,
         rotary.cos,
         rotary.sin,
         valid,
-        tokens,
         heads,
         half,
         vec,
         chunks,
-        block_t,
-        block_h,
         block_c,
-        tiling.flat,
+        block_h,
         valid is not None,
-        num_warps=tiling.warps,
+        num_warps=warps,
     )
 
 
-# Rows that are turned at once on the CPU: the q and k of 128 patches (1.2 MB at 16 heads of 72) and their
+# Rows turned at once on the CPU: the q and k of 128 patches (1.2 MB at 16 heads of 72) and their
 # temporaries stay in a core's second-level cache between the passes.
 _CPU_ROWS = 128
 
