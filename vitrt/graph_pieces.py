@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -144,12 +145,18 @@ def record_pieces(
         full = _SplittingBackend(full, recorder, windowed=False)
     if not window.capturable:
         window = _SplittingBackend(window, recorder, windowed=True)
-    with torch.cuda.stream(stream):
-        recorder.begin()
-        try:
-            output = forward(replace(attention, full=full, window=window))
-        finally:
-            recorder.end()
+    collecting = gc.isenabled()
+    gc.disable()  # a collector that frees another graph in the middle would break this one
+    try:
+        with torch.cuda.stream(stream):
+            recorder.begin()
+            try:
+                output = forward(replace(attention, full=full, window=window))
+            finally:
+                recorder.end()
+    finally:
+        if collecting:
+            gc.enable()
     torch.cuda.current_stream().wait_stream(stream)
     deepstack = output.deepstack
     output = TowerOutput(
