@@ -52,7 +52,10 @@ def _unavailable(capability: tuple[int, int]) -> str | None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed: pip install 'vitrt[hopper]'"
-    version = metadata.version("quack-kernels")
+    try:
+        version = metadata.version("quack-kernels")
+    except metadata.PackageNotFoundError:
+        version = "of unknown version"
     if not version.startswith(RELEASES):
         needed = f"quack-kernels {version} is installed, {RELEASES}x is needed"
         return f"{needed}: pip install 'vitrt[hopper]'"
