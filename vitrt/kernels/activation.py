@@ -23,7 +23,7 @@ _WARPS = 4
 
 @jit()
 def _bias(bias, start, index, mask, N: tl.constexpr, ALIGN: tl.constexpr):
-    """The bias of values start + index. ALIGN divides N and every start: the loads stay wide."""
+    """The bias of values start + index. ALIGN divides N and start: wide loads."""
     first = tl.multiple_of((start % N).to(tl.int32), ALIGN)
     return tl.load(bias + (first + index) % N, mask=mask, other=0.0).to(tl.float32)
 
@@ -103,7 +103,7 @@ def _swiglu_triton(
             out,
             tokens,
             width,
-            width & -width,
+            min(width & -width, 16),
             block,
             bias is not None,
             num_warps=warps,
@@ -131,7 +131,7 @@ def _bias_act_triton(
             out,
             tokens,
             width,
-            width & -width,
+            min(width & -width, 16),
             block,
             bias is not None,
             kind == "gelu_tanh",
