@@ -125,6 +125,8 @@ def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResu
     if peers is None:
         peers = ("sdpa", "fa3", "compile") if config.device.type == "cuda" else ("sdpa",)
     sources = [resolve(model, tiny=config.tiny) for model in config.models]
+    for source in sources:
+        build_workloads(source.config.patch_size, config.workloads)  # a wrong name ends it here
     result.ceilings.append(measure_ceilings(config.device, config.dtype))
     for index, source in enumerate(sources):
         # Each model may spend its share of what is left.

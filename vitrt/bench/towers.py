@@ -49,17 +49,28 @@ def resolve(model: str, *, tiny: bool = False) -> Source:
     path = Path(model)
     folders = (path, *(folder / model for folder in CONFIG_FOLDERS))
     file = next((f / "config.json" for f in folders if (f / "config.json").is_file()), path)
-    if not file.is_file() or list(file.parent.glob("*.safetensors")):
-        checkpoint = open_checkpoint(model)
+    name = path.parent.name if path.suffix == ".json" else path.name
+    if not file.is_file() and "/" not in model:
+        raise ValueError(
+            f"{model!r} is no file, no folder, no hub id (owner/name) and no released size; "
+            f"the sizes are {', '.join(released_sizes())}"
+        )
+    if not file.is_file() or any(file.parent.glob("*.safetensors")):
+        checkpoint = open_checkpoint(str(file.parent) if file.is_file() else model)
         config = checkpoint.vision_config()
-        name = path.name
     else:
         checkpoint = None
         config = VisionConfig.from_dict(json.loads(file.read_text()))
-        name = path.parent.name if path.suffix == ".json" else path.name
     if tiny:
         return Source(f"{name} (tiny)", shrink(config), None)
     return Source(name, config, checkpoint)
+
+
+def released_sizes() -> list[str]:
+    """The names of the configs that come with the package."""
+    return sorted(
+        {file.parent.name for folder in CONFIG_FOLDERS for file in folder.glob("*/config.json")}
+    )
 
 
 def shrink(config: VisionConfig) -> VisionConfig:
