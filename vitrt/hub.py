@@ -10,7 +10,14 @@ import logging
 import os
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    cached_assets_path,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,10 +29,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from vitrt.hub_ranges import RangeReader, RangesRefusedError, fetch_tower
 from vitrt.shards import CheckpointError, TensorInfo
 from vitrt.tower_files import (
     INDEX,
     SINGLE,
+    ShardNames,
     read_json,
     shards_of_index,
     tensors_of_files,
@@ -49,6 +58,7 @@ class HubSource:
         self.repo = repo
         self.revision = revision or constants.DEFAULT_REVISION
         self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+        self._assets = self.cache_dir / "assets" if cache_dir else Path(constants.HF_ASSETS_CACHE)
         self.token = token
         self.offline = local_files_only or bool(constants.HF_HUB_OFFLINE)
         self._pinned: str | None = None
@@ -64,21 +74,72 @@ class HubSource:
         return self._fetch(filename, optional=True)
 
     def fetch_tensors(self) -> dict[str, TensorInfo]:
-        """The vision tensors by name in the tower, on this machine."""
+        """The vision tensors by name in the tower, on this machine.
+
+        What is here already is used: the tower's own file, or whole shards in the hub's cache.
+        Otherwise only the tower's bytes are fetched, or whole shards where the server refuses that.
+        """
+        tower = self._tower_folder() / SINGLE
+        if tower.is_file():
+            return tensors_of_files([tower], self.repo)
+        shards = None if self._has(SINGLE) else self._shards()
+        files = [SINGLE] if shards is None else sorted(shards)
+        if not all(self.cached(file) for file in files) and self._fetch_tower(shards, tower.parent):
+            return tensors_of_files([tower], self.repo)
+        folder = {self.fetch(file).parent for file in files}.pop()
+        if shards is None:
+            return tensors_of_files([folder / SINGLE], self.repo)
+        return tensors_of_shards(folder, shards)
+
+    def _tower_folder(self) -> Path:
+        """Where the tower's bytes are kept: among the hub's assets, one folder a commit."""
+        return cached_assets_path(
+            library_name="vitrt",
+            namespace=self.repo,
+            subfolder=self._commit,
+            assets_dir=self._assets,
+        )
+
+    def _has(self, filename: str) -> bool:
+        if self.offline or self.cached(filename):
+            return self.cached(filename) is not None
+        url = hf_hub_url(self.repo, filename, revision=self._commit)
+        try:
+            get_hf_file_metadata(url, token=self.token, library_name="vitrt")
+        except EntryNotFoundError:
+            return False
+        except Exception as error:
+            raise CheckpointError(self.explain(filename, error)) from error
+        return True
+
+    def _shards(self) -> ShardNames:
         if index := self.fetch_optional(INDEX):
-            shards = shards_of_index(read_json(index), self.repo)
-            for shard in sorted(shards):
-                self.fetch(shard)
-            return tensors_of_shards(index.parent, shards)
-        if single := self.fetch_optional(SINGLE):
-            return tensors_of_files([single], self.repo)
-        raise CheckpointError(f"{self._label}: holds neither {INDEX} nor {SINGLE}{self._looked()}")
+            return shards_of_index(read_json(index), self.repo)
+        raise CheckpointError(f"{self._label}: holds neither {SINGLE} nor {INDEX}{self._looked()}")
+
+    def _fetch_tower(self, shards: ShardNames | None, folder: Path) -> bool:
+        """Fetch the tower's bytes into a file of their own; False where whole shards are needed."""
+        if self.offline:
+            return False
+        try:
+            fetch_tower(RangeReader(self.repo, self._commit, self.token), shards, folder)
+        except RangesRefusedError as error:
+            logger.info("%s: fetching whole shards: %s", self.repo, error)
+            return False
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._label}: {error}") from error
+        except Exception as error:
+            raise CheckpointError(self.explain(", ".join(shards or [SINGLE]), error)) from error
+        return True
 
     def cached(self, filename: str) -> Path | None:
         """The file where the hub's cache already holds it."""
-        revision = self._pinned or self.revision
-        path = try_to_load_from_cache(self.repo, filename, self.cache_dir, revision)
+        path = try_to_load_from_cache(self.repo, filename, self.cache_dir, self._commit)
         return Path(path) if isinstance(path, str) else None
+
+    @property
+    def _commit(self) -> str:
+        return self._pinned or self.revision
 
     @property
     def _label(self) -> str:
@@ -98,7 +159,7 @@ class HubSource:
                 hf_hub_download(
                     self.repo,
                     filename,
-                    revision=self._pinned or self.revision,
+                    revision=self._commit,
                     cache_dir=self.cache_dir,
                     token=self.token,
                     local_files_only=self.offline,

@@ -106,7 +106,7 @@ def tensors_of_files(files: Iterable[Path], where: str) -> dict[str, TensorInfo]
     headers = {file.name: read_header(file) for file in files}
     pairs = [(name, file) for file, header in headers.items() for name in header]
     shards = group_by_shard(pairs, where)
-    return _collect(shards, headers, where)
+    return collect(shards, headers, where)
 
 
 def tensors_of_shards(folder: Path, shards: ShardNames) -> dict[str, TensorInfo]:
@@ -114,12 +114,13 @@ def tensors_of_shards(folder: Path, shards: ShardNames) -> dict[str, TensorInfo]
     if missing := sorted(file for file in shards if not (folder / file).is_file()):
         raise CheckpointError(f"{folder}: {INDEX} names missing shards: {', '.join(missing)}")
     headers = {file: read_header(folder / file) for file in sorted(shards)}
-    return _collect(shards, headers, str(folder))
+    return collect(shards, headers, str(folder))
 
 
-def _collect(
+def collect(
     shards: ShardNames, headers: Mapping[str, Mapping[str, TensorInfo]], where: str
 ) -> dict[str, TensorInfo]:
+    """The tensors that `shards` names, by name in the tower, out of the headers of those files."""
     absent = [
         f"{full_name} in {file}"
         for file, names in shards.items()
