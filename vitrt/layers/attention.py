@@ -25,7 +25,7 @@ class VisionAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.qkv = FusedQKVLinear(width, config.num_heads, parallel=parallel)
-        self.proj = RowParallelLinear(width, width, parallel=parallel)
+        self.proj = RowParallelLinear(width, width, adds_residual=True, parallel=parallel)
 
     def forward(
         self, normed: Tensor, rotary: Rotary, segments: Segments, backend: AttentionBackend

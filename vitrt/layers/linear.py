@@ -181,10 +181,13 @@ class RowParallelLinear(Linear):
         out_features: int,
         *,
         padded: int | None = None,
+        adds_residual: bool = False,
         parallel: ParallelContext = SINGLE,
     ) -> None:
+        """`adds_residual`: this layer is called through `add_norm`, not on its own."""
         padded = padded or in_features
         super().__init__(padded // parallel.tp_size, out_features)
+        self.adds_residual = adds_residual
         self.in_features = in_features
         self.part = _shard(padded, parallel)
         self.parallel = parallel
@@ -211,8 +214,7 @@ class RowParallelLinear(Linear):
 
     def prepare(self) -> None:
         if self.parallel.tp_size == 1:
-            prepare(self.weight, self.bias, residual=True)
-            prepare(self.weight, self.bias)
+            prepare(self.weight, self.bias, residual=self.adds_residual)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         columns = _clipped(self.part, self.in_features)

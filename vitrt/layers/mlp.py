@@ -51,7 +51,7 @@ class SwiGLU(MLP):
         padded = padded_width(width, parallel.tp_size)
         super().__init__(
             GateUpLinear(hidden, width, padded=padded, parallel=parallel),
-            RowParallelLinear(width, hidden, padded=padded, parallel=parallel),
+            RowParallelLinear(width, hidden, padded=padded, adds_residual=True, parallel=parallel),
         )
 
 
@@ -67,5 +67,5 @@ class GeluMLP(MLP):
             ColumnParallelLinear(
                 hidden, width, activation="gelu_tanh", padded=padded, parallel=parallel
             ),
-            RowParallelLinear(width, hidden, padded=padded, parallel=parallel),
+            RowParallelLinear(width, hidden, padded=padded, adds_residual=True, parallel=parallel),
         )
