@@ -1,0 +1,1 @@
+"""Where the features go: transformers' own models, and serving engines."""
