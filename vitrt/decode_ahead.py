@@ -1,4 +1,4 @@
-"""Images decoded by threads ahead of the device, in the order of their listing, in bounded memory."""
+"""Images decoded by threads ahead of the device, in the order of listing, in bounded memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class DecodeAhead:
         """List and decode no more; iteration ends at the next image. Safe in a signal handler of
         the main thread.
         """
-        self._stopped = True  # the lister looks at it several times a second: a handler must not wait for a lock
+        # The lister looks at it several times a second: a handler must not wait for a lock.
+        self._stopped = True
 
     def __enter__(self) -> DecodeAhead:
         self._lister.start()

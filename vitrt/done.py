@@ -40,18 +40,18 @@ class DoneIndex:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def shard_of(self, source: Source) -> str | None:
+    def shard_of_id(self, image_id: str) -> str | None:
         """The shard that holds an image of this id, in whatever state; None where there is none."""
-        row = self._row(source)
+        row = self._row(image_id)
         return None if row is None else self._shards[int(self._numbers[row])]
 
     def holds(self, source: Source) -> bool:
         """Whether the image is there in its present state: neither size nor mtime has changed."""
-        row = self._row(source)
+        row = self._row(source.id)
         return row is not None and int(self._states[row]) == _state(source.size, source.mtime)
 
-    def _row(self, source: Source) -> int | None:
-        wanted = np.uint64(_hash(source.id))
+    def _row(self, image_id: str) -> int | None:
+        wanted = np.uint64(_hash(image_id))
         row = int(np.searchsorted(self._ids, wanted))
         return row if row < len(self._ids) and self._ids[row] == wanted else None
 

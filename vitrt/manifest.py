@@ -163,7 +163,7 @@ class RunIdentity:
         return {"format": FORMAT, **values, "vitrt_version": __version__}
 
     def differences(self, metadata: Mapping[str, str]) -> list[str]:
-        """One text for each thing in which the run behind `metadata` was another; empty where none."""
+        """One text for each thing in which the run behind `metadata` was another."""
         mine = self.metadata()
         names = [f.name for f in fields(self) if f.name not in ("model", "weights")]
         found = [

@@ -57,7 +57,7 @@ class FeatureWriter:
         shard_mib: float = DEFAULT_SHARD_MIB,
         merge_size: int = _MERGE_SIZE,
     ) -> None:
-        """`folder` exists and was recovered; `first_shard` is the first number free for this rank."""
+        """`folder` exists and was recovered; `first_shard` is this rank's first free number."""
         self.folder = folder
         self.rank = rank
         self.images = 0  # durable ones
@@ -66,28 +66,24 @@ class FeatureWriter:
         self._shard_bytes = int(shard_mib * (1 << 20))
         self._manifest = folder / manifest_name(rank)
         self._errors = folder / errors_name(rank)
-        self._held: list[tuple[Source, ImageFeatures, Tensor | None, str | None]] = []
+        self._pool = identity.pool == "mean"
+        self._held: list[tuple[Source, ImageFeatures, str | None]] = []
         self._held_bytes = 0
         if not self._manifest.exists():
             write_file(self._manifest, [], temporary=temporary_path(self._manifest))
 
-    def add(
-        self,
-        source: Source,
-        features: ImageFeatures,
-        *,
-        pooled: Tensor | None = None,
-        replaces: str | None = None,
-    ) -> None:
+    def add(self, source: Source, features: ImageFeatures, *, replaces: str | None = None) -> None:
         """Take the features of one image, on the CPU; kept by reference until its shard is written.
 
-        Args:
-            features: where `pooled` is given, only its grid and shapes are used.
-            pooled: [out_hidden] float32, to be stored instead of the features.
-            replaces: the shard that holds the features of an older state of the image.
+        `replaces` names the shard that holds the features of an older state of the image. Of a run
+        with `--pool mean` only `features.pooled()` is kept.
         """
-        self._held.append((source, features, pooled, replaces))
-        self._held_bytes += _bytes(features, pooled)
+        if self._pool:
+            row = features.pooled()[None]
+            features = ImageFeatures(row, None, features.grid_thw, features.merge_size)
+        self._held.append((source, features, replaces))
+        self._held_bytes += features.embeddings.nbytes
+        self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
         if self._held_bytes >= self._shard_bytes or len(self._held) >= SHARD_IMAGES:
             self.flush()
 
@@ -102,7 +98,7 @@ class FeatureWriter:
         held, self._held, self._held_bytes = self._held, [], 0
         path = self.folder / shard_name(self.rank, self._next_shard)
         self._next_shard += 1
-        shard = encode_shard(_tensors(held), self._metadata)
+        shard = encode_shard(self._tensors(held), self._metadata)
         write_file(path, shard, temporary=temporary_path(path))
         lines = "".join(
             Entry(
@@ -114,7 +110,7 @@ class FeatureWriter:
                 source.mtime,
                 replaces,
             ).line()
-            for source, features, _, replaces in held
+            for source, features, replaces in held
         )
         try:
             append(self._manifest, lines.encode(), flush=True)
@@ -130,35 +126,26 @@ class FeatureWriter:
         if self._errors.exists():
             append(self._errors, b"", flush=True)
 
+    def _tensors(
+        self, held: list[tuple[Source, ImageFeatures, str | None]]
+    ) -> list[tuple[str, Tensor]]:
+        if self._pool:
+            return [(f"{source.id}/pooled", features.embeddings[0]) for source, features, _ in held]
+        tensors = [
+            (f"{source.id}/grid_thw", torch.tensor(features.grid_thw, dtype=torch.int64))
+            for source, features, _ in held
+        ]
+        for source, features, _ in held:
+            tensors.append((f"{source.id}/embeddings", features.embeddings.contiguous()))
+            if features.deepstack is not None:
+                tensors.append((f"{source.id}/deepstack", features.deepstack.contiguous()))
+        return tensors
+
 
 def tokens_of(features: ImageFeatures) -> int:
     """Merged tokens by the grid: pooled features hold only one row."""
     t, h, w = features.grid_thw
     return t * h * w // features.merge_size**2
-
-
-def _bytes(features: ImageFeatures, pooled: Tensor | None) -> int:
-    if pooled is not None:
-        return pooled.nbytes
-    levels = features.deepstack
-    return features.embeddings.nbytes + (0 if levels is None else levels.nbytes)
-
-
-def _tensors(
-    held: list[tuple[Source, ImageFeatures, Tensor | None, str | None]],
-) -> list[tuple[str, Tensor]]:
-    rows = [(f"{source.id}/pooled", pooled) for source, _, pooled, _ in held if pooled is not None]
-    whole = [(source.id, features) for source, features, pooled, _ in held if pooled is None]
-    grids = [
-        (f"{name}/grid_thw", torch.tensor(features.grid_thw, dtype=torch.int64))
-        for name, features in whole
-    ]
-    tensors: list[tuple[str, Tensor]] = []
-    for name, features in whole:
-        tensors.append((f"{name}/embeddings", features.embeddings.contiguous()))
-        if features.deepstack is not None:
-            tensors.append((f"{name}/deepstack", features.deepstack.contiguous()))
-    return [*grids, *rows, *tensors]
 
 
 class FeatureStore(Mapping[str, ImageFeatures]):
@@ -208,7 +195,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         return f"FeatureStore({str(self.folder)!r}, {len(self)} images)"
 
     def entry(self, image_id: str) -> Entry:
-        """What the manifest says about an image: shard, grid, tokens, size and mtime of its source."""
+        """What the manifest says of an image: shard, grid, tokens, size and mtime of its source."""
         return self._entries[image_id]
 
     def metadata_of(self, shard: str) -> dict[str, str]:
