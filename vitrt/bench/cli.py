@@ -7,11 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from vitrt.bench.peers import PEER_NAMES
-from vitrt.bench.report import agrees, to_json, to_text
-from vitrt.bench.runs import BenchConfig, run_bench
+from vitrt.bench.options import PEER_NAMES, BenchConfig
 from vitrt.bench.workloads import WORKLOAD_NAMES
-from vitrt.placement import resolve_device, resolve_dtype
 
 DEFAULTS = BenchConfig()
 
@@ -34,8 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workloads", type=_names, default=DEFAULTS.workloads, help=",".join(WORKLOAD_NAMES)
     )
     parser.add_argument("--peers", type=_names, help=f"{','.join(PEER_NAMES)}, or none")
-    parser.add_argument("--device", default="auto", help="default: cuda where there is one")
-    parser.add_argument("--dtype", default="auto", help="default: bfloat16 on cuda, else float32")
+    parser.add_argument(
+        "--device", default=DEFAULTS.device, help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--dtype", default=DEFAULTS.dtype, help="default: bfloat16 on cuda, else float32"
+    )
     parser.add_argument("--attention", default=DEFAULTS.attention, help="vitrt's backend")
     parser.add_argument(
         "--graphs",
@@ -69,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run and print; 1 where vitrt failed or disagrees, else 0. ValueError for bad arguments."""
+    # Here, since other commands than `vitrt bench` declare these arguments too.
+    from vitrt.bench.report import agrees, to_json, to_text
+    from vitrt.bench.runs import run_bench
+
     config = _config(args)
 
     def progress(line: str) -> None:
@@ -89,22 +94,15 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _config(args: argparse.Namespace) -> BenchConfig:
-    device = resolve_device(args.device)
-    unknown = [name for name in args.peers or () if name not in PEER_NAMES]
-    if unknown:
-        raise ValueError(f"peer {unknown[0]!r} does not exist; there are {', '.join(PEER_NAMES)}")
-    scale = args.scale
-    if scale == "auto":
-        scale = "full" if device.type == "cuda" else "tiny"
     return BenchConfig(
         models=tuple(args.models) or args.models_option or DEFAULTS.models,
         workloads=args.workloads,
         peers=args.peers,
-        device=device,
-        dtype=resolve_dtype(args.dtype, device),
+        device=args.device,
+        dtype=args.dtype,
         attention=args.attention,
         cuda_graphs=args.graphs,
-        tiny=scale == "tiny",
+        tiny=None if args.scale == "auto" else args.scale == "tiny",
         check=args.check,
         profile=args.profile,
         ablate=args.ablate,

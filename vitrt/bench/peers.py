@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vitrt.bench.options import PEER_NAMES
 from vitrt.encoder import VisionEncoder
 from vitrt.flops import Grid
 
 Output = tuple[Tensor, Sequence[Tensor]]  # embeddings [M, O], deepstack levels of the same shape
 Forward = Callable[[Tensor], Output]
 
-PEER_NAMES = ("sdpa", "fa3", "compile")
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vitrt.bench.ablate import Ablation
-from vitrt.bench.peers import PEER_NAMES
+from vitrt.bench.options import PEER_NAMES
 from vitrt.bench.profiling import GROUP_NAMES, Profile
 from vitrt.bench.runs import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
@@ -46,8 +46,8 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     }
     return {
         "format": "vitrt.bench.v1",
-        "machine": machine(config.device),
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "machine": machine(result.device),
+        "dtype": str(result.dtype).removeprefix("torch."),
         "options": options,
         "ceilings": [asdict(ceiling) for ceiling in result.ceilings],
         "ceiling_tflops": result.tflops,
@@ -118,8 +118,8 @@ def to_text(result: BenchResult) -> str:
 
 
 def _lines(result: BenchResult) -> Iterator[str]:
-    found = machine(result.config.device)
-    dtype = str(result.config.dtype).removeprefix("torch.")
+    found = machine(result.device)
+    dtype = str(result.dtype).removeprefix("torch.")
     for model in result.models:
         yield from _extra_lines(model)
     yield ""

@@ -12,7 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitrt.attention import AttentionBackend, AutoBackend
 from vitrt.bench.ablate import Ablation, ablate
 from vitrt.bench.accuracy import Errors, compare, float32_reference
+from vitrt.bench.options import PEER_NAMES, BenchConfig
 from vitrt.bench.peers import (
     Contender,
     Eager,
@@ -32,9 +33,10 @@ from vitrt.bench.peers import (
 from vitrt.bench.profiling import Profile, profile_call
 from vitrt.bench.timing import Ceilings, Timing, measure, measure_ceilings
 from vitrt.bench.towers import Source, build_tower, float32_copy, resolve, save_checkpoint
-from vitrt.bench.workloads import WORKLOAD_NAMES, Workload, build_workloads
+from vitrt.bench.workloads import Workload, build_workloads
 from vitrt.encoder import VisionEncoder
 from vitrt.flops import count_flops
+from vitrt.placement import resolve_device, resolve_dtype
 from vitrt.runner import RunnerStats
 
 logger = logging.getLogger(__name__)
@@ -42,26 +44,6 @@ logger = logging.getLogger(__name__)
 INPUT_SETS = 3  # pixels that calls take in turn, so that none of them times a warm cache
 ABLATED = ("1x560", "32x560")  # one bound by launches, one by arithmetic
 MEMORY_WORKLOAD = "32x560"
-
-
-@dataclass(frozen=True, slots=True)
-class BenchConfig:
-    """What was asked for."""
-
-    models: tuple[str, ...] = ("qwen3-vl-8b", "qwen2.5-vl-7b")
-    workloads: tuple[str, ...] = WORKLOAD_NAMES
-    peers: tuple[str, ...] | None = None  # None: all on a GPU, sdpa on a CPU
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    attention: str = "auto"
-    cuda_graphs: bool | None = None  # None: the encoder's own "auto"
-    tiny: bool = False
-    check: bool = True
-    profile: bool = False
-    ablate: bool = False
-    memory: bool = False
-    seconds: float = 1.0  # of timing for each contender on each workload
-    time_limit: float = 480.0
 
 
 @dataclass(slots=True)
@@ -92,6 +74,8 @@ class ModelResult:
 @dataclass(slots=True)
 class BenchResult:
     config: BenchConfig
+    device: torch.device
+    dtype: torch.dtype
     ceilings: list[Ceilings] = field(default_factory=list)
     models: list[ModelResult] = field(default_factory=list)
     seconds: float = 0.0
@@ -120,24 +104,34 @@ class Clock:
 
 def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResult:
     """The whole benchmark; `progress` is told one line about each measurement."""
-    clock, result = Clock(config.time_limit), BenchResult(config)
-    peers = config.peers
-    if peers is None:
-        peers = ("sdpa", "fa3", "compile") if config.device.type == "cuda" else ("sdpa",)
-    sources = [resolve(model, tiny=config.tiny) for model in config.models]
+    clock, device = Clock(config.time_limit), resolve_device(config.device)
+    result = BenchResult(config, device, resolve_dtype(config.dtype, device))
+    config = _settled(config, device)
+    sources = [resolve(model, tiny=bool(config.tiny)) for model in config.models]
     for source in sources:
         build_workloads(source.config.patch_size, config.workloads)  # a wrong name ends it here
-    result.ceilings.append(measure_ceilings(config.device, config.dtype))
+    result.ceilings.append(measure_ceilings(device, result.dtype))
     for index, source in enumerate(sources):
         # Each model may spend its share of what is left.
         share = clock.spent + clock.left / (len(sources) - index)
-        bench = _ModelBench(config, source, peers, clock, share, progress)
+        bench = _ModelBench(config, source, device, result.dtype, clock, share, progress)
         result.models.append(bench.run())
         del bench
-        _release(config.device)
-    result.ceilings.append(measure_ceilings(config.device, config.dtype))
+        _release(device)
+    result.ceilings.append(measure_ceilings(device, result.dtype))
     result.seconds = clock.spent
     return result
+
+
+def _settled(config: BenchConfig, device: torch.device) -> BenchConfig:
+    """What was left open depends on the device."""
+    cuda = device.type == "cuda"
+    peers = PEER_NAMES if cuda else ("sdpa",)
+    return replace(
+        config,
+        peers=peers if config.peers is None else config.peers,
+        tiny=not cuda if config.tiny is None else config.tiny,
+    )
 
 
 class _ModelBench:
@@ -147,29 +141,31 @@ class _ModelBench:
         self,
         config: BenchConfig,
         source: Source,
-        peers: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
         clock: Clock,
         until: float,
         progress: Callable[[str], None],
     ) -> None:
-        self.config, self.source, self.peers = config, source, peers
+        self.config, self.source, self.device, self.dtype = config, source, device, dtype
+        self.peers = config.peers or ()
         self.clock, self.until, self.progress = clock, until, progress
 
     def run(self) -> ModelResult:
         config, source = self.config, self.source
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-            tower = build_tower(source, device=config.device, dtype=config.dtype)
+            tower = build_tower(source, device=self.device, dtype=self.dtype)
             checkpoint = save_checkpoint(tower, source, Path(folder))
             encoder = VisionEncoder.from_pretrained(
                 checkpoint,
-                device=config.device,
-                dtype=config.dtype,
+                device=self.device,
+                dtype=self.dtype,
                 attention=config.attention,
                 cuda_graphs="auto" if config.cuda_graphs is None else config.cuda_graphs,
             )
             self.progress(f"{source.name}: loaded after {self.clock.spent:.0f} s")
             workloads = build_workloads(
-                source.config.patch_size, config.workloads, tiny=config.tiny
+                source.config.patch_size, config.workloads, tiny=bool(config.tiny)
             )
             rows = [Row(w, count_flops(source.config, w.grids).total) for w in workloads]
             self._eager(tower, encoder, rows)
@@ -194,14 +190,14 @@ class _ModelBench:
             expected = None
             if reference is not None:
                 expected = float32_reference(reference, inputs[0], row.workload.grids)
-                if self.config.dtype != torch.float32:
+                if self.dtype != torch.float32:
                     own = Eager(tower, "sdpa").prepare(row.workload.grids)(inputs[0])
                     row.reference_errors = compare(own, expected)
                     del own
             for contender in contenders:
                 self._contest(contender, row, inputs, expected)
             del expected, inputs
-            _release(self.config.device)
+            _release(self.device)
 
     def _compiled(self, tower: nn.Module, rows: list[Row]) -> None:
         try:
@@ -231,7 +227,7 @@ class _ModelBench:
             row.timings[name] = measure(
                 forward,
                 inputs,
-                self.config.device,
+                self.device,
                 seconds=self.config.seconds,
                 latency=row.workload.single,
             )
@@ -239,7 +235,7 @@ class _ModelBench:
             # A peer that breaks is a finding of its own and must not cost the others their figures.
             logger.warning("%s on %s failed", name, row.workload.name, exc_info=True)
             row.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            _release(self.config.device)
+            _release(self.device)
             return
         timing = row.timings[name]
         self.progress(
@@ -255,7 +251,7 @@ class _ModelBench:
                 row.plan_ms = _plan_ms(encoder, row.workload)
             if config.profile:
                 forward = Vitrt(encoder).prepare(row.workload.grids)
-                row.profile = profile_call(forward, inputs, config.device)
+                row.profile = profile_call(forward, inputs, self.device)
             if config.memory and row.workload.name == MEMORY_WORKLOAD:
                 row.memory = self._memory(encoder, tower, row, inputs[0])
             if config.ablate and row.workload.name in self._ablated():
@@ -269,7 +265,7 @@ class _ModelBench:
     def _memory(
         self, encoder: VisionEncoder, tower: nn.Module, row: Row, pixels: Tensor
     ) -> dict[str, int]:
-        if self.config.device.type != "cuda":
+        if self.device.type != "cuda":
             return {}
         peaks = {}
         names = [name for name in self.peers if name != "compile" and name in row.timings]
@@ -280,11 +276,11 @@ class _ModelBench:
 
     def _inputs(self, workload: Workload) -> list[Tensor]:
         """Sets of random pixels [T, P], of the range that normalised images have."""
-        device = self.config.device
+        device = self.device
         generator = torch.Generator(device).manual_seed(workload.patches)
         shape = (workload.patches, self.source.config.patch_dim)
         return [
-            torch.randn(shape, generator=generator, device=device).to(self.config.dtype)
+            torch.randn(shape, generator=generator, device=device).to(self.dtype)
             for _ in range(INPUT_SETS)
         ]
 
