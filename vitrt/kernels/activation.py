@@ -143,8 +143,9 @@ def _bias_act_triton(
 def swiglu_ref(gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
     """SwiGLU as the kernel does it: float32 inside, one rounding."""
     values = gate_up.float() if bias is None else gate_up.float() + bias.float()
-    pairs = values.unflatten(-1, (-1, 2))
-    return F.silu(pairs[..., 0]).mul_(pairs[..., 1]).to(gate_up.dtype)
+    # Copied first: on the CPU, silu of every other value is slower than the copy and silu together.
+    gate = values[..., ::2].contiguous()
+    return F.silu(gate, inplace=True).mul_(values[..., 1::2]).to(gate_up.dtype)
 
 
 def bias_act_ref(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
