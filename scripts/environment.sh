@@ -30,7 +30,7 @@ environment() {
     wanted="$root $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
         echo "== installing vitrt[$extra] (the first time takes a few minutes)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
             --constraint "$root/constraints.txt" --editable "$root[$extra]"
         echo "$wanted" >"$stamp"
     fi
