@@ -106,7 +106,7 @@ def patchify_ref(
         if padded:
             patches[~real] = 0
             chunk = chunk[real]
-        rows = chunk[:, :1] + torch.arange(p) * chunk[:, 1:2]
+        rows = chunk[:, :1] + torch.arange(p, device=chunk.device) * chunk[:, 1:2]
         moves = bool(chunk[:, 2].any())
         frames = []
         for frame in range(temporal_patch_size if moves else 1):
