@@ -12,7 +12,7 @@ import torch
 from vitrt.bench.ablate import Ablation
 from vitrt.bench.options import PEER_NAMES
 from vitrt.bench.profiling import GROUP_NAMES, Profile
-from vitrt.bench.runs import BenchResult, ModelResult, Row
+from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
 from vitrt.runner import RunnerStats
 
@@ -176,7 +176,7 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
         return line
     ratio = error_ratio(row)
     line += f"{error.embeddings:>10.2e}" + (f"{'':>7}" if ratio is None else f"{ratio:>7.3f}")
-    return line if agrees(row) else line + "  DISAGREES"
+    return line.rstrip() if agrees(row) else line + "  DISAGREES"
 
 
 def error_ratio(row: Row) -> float | None:

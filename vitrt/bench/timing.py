@@ -1,4 +1,4 @@
-"""Medians of warm calls, and the ceilings they are held against."""
+"""Medians of warm calls, the ceilings they are held against, and the time limit."""
 
 from __future__ import annotations
 
@@ -125,3 +125,19 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         tflops=2 * side**3 / product.rate_ms / 1e9,
         copy_tb_s=2 * source.nbytes / copy.rate_ms / 1e9,
     )
+
+
+class Clock:
+    """How much of the time limit is left."""
+
+    def __init__(self, limit: float) -> None:
+        self.start = time.monotonic()
+        self.limit = limit
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.limit - self.spent

@@ -1,0 +1,56 @@
+"""What a benchmark run found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vitrt.bench.ablate import Ablation
+from vitrt.bench.accuracy import Errors
+from vitrt.bench.options import BenchConfig
+from vitrt.bench.profiling import Profile
+from vitrt.bench.timing import Ceilings, Timing
+from vitrt.bench.towers import Source
+from vitrt.bench.workloads import Workload
+from vitrt.runner import RunnerStats
+
+
+@dataclass(slots=True)
+class Row:
+    """One workload."""
+
+    workload: Workload
+    flops: int
+    timings: dict[str, Timing] = field(default_factory=dict)  # by contender
+    errors: dict[str, Errors] = field(default_factory=dict)  # against transformers in float32
+    reference_errors: Errors | None = None  # transformers' own in a lower precision
+    failures: dict[str, str] = field(default_factory=dict)
+    compile_seconds: float | None = None
+    plan_ms: float | None = None  # a warm plan() on the host
+    profile: Profile | None = None
+    ablations: list[Ablation] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)  # peak bytes beyond weights and inputs
+
+
+@dataclass(slots=True)
+class ModelResult:
+    source: Source
+    attention: str
+    rows: list[Row]
+    stats: RunnerStats
+
+
+@dataclass(slots=True)
+class BenchResult:
+    config: BenchConfig
+    device: torch.device
+    dtype: torch.dtype
+    ceilings: list[Ceilings] = field(default_factory=list)
+    models: list[ModelResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def tflops(self) -> float:
+        """The ceiling that shares refer to: the best product seen in this run."""
+        return max(ceiling.tflops for ceiling in self.ceilings)
