@@ -32,6 +32,8 @@ class FakeHub:
     pause: float = 0.0  # seconds before every piece of a shard
     token: str | None = None  # needed to read anything
     gated: bool = False
+    cdn: bool = False  # sends those who want a shard to another host
+    cdn_tokens: set[str | None] = field(default_factory=set)  # that arrived there
     longest_range: int | None = None  # serves no more than this of a range at a time
     url: str = ""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -77,6 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         hub.requests.append((self.command, self.path, wanted))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        if self.path.startswith("/cdn/"):
+            hub.cdn_tokens.add(token)
+            name = self.path.removeprefix("/cdn/")
+            return self.send_file(hub.folder / name, wanted, body=body, shard=True)
         found = re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", unquote(self.path))
         if found:  # the hub's client asks for other things too, for its own purposes
             hub.tokens.add(token)
@@ -95,6 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(status, "", headers)
         if wanted and body and hub.range_status:
             return self.fail(hub.range_status, "")
+        if shard and body and hub.cdn:
+            port = hub.url.rsplit(":", 1)[1]
+            return self.fail(302, "", {"Location": f"http://localhost:{port}/cdn/{file.name}"})
         self.send_file(file, wanted if hub.ranges else None, body=body, shard=shard)
         return None
 

@@ -171,6 +171,7 @@ def test_a_partial_file_of_another_layout_is_not_used(hub: FakeHub, tmp_path: Pa
     folder.mkdir(parents=True)
     (folder / "model.safetensors.0123456789abcdef.partial").write_bytes(b"x" * 100_000)
     check(load(hub), hub.folder)
+    assert not list(folder.glob("*.partial"))
 
 
 def test_a_server_that_gives_less_than_asked_for(hub: FakeHub) -> None:
@@ -293,6 +294,25 @@ def test_token_is_sent(hub: FakeHub) -> None:
     hub.token = "secret"
     refused(hub, hub.repo, "no such repository, or it is private", hub.url)
     check(load(hub, token="secret"), hub.folder)
+
+
+def test_token_stays_with_the_hub(hub: FakeHub) -> None:
+    """Files lie on other hosts that the hub redirects to; the token is not theirs."""
+    hub.token, hub.cdn = "secret", True
+    check(load(hub, token="secret"), hub.folder)
+    assert hub.cdn_tokens == {None}
+
+
+def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only cache that holds whole shards will do."""
+    hub.ranges = False
+    load(hub)
+
+    def read_only(**_: Any) -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("vitrt.hub.cached_assets_path", read_only)
+    check(load(hub, local_files_only=True), hub.folder)
 
 
 def test_offline_and_missing(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

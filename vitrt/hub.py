@@ -79,26 +79,34 @@ class HubSource:
         What is here already is used: the tower's own file, or whole shards in the hub's cache.
         Otherwise only the tower's bytes are fetched, or whole shards where the server refuses that.
         """
-        tower = self._tower_folder() / SINGLE
-        if tower.is_file():
-            return tensors_of_files([tower], self.repo)
+        folder = self._tower_folder()
+        if folder and (folder / SINGLE).is_file():
+            return tensors_of_files([folder / SINGLE], self.repo)
         shards = None if self._has(SINGLE) else self._shards()
         files = [SINGLE] if shards is None else sorted(shards)
-        if not all(self.cached(file) for file in files) and self._fetch_tower(shards, tower.parent):
+        whole = all(self.cached(file) for file in files)
+        if folder and not whole and (tower := self._fetch_tower(shards, folder)):
             return tensors_of_files([tower], self.repo)
-        folder = {self.fetch(file).parent for file in files}.pop()
+        snapshot = {self.fetch(file).parent for file in files}.pop()
         if shards is None:
-            return tensors_of_files([folder / SINGLE], self.repo)
-        return tensors_of_shards(folder, shards)
+            return tensors_of_files([snapshot / SINGLE], self.repo)
+        return tensors_of_shards(snapshot, shards)
 
-    def _tower_folder(self) -> Path:
-        """Where the tower's bytes are kept: among the hub's assets, one folder a commit."""
-        return cached_assets_path(
-            library_name="vitrt",
-            namespace=self.repo,
-            subfolder=self._commit,
-            assets_dir=self._assets,
-        )
+    def _tower_folder(self) -> Path | None:
+        """Where the tower's bytes are kept: among the hub's assets, one folder a commit.
+
+        None where there is none and none can be made: a cache may be mounted read-only.
+        """
+        try:
+            return cached_assets_path(
+                library_name="vitrt",
+                namespace=self.repo,
+                subfolder=self._commit,
+                assets_dir=self._assets,
+            )
+        except OSError as error:
+            logger.info("%s: no folder for its tower: %s", self.repo, error)
+            return None
 
     def _has(self, filename: str) -> bool:
         if self.offline or self.cached(filename):
@@ -117,20 +125,19 @@ class HubSource:
             return shards_of_index(read_json(index), self.repo)
         raise CheckpointError(f"{self._label}: holds neither {SINGLE} nor {INDEX}{self._looked()}")
 
-    def _fetch_tower(self, shards: ShardNames | None, folder: Path) -> bool:
-        """Fetch the tower's bytes into a file of their own; False where whole shards are needed."""
+    def _fetch_tower(self, shards: ShardNames | None, folder: Path) -> Path | None:
+        """The tower's bytes in a file of their own; None where whole shards are needed."""
         if self.offline:
-            return False
+            return None
         try:
-            fetch_tower(RangeReader(self.repo, self._commit, self.token), shards, folder)
+            return fetch_tower(RangeReader(self.repo, self._commit, self.token), shards, folder)
         except RangesRefusedError as error:
             logger.info("%s: fetching whole shards: %s", self.repo, error)
-            return False
+            return None
         except CheckpointError as error:
             raise CheckpointError(f"{self._label}: {error}") from error
         except Exception as error:
             raise CheckpointError(self.explain(", ".join(shards or [SINGLE]), error)) from error
-        return True
 
     def cached(self, filename: str) -> Path | None:
         """The file where the hub's cache already holds it."""

@@ -186,6 +186,8 @@ def _download(reader: RangeReader, tensors: Mapping[str, TensorInfo], target: Pa
         os.fsync(file.fileno())
     assert partial.stat().st_size == total
     partial.rename(target)
+    for stale in target.parent.glob(f"{target.name}.*.partial"):
+        stale.unlink()
 
 
 def _bar(repo: str, total: int) -> Any:

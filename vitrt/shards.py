@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-COPY_BYTES = 16 << 20
+COPY_BYTES = 4 << 20
 LENGTH_BYTES = 8  # a file starts with the length of its header
 
 FLOAT_DTYPES = {
