@@ -365,7 +365,7 @@ def show(row: dict[str, Any], ceiling: float | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cpu", action="store_true", help="dry run: 70 patches, interpreted")
+    parser.add_argument("--cpu", action="store_true", help="dry run without attention: 70 patches")
     parser.add_argument("--tune", action="store_true", help="try the grid of tilings")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--sizes", type=int, nargs="*", help="patches")
@@ -378,7 +378,7 @@ def main() -> int:
         print(f"{torch.cuda.get_device_name()}: copy {ceiling / 1e9:.0f} GB/s, read and written")
     rows = []
     for kernel in kernels():
-        if options.only not in kernel.name:
+        if options.only not in kernel.name or (options.cpu and "attention" in kernel.name):
             continue
         tilings = kernel.tilings if options.tune else ({},)
         for tokens in sizes:

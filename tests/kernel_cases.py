@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.interpreter import interpreted
+
 EPS32 = torch.finfo(torch.float32).eps
 
-_interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter serves hosts without a GPU"
-)
-# Triton kernels: bf16 dots are wrong in the interpreter, and float32 is all it needs to show.
+# bf16 dots are wrong in the interpreter, and float32 is all it needs to show.
+_INTERPRETED = pytest.param("cpu", torch.float32, id="interpreter-float32", marks=interpreted)
 TRITON_CASES = [
-    pytest.param("cpu", torch.float32, id="interpreter-float32", marks=_interpreted),
+    _INTERPRETED,
     *(
         pytest.param("cuda", dtype, id=f"cuda-{str(dtype)[6:]}", marks=pytest.mark.gpu)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     ),
 ]
 REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_cases(shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """(device, dtype, shape): float16 and float32 take a GPU's first two, each is a compilation."""
+    return [
+        pytest.param(*case.values, shape, id=f"{case.id}-{shape}", marks=case.marks)
+        for case in TRITON_CASES
+        for shape in (shapes if case in TRITON_CASES[:2] else shapes[:2])
+    ]
 
 
 def assert_rounded(actual: Tensor, exact: Tensor, slack: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel_cases import EPS32, REFERENCE_DTYPES, TRITON_CASES, assert_rounded
+from tests.kernel_cases import EPS32, REFERENCE_DTYPES, assert_rounded, triton_cases
 from vitrt.kernels import pos_embed
 
 SHAPES = [(5, 1152), (3, 1024), (7, 96), (2, 1000), (4, 7), (0, 64)]
@@ -36,12 +36,11 @@ def check(actual: Tensor, x: Tensor, table: Tensor, taps: Tensor, weights: Tenso
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize(("tokens", "width"), SHAPES)
-@pytest.mark.parametrize(("device", "dtype"), TRITON_CASES)
+@pytest.mark.parametrize(("device", "dtype", "shape"), triton_cases(SHAPES))
 def test_position_kernel(
-    device: str, dtype: torch.dtype, tokens: int, width: int, zero: bool
+    device: str, dtype: torch.dtype, shape: tuple[int, int], zero: bool
 ) -> None:
-    x, table, taps, weights = inputs(tokens, width, device, dtype)
+    x, table, taps, weights = inputs(*shape, device, dtype)
     if zero:
         x.zero_()
     actual = x.clone()

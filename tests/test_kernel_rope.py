@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel_cases import EPS32, REFERENCE_DTYPES, TRITON_CASES, assert_rounded
+from tests.kernel_cases import EPS32, REFERENCE_DTYPES, assert_rounded, triton_cases
 from vitrt.attention.base import Rotary
 from vitrt.kernels import rope
 
@@ -61,14 +61,13 @@ def check(actual: Tensor, qkv: Tensor, rotary: Rotary) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("tokens", "heads", "head_dim"), SHAPES)
-@pytest.mark.parametrize(("device", "dtype"), TRITON_CASES)
+@pytest.mark.parametrize(("device", "dtype", "shape"), triton_cases(SHAPES))
 def test_rope_kernel(
-    device: str, dtype: torch.dtype, tokens: int, heads: int, head_dim: int, padded: bool
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int], padded: bool
 ) -> None:
-    valid = tokens // 2 if padded else None
-    for tiling in ({}, {"block_h": 4, "spread": 4}):
-        qkv, rotary = inputs(tokens, heads, head_dim, device, dtype, valid)
+    valid = shape[0] // 2 if padded else None
+    for tiling in ({}, {"block_h": 4, "spread": 4}) if shape in SHAPES[:2] else ({},):
+        qkv, rotary = inputs(*shape, device, dtype, valid)
         actual = qkv.clone()
         rope._rope_triton(actual, rotary, **tiling)
         check(actual, qkv, rotary)
