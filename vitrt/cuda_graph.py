@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vitrt.attention.registry import AttentionChoice
+from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.feed import PatchFeed
 from vitrt.graph_pieces import Pieces, record_pieces
 from vitrt.layers.rotary import TABLE_POSITIONS
@@ -84,8 +85,10 @@ class GraphRunner(EagerRunner):
         limit_bytes: int,
         max_patches: int = AUTO_MAX_PATCHES,
         buckets: Sequence[int] | None = None,
+        parallel: ParallelContext = SINGLE,
     ) -> None:
         super().__init__(tower, attention, device, dtype)
+        self.parallel = parallel
         self.buckets = tuple(sorted(buckets)) if buckets else default_buckets(max_patches)
         self.limit_bytes = limit_bytes
         self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
@@ -187,15 +190,20 @@ class GraphRunner(EagerRunner):
         backend = self.attention.full_for(plan.max_seqlen)
         attention = replace(self.attention, full=backend)
         views = view_plan(buffer, layout, plan, max_seqlen=key.bucket, padded=True)
+        pieces = None
         try:
             pieces = record_pieces(
                 lambda choice: self.forward(patches, views, choice), attention, self._pool
             )
         except torch.cuda.OutOfMemoryError:
+            logger.debug("out of memory at %d patches", key.bucket)
+        # Ranks of a group replay together or not at all, so what each measures decides for all.
+        if not self.parallel.agree_min(pieces is not None) or pieces is None:
             logger.warning("no memory to record a graph of %d patches; it runs eagerly", key.bucket)
             self._too_large.add(key)
             return None
         nbytes = max(free_before - torch.cuda.mem_get_info(self.device)[0], 0)
+        nbytes = self.parallel.agree_max(nbytes)
         recording = _Recording(pieces, layout, nbytes)
         self._recordings[key] = recording
         self.stats.captures += 1

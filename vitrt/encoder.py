@@ -17,7 +17,7 @@ from torch import Tensor
 from vitrt.attention.registry import resolve
 from vitrt.batching import encode_in_order, stream_in_order
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
-from vitrt.cuda_graph import GraphRunner
+from vitrt.cuda_graph import AUTO_MAX_PATCHES, GraphRunner
 from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.feed import PixelsFeed, ValuesFeed
@@ -71,9 +71,9 @@ class VisionEncoder:
         )
         self.table = torch.from_numpy(table).to(device)  # float32 [3, 256], the normalised levels
         self._uploader = PixelUploader(device)
-        self.max_batch_tokens: int = runtime.max_batch_tokens or budget_from_memory(
-            tower, device, dtype
-        )
+        budget = runtime.max_batch_tokens or budget_from_memory(tower, device, dtype)
+        # Ranks that share a tower must pack the same batches, whatever memory each has free.
+        self.max_batch_tokens: int = parallel.agree_min(budget)
 
     @classmethod
     def from_pretrained(
@@ -244,9 +244,10 @@ class VisionEncoder:
         if wanted is False or self.device.type != "cuda":
             return EagerRunner(*arguments)
         limit = int(self.runtime.graph_memory_mib * (1 << 20))
-        if wanted is True:
-            return GraphRunner(*arguments, limit_bytes=limit, max_patches=1 << 16)
-        return GraphRunner(*arguments, limit_bytes=limit)
+        largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
+        return GraphRunner(
+            *arguments, limit_bytes=limit, max_patches=largest, parallel=self.parallel
+        )
 
 
 def _processor(preprocessor: PreprocessorConfig, runtime: RuntimeConfig) -> ImageProcessor:

@@ -120,6 +120,11 @@ class FusedQKVLinear(Linear):
     """q, k and v as one product [T, 3, H / tp, Dh]: each of the three split by heads."""
 
     def __init__(self, width: int, num_heads: int, *, parallel: ParallelContext = SINGLE) -> None:
+        if num_heads % parallel.tp_size:
+            raise ValueError(
+                f"tp = {parallel.tp_size} does not divide the {num_heads} attention heads of this "
+                "tower; every rank takes the same number of them"
+            )
         super().__init__(width, 3 * width // parallel.tp_size)
         self.width = width
         self.part = _shard(
@@ -197,8 +202,12 @@ class RowParallelLinear(Linear):
         assert self.bias is not None
         if self.parallel.tp_size == 1:
             return linear(x, self.weight, self.bias, out=out)
-        partial = linear(x, self.weight, None, out=out)
-        return self.parallel.all_reduce(partial).add_(self.bias)
+        return torch.add(self._sum(x), self.bias, out=out)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """[T, N] without the bias, over all ranks; valid until the next product of this kind."""
+        partial = self.parallel.partial_out(x.shape[0], self.weight.shape[0], x.dtype)
+        return self.parallel.all_reduce(linear(x, self.weight, None, out=partial))
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """(residual + this layer's output, its norm), both [T, N].
@@ -209,8 +218,7 @@ class RowParallelLinear(Linear):
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
             total = linear(x, self.weight, self.bias, residual=residual)
             return total, norm(total)
-        partial = self.parallel.all_reduce(linear(x, self.weight, None))
-        return norm.add(partial, self.bias, residual)
+        return norm.add(self._sum(x), self.bias, residual)
 
     def prepare(self) -> None:
         if self.parallel.tp_size == 1:
