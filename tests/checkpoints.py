@@ -5,6 +5,7 @@ Norm weights and biases are random too: ones and zeros hide a bias that is never
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def reference_model(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: 
 def reference_tower(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
     """transformers' own vision tower of a checkpoint, for inference."""
     return reference_model(folder, dtype, **kwargs).model.visual
+
+
+def tower_class(family: str) -> Any:
+    """transformers' own class of a family's vision tower."""
+    # Not every release exports the towers at the top.
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return getattr(module, TOWER_CLASSES[family])
 
 
 def _config(family: str, vision: dict[str, Any]) -> Any:

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import TOWER_CLASSES, reference_tower, tiny_checkpoint
+from tests.checkpoints import reference_tower, tiny_checkpoint, tower_class
 from vitrt import extract
 from vitrt.extract import extract_tower
 from vitrt.weights import CheckpointError, open_checkpoint
@@ -49,8 +48,7 @@ def test_transformers_own_tower_loads_it(
 ) -> None:
     source = request.getfixturevalue(f"tiny_{family}")
     folder = extract_tower(open_checkpoint(source), tmp_path / "tower")
-    kind = getattr(transformers, TOWER_CLASSES[family])
-    tower, info = kind.from_pretrained(folder, output_loading_info=True)
+    tower, info = tower_class(family).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     expected = reference_tower(source).state_dict()
     assert tower.state_dict().keys() == expected.keys()
