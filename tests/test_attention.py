@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def no_rotary(tokens: int, head_dim: int, device: str = "cpu") -> Rotary:
 
 def dense_reference(qkv: Tensor, lengths: list[int]) -> Tensor:
     """Attention in float64 under an explicit [T, T] mask: as unlike the backends as can be."""
-    tokens, _, heads, head_dim = qkv.shape
+    _, _, heads, head_dim = qkv.shape
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     used = len(segment)
     q, k, v = qkv[:used].double().cpu().permute(1, 2, 0, 3)
@@ -133,7 +134,7 @@ def test_tile_list_covers_each_row_once(lengths: list[int]) -> None:
     assert tiles.shape[1] == 3
     rows = []
     for first, start, end in tiles:
-        assert (start, end) in list(zip(cu[:-1], cu[1:], strict=True))
+        assert (start, end) in pairwise(cu)
         assert start <= first < end
         rows += range(first, min(first + TILE_ROWS, end))
     assert sorted(rows) == list(range(sum(lengths)))
@@ -180,6 +181,51 @@ def test_registered_backend_serves_both_kinds_of_layers(monkeypatch: pytest.Monk
         register(BackendSpec("mine", lambda *_: SdpaBackend(), lambda *_: None))
     with pytest.raises(ValueError, match="'auto' is taken"):
         register(BackendSpec("auto", lambda *_: SdpaBackend(), lambda *_: None))
+
+
+class Fake(SdpaBackend):
+    """A backend that a test can tell from others."""
+
+    capturable = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def pretend_hopper(monkeypatch: pytest.MonkeyPatch, installed: set[str], broken: str = "") -> None:
+    def spec(name: str) -> BackendSpec:
+        def load(*_: object) -> Fake:
+            if name == broken:
+                raise ImportError("undefined symbol: _ZN2at4_ops")
+            return Fake(name)
+
+        return BackendSpec(name, load, lambda *_: None if name in installed else "not installed")
+
+    names = [name for name in _SPECS if name != "window"]
+    specs = {name: spec(name) for name in names} | {"window": _SPECS["window"]}
+    monkeypatch.setattr("vitrt.attention.registry._SPECS", specs)
+    monkeypatch.setattr("vitrt.attention.registry.cuda_capability", lambda device: (9, 0))
+
+
+def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
+    choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
+    assert choice.full_for(4096).name == "fa4"
+    assert choice.full_for(1296).name == "fa3"
+    assert choice.full.capturable
+    single = resolve("auto", device="cuda", dtype=torch.float32, head_dim=80)
+    assert single.full.name == single.window.name == "sdpa"
+
+
+def test_auto_falls_back_and_a_named_backend_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3"}, broken="fa3")
+    choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=72)
+    assert choice.full.name == "triton"
+    assert "'fa3' is installed but does not load: undefined symbol" in caplog.text
+    with pytest.raises(ValueError, match="'fa3' is installed but does not load"):
+        resolve("fa3", device="cuda", dtype=torch.bfloat16, head_dim=72)
 
 
 def test_auto_selects_by_longest_segment() -> None:

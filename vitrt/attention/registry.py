@@ -57,7 +57,13 @@ def get_backend(
             f"attention backend {name!r} cannot run on {device} with {dtype} and "
             f"head size {head_dim}: {reason}. Usable here: auto, {', '.join(names)}"
         )
-    return spec.load(device, dtype, head_dim)
+    try:
+        return spec.load(device, dtype, head_dim)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # Built for another torch, most often: found by name, and broken when it is imported.
+        raise ValueError(
+            f"attention backend {name!r} is installed but does not load: {error}"
+        ) from error
 
 
 class AutoBackend:
@@ -101,46 +107,63 @@ class AttentionChoice:
     window: AttentionBackend
 
     def full_for(self, max_seqlen: int) -> AttentionBackend:
-        """What full-attention layers run with segments of at most `max_seqlen`:
-
-        part of a CUDA graph's key.
-        """
+        """What full layers run with segments of at most `max_seqlen`: part of a graph's key."""
         return self.full.select(max_seqlen) if isinstance(self.full, AutoBackend) else self.full
 
 
-# What "auto" prefers for full attention: (compute capability, names with the max_seqlen from which
-# each is taken, in order). Measured at 16 heads of 72 and 80 in bf16: on Hopper FA4 leads FA3 from
-# about 2048 patches a segment (16 x 3080: 400-483 against 379-496 TFLOP/s; 1 x 16384: 454-532
-# against 421-526), and FA3 leads below (32 x 1296: 360-425 against 353-425; 162 x 256: 134-157
-# against 93-112).
-_PREFERENCES: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {
-    (10, 0): (("fa4", 256), ("triton", 0), ("sdpa", 0)),
-    (9, 0): (("fa4", 2048), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0)),
-    (8, 0): (("triton", 0), ("fa2", 0), ("sdpa", 0)),
-}
+@dataclass(frozen=True, slots=True)
+class _Preference:
+    """What "auto" takes for full attention on NVIDIA GPUs of at least `capability`."""
+
+    capability: tuple[int, int]
+    most_head_dim: int
+    # Names with the max_seqlen from which each is taken, in order; the last ones catch the rest.
+    names: tuple[tuple[str, int], ...]
 
 
-def _auto_names(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+# The first row that applies. Measured on an H200 at 16 heads of 72 and 80 in bf16: FA4 leads FA3
+# from about 2048 patches a segment (16 x 3080: 400 and 483 against 379 and 437 to 496 TFLOP/s; 1 x
+# 16384: 454 and 532 against 421 and 488 to 526), and FA3 leads below (32 x 1296: 360 and 425
+# against 353 and 425; 162 x 256: 134 and 157 against 93 and 112). Rows for other GPUs follow from
+# what the packages are made for, not from measurements.
+_PREFERENCES = (
+    _Preference((10, 0), 128, (("fa4", 256), ("triton", 0), ("sdpa", 0))),
+    _Preference((9, 0), 128, (("fa4", 2048), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0))),
+    _Preference((9, 0), 256, (("fa3", 0), ("fa2", 0), ("sdpa", 0))),
+    _Preference((8, 0), 128, (("triton", 0), ("fa2", 0), ("sdpa", 0))),
+)
+
+
+def _auto_names(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[tuple[str, int], ...]:
     if dtype not in HALF_PRECISION:
-        return (
-            ("sdpa", 0),
-        )  # float32 matrix products without tensor cores: PyTorch's kernels are the faster
+        # Without tensor cores PyTorch's kernels are the faster.
+        return (("sdpa", 0),)
     capability = cuda_capability(device)
-    if capability is None and device.type in ("cuda", "xpu"):
-        return (("triton", 0), ("sdpa", 0))
-    rows = (row for least, row in _PREFERENCES.items() if capability and capability >= least)
-    return next(rows, (("sdpa", 0),))
+    if capability is None:
+        triton = device.type in ("cuda", "xpu")
+        return (("triton", 0), ("sdpa", 0)) if triton else (("sdpa", 0),)
+    for row in _PREFERENCES:
+        if capability >= row.capability and head_dim <= row.most_head_dim:
+            return row.names
+    return (("sdpa", 0),)
 
 
 def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
     reasons = dict(usable(device, dtype, head_dim))
     table: list[tuple[int, AttentionBackend]] = []
-    for name, shortest in _auto_names(device, dtype):
-        if reasons[name] is None:
-            backend = _SPECS[name].load(device, dtype, head_dim)
-            table.append((shortest, backend))
-            if shortest == 0:
-                break
+    for name, shortest in _auto_names(device, dtype, head_dim):
+        if reasons[name] is not None:
+            continue
+        try:
+            backend = get_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+        except ValueError as error:
+            logger.warning("%s", error)
+            continue
+        table.append((shortest, backend))
+        if shortest == 0:
+            break
     return AutoBackend(table) if len(table) > 1 else table[0][1]
 
 

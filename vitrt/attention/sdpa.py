@@ -19,9 +19,9 @@ from torch import Tensor
 from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, cuda_capability, installed
 
-# A run of neighbouring segments of one length is a view. Runs with fewer rows than this are gathered
-# into one batch with the others of their length, so that there are never more than T / 256 calls
-# plus one for each length; above it, copying would cost more than a call.
+# A run of neighbouring segments of one length is a view. Runs with fewer rows than this are
+# gathered into one batch with the others of their length, so that there are never more than T / 256
+# calls plus one for each length; above it, copying would cost more than a call.
 _ROWS_WORTH_A_CALL = 256
 
 

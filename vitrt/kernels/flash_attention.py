@@ -9,14 +9,14 @@ true size, 72 costs 80. Padding it to 128 would cost 1.6 times the matrix produc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl, use_triton
-from vitrt.kernels.persistent import programs
+from vitrt.kernels.persistent import is_hopper, programs
 
 if TYPE_CHECKING:  # attention imports kernels, never the other way round
     from vitrt.attention.base import Segments
@@ -187,6 +187,16 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return main, max(16, pow2_ceil(head_dim - main)) if head_dim > main else 0
 
 
+def _tiling(qkv: Tensor) -> FlashTiling:
+    if qkv.itemsize == 4:
+        return FlashTiling(
+            32, 32, 4, 2, 2
+        )  # products outside the tensor cores: registers are short
+    if is_hopper(qkv.device) and qkv.shape[-1] <= 96:
+        return VARIANTS[0]
+    return FlashTiling(128, 64, 8, 2, 1)
+
+
 def _flash_triton(
     qkv: Tensor, segments: Segments, out: Tensor, tiling: FlashTiling | None = None
 ) -> Tensor:
@@ -194,11 +204,12 @@ def _flash_triton(
     _, _, heads, head_dim = qkv.shape
     main, tail = split_head(head_dim)
     if tiling is None:
-        tiling = VARIANTS[0] if qkv.itemsize == 2 else FlashTiling(64, 32, 4, 2, 1)
+        tiling = _tiling(qkv)
     if segments.tiles is None or segments.tile_count is None:
         assert segments.max_seqlen <= _TILE_ROWS, "only segments of one tile can do without tiles"
         work, count, tile_rows = segments.cu_seqlens, segments.count, 0
         block_m = max(16, pow2_ceil(segments.max_seqlen))
+        tiling = replace(tiling, warps=4, registers=None)
         items = (work.numel() - 1) * heads
     else:
         work, count, tile_rows = segments.tiles, segments.tile_count, _TILE_ROWS

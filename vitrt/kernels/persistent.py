@@ -23,6 +23,14 @@ def _processors(device: torch.device) -> int:
     return 2
 
 
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether the tilings measured on an H200 apply, and with them NVIDIA's limit of registers."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def programs(work: int, per_processor: int, device: torch.device) -> int:
     """The grid for at most `work` items, `per_processor` programs on each multiprocessor."""
     return max(1, min(work, _processors(device) * per_processor))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl, use_triton
 from vitrt.kernels.flash_attention import flash_attention_ref, split_head
-from vitrt.kernels.persistent import programs
+from vitrt.kernels.persistent import is_hopper, programs
 from vitrt.kernels.rope import rope_ref
 
 if TYPE_CHECKING:  # attention imports kernels, never the other way round
@@ -188,7 +188,7 @@ VARIANTS = (
     WindowTiling(1, False, 8, 1, 2, 128),
 )
 
-_ROOMY = WindowTiling(1, False, 4, 1, 2)  # for heads whose rows do not fit into 128 registers
+_ROOMY = WindowTiling(1, False, 4, 1, 2)  # for where 128 registers are too few
 
 
 def split_pairs(head_dim: int) -> tuple[int, int]:
@@ -213,7 +213,8 @@ def _window_triton(
     assert segments.max_seqlen <= WINDOW, "longer segments are for flash_attention"
     _, _, heads, head_dim = qkv.shape
     if tiling is None:
-        tiling = VARIANTS[0] if head_dim <= 80 and qkv.itemsize == 2 else _ROOMY
+        tight = is_hopper(qkv.device) and head_dim <= 80 and qkv.itemsize == 2
+        tiling = VARIANTS[0] if tight else _ROOMY
     main, tail = split_head(head_dim)
     pairs, rest = split_pairs(head_dim)
     group = math.gcd(heads, tiling.heads)
