@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import reference_tower
+from tests.checkpoints import CONFIGS, reference_tower
 from vitrt.layers.slots import TensorSlice, WeightSlot
 from vitrt.models import build_tower
 from vitrt.shards import StoredTensor, read_header
@@ -246,6 +246,14 @@ def test_a_folder_without_weights_describes_a_tower(copy: Path) -> None:
     assert checkpoint.vision_config().depth == 6
     with pytest.raises(CheckpointError, match=r"broken: holds no weights"):
         load_weights(recorder(checkpoint), checkpoint)
+
+
+@pytest.mark.parametrize("folder", sorted(CONFIGS.iterdir()), ids=lambda folder: folder.name)
+def test_released_configs_open_like_checkpoints(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    assert not checkpoint.tensors
+    assert checkpoint.vision_config().head_dim in (64, 72, 80)
+    assert checkpoint.preprocessor_config().merge_size == 2
 
 
 def test_processor_config_will_do(copy: Path) -> None:
