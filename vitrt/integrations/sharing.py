@@ -55,6 +55,7 @@ def share_weights(
         for slot in tower.weight_slots():  # of the parameters that are now there
             if slot.name in copied:
                 slot.store(_InMemory(loaded[slot.name].detach()))
+    tower.prepare()
     return tower.eval(), SharedWeights(shared, copied, added)
 
 
