@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def _tensor_info(name: str, entry: Mapping[str, Any], file: Path, data: int) -> 
 
 
 class StoredTensor:
-    """A tensor on disk. Indexing reads no more rows than the first index asks for."""
+    """A tensor on disk. Indexing reads no more rows or (of a matrix) columns than asked for."""
 
     def __init__(self, stream: BinaryIO, info: TensorInfo) -> None:
         self._stream = stream
@@ -124,6 +125,8 @@ class StoredTensor:
         shape = self._info.shape
         if not shape or not isinstance(index[0], slice) or index[0].step not in (None, 1):
             return self._read(0, self._info.nbytes).view(shape)[index]
+        if len(shape) == 2 and _is_some_columns(index, shape):
+            return self._columns(index[1])
         start, stop, _ = index[0].indices(shape[0])
         rows = max(stop - start, 0)
         row_bytes = self._info.nbytes // max(shape[0], 1)
@@ -131,16 +134,37 @@ class StoredTensor:
         rest = (slice(None), *index[1:])
         return part[rest]
 
+    def _columns(self, columns: slice) -> Tensor:
+        """[rows, columns] of a matrix, each row's part by itself."""
+        rows, width = self._info.shape
+        first, stop, _ = columns.indices(width)
+        row_bytes = self._info.nbytes // rows
+        item = row_bytes // width
+        buffer = torch.empty(rows, max(stop - first, 0) * item, dtype=torch.uint8)
+        for row, target in enumerate(buffer.numpy()):
+            self._read_into(target, row * row_bytes + first * item)
+        return buffer.view(FLOAT_DTYPES[self._info.dtype])
+
     def _read(self, start: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8)
-        self._stream.seek(self._info.offset + start)
-        got = self._stream.readinto(buffer.numpy())  # type: ignore[attr-defined]
-        if got != count:
-            raise CheckpointError(
-                f"{self._info.file}: truncated: {self._info.full_name} ends after {got} of {count} "
-                "bytes"
-            )
+        self._read_into(buffer.numpy(), start)
         return buffer.view(FLOAT_DTYPES[self._info.dtype])
+
+    def _read_into(self, target: np.ndarray, start: int) -> None:
+        self._stream.seek(self._info.offset + start)
+        got = self._stream.readinto(target)  # type: ignore[attr-defined]
+        if got != target.size:
+            raise CheckpointError(
+                f"{self._info.file}: truncated: {self._info.full_name} ends after {got} of "
+                f"{target.size} bytes"
+            )
+
+
+def _is_some_columns(index: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    """Whether `index` is all rows of some of the columns."""
+    if len(index) != 2 or index[0] != slice(None) or not isinstance(index[1], slice):
+        return False
+    return index[1].step in (None, 1) and len(range(*index[1].indices(shape[1]))) < shape[1]
 
 
 def build_header(
