@@ -14,8 +14,9 @@ import torch
 
 from tests.interpreter import interpreted
 from tests.test_attention import dense_reference, make_segments
-from vitrt.attention import Segments, tile_list
+from vitrt.attention import TILE_ROWS, Segments, tile_list
 from vitrt.kernels.flash_attention import (
+    _TILE_ROWS,
     VARIANTS,
     FlashTiling,
     _flash_triton,
@@ -130,6 +131,7 @@ def test_reference_is_the_cpu_path() -> None:
      (96, (64, 32)), (128, (128, 0))],
 )  # fmt: skip
 def test_split_head(head_dim: int, parts: tuple[int, int]) -> None:
+    assert _TILE_ROWS == TILE_ROWS
     assert split_head(head_dim) == parts
 
 

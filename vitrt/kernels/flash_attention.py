@@ -78,7 +78,8 @@ def _attend_block(
     return new_peak, total, acc, acc_tail
 
 
-@jit(do_not_specialize=["scale"])
+# The work list lies anywhere in a packed plan: its alignment must not cost another compilation.
+@jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["tiles", "count"])
 def _flash_kernel(
     qkv, tiles, count, out, scale, H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     TAIL: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,

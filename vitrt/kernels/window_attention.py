@@ -48,7 +48,8 @@ def _turn(value, partner, cos, signed_sin):
     return turned.to(value.dtype)
 
 
-@jit(do_not_specialize=["scale"])
+# The boundaries lie anywhere in a packed plan: their alignment must not cost another compilation.
+@jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["cu_seqlens", "count"])
 def _window_kernel(
     qkv, cu_seqlens, count, positions, cos, sin, out, scale, H: tl.constexpr, D: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
