@@ -13,10 +13,12 @@ from tests.interpreter import interpreted
 
 EPS32 = torch.finfo(torch.float32).eps
 
-# bf16 dots are wrong in the interpreter, and float32 is all it needs to show.
-_INTERPRETED = pytest.param("cpu", torch.float32, id="interpreter-float32", marks=interpreted)
+# The interpreter rounds to float16 as a GPU does, but truncates to bfloat16.
 TRITON_CASES = [
-    _INTERPRETED,
+    *(
+        pytest.param("cpu", dtype, id=f"interpreter-{str(dtype)[6:]}", marks=interpreted)
+        for dtype in (torch.float32, torch.float16)
+    ),
     *(
         pytest.param("cuda", dtype, id=f"cuda-{str(dtype)[6:]}", marks=pytest.mark.gpu)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -26,11 +28,15 @@ REFERENCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def triton_cases(shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """(device, dtype, shape): float16 and float32 take a GPU's first two, each is a compilation."""
+    """TRITON_CASES with all shapes for each device's main dtype, two for the rest.
+
+    On a GPU each is a compilation.
+    """
+    main = (("cpu", torch.float32), ("cuda", torch.bfloat16))
     return [
         pytest.param(*case.values, shape, id=f"{case.id}-{shape}", marks=case.marks)
         for case in TRITON_CASES
-        for shape in (shapes if case in TRITON_CASES[:2] else shapes[:2])
+        for shape in (shapes if case.values in main else shapes[:2])
     ]
 
 
