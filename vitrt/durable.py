@@ -37,7 +37,10 @@ def make_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, temporary: Path) -> None:
-    """Write `chunks` to `temporary`, flush it, and rename it to `path`: all or nothing."""
+    """Write `chunks` to `temporary`, flush it, and rename it to `path`: all or nothing.
+
+    After an error `path` is as it was, or complete but perhaps not lasting.
+    """
     action, target = "create", temporary
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -54,11 +57,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, temporary: P
     except OSError as error:
         discard(temporary)
         raise OutputError(action, target, error) from error
-    try:
-        flush_folder(path.parent)
-    except OutputError:
-        discard(path)
-        raise
+    flush_folder(path.parent)
 
 
 def append(path: Path, data: bytes, *, flush: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vitrt.durable import AppendError, append, discard, write_file
+from vitrt.durable import AppendError, OutputError, append, discard, write_file
 from vitrt.feature_shard import encode_shard, read_header
 from vitrt.features import ImageFeatures
 from vitrt.manifest import (
@@ -99,7 +99,11 @@ class FeatureWriter:
         path = self.folder / shard_name(self.rank, self._next_shard)
         self._next_shard += 1
         shard = encode_shard(self._tensors(held), self._metadata)
-        write_file(path, shard, temporary=temporary_path(path))
+        try:
+            write_file(path, shard, temporary=temporary_path(path))
+        except OutputError:
+            discard(path)
+            raise
         lines = "".join(
             Entry(
                 source.id,

@@ -1,0 +1,190 @@
+"""INPUT arguments -> images and ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vitrt import listing
+from vitrt.listing import InputError, Inputs, Source, walk
+
+
+def ids(*arguments: str | Path) -> list[str]:
+    return [source.id for source in Inputs([str(argument) for argument in arguments])]
+
+
+def problems(*arguments: str | Path) -> dict[str, str]:
+    sources = Inputs([str(argument) for argument in arguments])
+    return {source.id: source.problem for source in sources if source.problem is not None}
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_folder(tmp_path: Path) -> None:
+    for name in (
+        "b.jpg",
+        "a.PNG",
+        "z/c.WebP",
+        "z/y/d.tiff",
+        "notes.txt",
+        "noextension",
+        "x.jpg.md",
+    ):
+        touch(tmp_path / name)
+    for name in (".hidden.jpg", "._b.jpg", ".git/e.jpg"):
+        touch(tmp_path / name)
+    assert ids(tmp_path) == ["a.PNG", "b.jpg", "z/c.WebP", "z/y/d.tiff"]
+    assert ids(f"{tmp_path}/") == ids(tmp_path)
+    source = next(iter(Inputs([str(tmp_path / "z")])))
+    status = (tmp_path / "z/c.WebP").stat()
+    assert source == Source("c.WebP", str(tmp_path / "z/c.WebP"), status.st_size, status.st_mtime)
+
+
+def test_single_file_is_always_tried(tmp_path: Path) -> None:
+    assert ids(touch(tmp_path / "deep/a.jpg")) == ["a.jpg"]
+    assert ids(touch(tmp_path / "strange.dat"), touch(tmp_path / ".hidden")) == [
+        "strange.dat",
+        ".hidden",
+    ]
+
+
+def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, other = touch(tmp_path / "lists/in/a.jpg"), touch(tmp_path / "other/b.jpg")
+    names = ["in/a.jpg", "", "./in/../in/c.jpg", str(inside), str(other), "../other/b.jpg", "in"]
+    (tmp_path / "lists/list.txt").write_text("\r\n".join(names))
+    monkeypatch.chdir(tmp_path)
+    outside = str(other).lstrip("/")
+    assert ids("@lists/list.txt") == ["in/a.jpg", "in/c.jpg", outside, "in"]
+    found = problems("@lists/list.txt")
+    assert set(found) == {"in/c.jpg", "in"}
+    assert "No such file" in found["in/c.jpg"] and "folder" in found["in"]
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    for argument in ("missing", "@missing.txt"):
+        with pytest.raises(InputError, match="missing"):
+            Inputs([str(tmp_path / argument) if argument[0] != "@" else argument])
+    with pytest.raises(InputError, match="no INPUT"):
+        Inputs([])
+
+
+def test_equal_ids_are_an_error(tmp_path: Path) -> None:
+    for name in ("one/a.jpg", "one/b.jpg", "two/b.jpg", "two/c.jpg"):
+        touch(tmp_path / name)
+    (tmp_path / "list.txt").write_text("b.jpg\n")
+    touch(tmp_path / "b.jpg")
+    both = (tmp_path / "one", tmp_path / "two")
+    for arguments in (
+        both,
+        (tmp_path / "one", tmp_path / "two/b.jpg"),
+        (tmp_path / "two/b.jpg", tmp_path / "one"),
+        (tmp_path / "one/b.jpg", tmp_path / "two/b.jpg"),
+        (f"@{tmp_path}/list.txt", tmp_path / "one"),
+        (tmp_path / "one", f"@{tmp_path}/list.txt"),
+    ):
+        with pytest.raises(InputError, match=r"b\.jpg.*would both get the id 'b\.jpg'"):
+            ids(*arguments)
+    assert ids(tmp_path / "one", tmp_path / "two/c.jpg") == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_one_folder_inside_another_is_an_error(tmp_path: Path) -> None:
+    touch(tmp_path / "one/two/a.jpg")
+    for arguments in ((tmp_path, tmp_path / "one"), (tmp_path / "one", tmp_path / "one")):
+        with pytest.raises(InputError, match="share files"):
+            Inputs([str(argument) for argument in arguments])
+
+
+def test_links(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    touch(folder / "a.jpg")
+    touch(tmp_path / "elsewhere/b.jpg")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "elsewhere/back").symlink_to(folder)
+    (folder / "file.jpg").symlink_to(folder / "a.jpg")
+    (folder / "broken.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "round.jpg").symlink_to(folder / "round.jpg")
+    (folder / "round").symlink_to(folder / "round")
+    assert ids(folder) == ["a.jpg", "broken.jpg", "file.jpg", "round.jpg", "linked/b.jpg"]
+    assert set(problems(folder)) == {"broken.jpg", "round.jpg"}
+
+
+def test_what_only_looks_like_an_image(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").mkdir()
+    touch(tmp_path / "album.jpg/a.jpg")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert ids(tmp_path) == ["pipe.png", "album.jpg/a.jpg", "empty.jpg"]
+    found = problems(tmp_path)
+    assert "not a regular file" in found["pipe.png"] and "folder" in found["empty.jpg"]
+
+
+def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "a.jpg")
+    touch(tmp_path / "locked/b.jpg")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if path.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(listing.os, "scandir", refuse)
+    assert ids(tmp_path) == ["a.jpg", "locked"]
+    assert "Permission denied" in problems(tmp_path)["locked"]
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    root = os.fsencode(tmp_path)
+    for name in (b"caf\xe9.png", b"d\xff/e.png"):
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"x")
+    found = {source.id: source for source in Inputs([str(tmp_path)])}
+    assert list(found) == ["caf\\xe9.png", "d\\xff/e.png"]
+    assert all(source.problem is None and source.size == 1 for source in found.values())
+    for source in found.values():
+        source.id.encode()
+        assert os.path.exists(source.path)
+    touch(tmp_path / "caf\\xe9.png")  # the same text, as the true name of another file
+    found = {source.id: source for source in Inputs([str(tmp_path)])}
+    assert found["caf\\xe9.png"].problem is None
+    assert "name of another file" in str(found["caf\\xe9.png (not UTF-8)"].problem)
+
+
+def test_deep_trees_and_large_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "_SORTED_NAMES", 7)
+    for index in range(40):
+        touch(tmp_path / f"{index:03}.jpg")
+    deep = tmp_path
+    for level in range(200):
+        deep = deep / f"{level:03}"
+    touch(deep / "bottom.jpg")
+    found = ids(tmp_path)
+    assert len(found) == len(set(found)) == 41
+    assert any(name.endswith("/bottom.jpg") for name in found)
+
+
+def test_listing_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "_SORTED_NAMES", 10)
+    for index in range(500):
+        touch(tmp_path / f"{index:03}.jpg")
+    looked = 0
+    stat = os.stat
+
+    def counted(*args: object, **kwargs: object) -> os.stat_result:
+        nonlocal looked
+        looked += 1
+        return stat(*args, **kwargs)
+
+    monkeypatch.setattr(listing.os, "stat", counted)
+    sources = walk(str(tmp_path))
+    next(sources)
+    assert looked < 20
