@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel_cases import EPS32, REFERENCE_DTYPES, assert_rounded, triton_cases
+from tests.kernel_cases import EPS32, REFERENCE_DTYPES, TRITON_CASES, assert_rounded, triton_cases
 from vitrt.kernels import pos_embed
 
 SHAPES = [(5, 1152), (3, 1024), (7, 96), (2, 1000), (4, 7), (0, 64)]
@@ -46,6 +48,30 @@ def test_position_kernel(
     actual = x.clone()
     pos_embed._position_triton(actual, table, taps, weights)
     check(actual, x, table, taps, weights)
+
+
+def check_order_of_roundings(
+    add: Callable[[Tensor, Tensor, Tensor, Tensor], None], device: str, dtype: torch.dtype
+) -> None:
+    """Taps and weights of few bits: their sum is exact in float32, not in 16 bits."""
+    x = torch.randn(5, 1152, device=device).to(dtype)
+    table = (torch.randint(-64, 64, (31, 1152), device=device) / 64).to(dtype)
+    taps = torch.randint(0, 31, (5, 4), device=device, dtype=torch.int32)
+    weights = torch.randint(0, 16, (5, 4), device=device) / 16
+    embedding = (weights[..., None] * table[taps.long()].float()).sum(1).to(dtype)
+    expected = (x.float() + embedding.float()).to(dtype)
+    add(x, table, taps, weights)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(("device", "dtype"), TRITON_CASES)
+def test_position_kernel_rounds_before_it_adds(device: str, dtype: torch.dtype) -> None:
+    check_order_of_roundings(pos_embed._position_triton, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", REFERENCE_DTYPES)
+def test_cpu_path_rounds_before_it_adds(dtype: torch.dtype) -> None:
+    check_order_of_roundings(pos_embed.add_position_embedding_, "cpu", dtype)
 
 
 @pytest.mark.gpu
