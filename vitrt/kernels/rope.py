@@ -49,18 +49,21 @@ def _rope_kernel(
     patch = qkv + token.to(tl.int64) * (6 * H * HALF)
     low_at = patch + (head * (2 * HALF) + frequency)
     high_at = low_at + HALF
+    low = tl.load(low_at, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(high_at, mask=mask, other=0.0).to(tl.float32)
     live = mask
     if PADDED:
+        # After the loads, which need not wait for the count; selecting drops NaN.
         count = tl.load(valid)
         live = mask & (token < count)
+        low = tl.where(live, low, 0.0)
+        high = tl.where(live, high, 0.0)
         if token >= count:
             # Attention multiplies the v of padding by zero, which NaN would survive.
             zero = tl.zeros((BLOCK_C, BLOCK_H, VEC), qkv.dtype.element_ty)
             value_at = patch + ((2 * H + head // 2) * (2 * HALF) + frequency)
             tl.store(value_at, zero, mask=mask)
             tl.store(value_at + HALF, zero, mask=mask)
-    low = tl.load(low_at, mask=live, other=0.0).to(tl.float32)
-    high = tl.load(high_at, mask=live, other=0.0).to(tl.float32)
 
     row = tl.load(positions + 2 * token)
     column = tl.load(positions + 2 * token + 1)
