@@ -210,6 +210,36 @@ def test_a_changed_model_cannot_be_saved_or_moved(model: Any, tmp_path: Path) ->
         restore(model)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_on_a_gpu(family: str, graphs: bool, tmp_path: Path) -> None:
+    model = reference_model(tiny_checkpoint(family, tmp_path / family)).cuda()
+    width = model.config.vision_config.patch_size**2 * 6
+    batches = [
+        (torch.randn(t * h * w, width, device="cuda"), torch.tensor([[t, h, w]], device="cuda"))
+        for t, h, w in [(1, 10, 6), (1, 6, 10), (3, 4, 6), (1, 10, 6)]
+    ]
+    wanted = [model.model.visual(*batch).pooler_output for batch in batches]
+    accelerate(model, cuda_graphs=graphs, last_hidden_state=False)
+    # Three rounds, so that graphs are recorded and replayed; what came first must not change.
+    rounds = [[model.model.visual(*batch).pooler_output for batch in batches] for _ in range(3)]
+    for outputs in rounds:
+        for got, want in zip(outputs, wanted, strict=True):
+            close(got, want)
+
+
+def test_a_quantised_tower_is_refused(model: Any) -> None:
+    norm = model.model.visual.blocks[0].norm1
+    weight = norm.weight
+    norm.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    try:
+        with pytest.raises(ValueError, match=r"torch\.float32, torch\.int8"):
+            accelerate(model)
+    finally:
+        norm.weight = weight
+
+
 def test_a_model_without_a_tower_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear has no visual tower"):
         accelerate(torch.nn.Linear(2, 2))

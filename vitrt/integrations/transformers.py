@@ -189,7 +189,8 @@ def _owner(model: nn.Module) -> Any:
 def _placement(parameters: dict[str, Tensor]) -> tuple[torch.device, torch.dtype]:
     devices = sorted({str(tensor.device) for tensor in parameters.values()})
     dtypes = sorted({str(tensor.dtype) for tensor in parameters.values()})
-    if len(devices) != 1 or len(dtypes) != 1 or devices == ["meta"]:
+    floating = all(tensor.is_floating_point() for tensor in parameters.values())
+    if len(devices) != 1 or len(dtypes) != 1 or devices == ["meta"] or not floating:
         raise ValueError(
             f"the visual tower is on {', '.join(devices)} in {', '.join(dtypes)}; it must be "
             "loaded on one device in one floating-point dtype"
