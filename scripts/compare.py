@@ -110,7 +110,7 @@ def compare(
     return within and bool(errors) and not missing and not extra
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="the folder that was encoded")
     parser.add_argument("--bound", type=float, default=1e-5, help="default: %(default)g")
     parser.add_argument("--verbose", action="store_true", help="a line for each tensor")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.reference is None) == (args.model is None) or (args.model and not args.images):
         parser.error("give another folder, or --model together with --images")
     try:

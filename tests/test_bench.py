@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import runpy
+import subprocess
 import sys
 import types
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tests.checkpoints import reference_tower
+from vitrt import cli
 from vitrt.attention.base import Rotary
 from vitrt.bench import add_arguments, peers, run
 from vitrt.bench.ablate import ablate, native_rope_
@@ -333,3 +338,66 @@ def test_a_config_alone_means_random_weights(tiny_qwen3_vl: Path, tmp_path: Path
 def test_bad_arguments_are_named(arguments: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=arguments[-1]):
         bench(*arguments)
+
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def compare_script(*arguments: str | Path) -> int:
+    """scripts/compare.py, in this process."""
+    main = runpy.run_path(str(SCRIPTS / "compare.py"))["main"]
+    return main(list(map(str, arguments)))
+
+
+def encode(model: Path, images: Path, output: Path, *options: str) -> Path:
+    command = ["encode", str(model), str(images), "--output", str(output), "--device", "cpu"]
+    assert cli.main([*command, *options]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(7)
+    for index, (height, width) in enumerate(((90, 140), (200, 75))):
+        noise = generator.integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((width, height)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_compare_holds_stored_features_against_transformers(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path of its own from file to features: transformers' processor and tower."""
+    features = encode(tiny_qwen3_vl, photos, tmp_path / "features")
+    capsys.readouterr()
+    assert compare_script(features, "--model", tiny_qwen3_vl, "--images", photos) == 0
+    text = capsys.readouterr().out
+    assert "within the bound of 1e-05" in text
+    rows = {line.rsplit(maxsplit=4)[0] for line in text.splitlines()[1:-1]}
+    assert rows == {"embeddings", "deepstack 0", "deepstack 1", "deepstack 2"}
+
+
+def test_compare_sees_another_dtype_and_a_missing_image(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = encode(tiny_qwen3_vl, photos, tmp_path / "exact")
+    rounded = encode(tiny_qwen3_vl, photos, tmp_path / "rounded", "--dtype", "bfloat16")
+    assert compare_script(rounded, exact) == 1
+    assert "OVER the bound" in capsys.readouterr().out
+    assert compare_script(rounded, exact, "--bound", "0.05") == 0
+    part = encode(tiny_qwen3_vl, photos / "0.png", tmp_path / "part")
+    assert compare_script(part, exact, "--bound", "0.05") == 1
+    assert "1 images only in the reference: 1.png" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_end_to_end_rates_are_measured_on_every_image(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    options = ("--tiny", "--images", "12", "--size", "140x90", "--workers", "2", "--json", file)
+    command = [sys.executable, str(SCRIPTS / "bench_end_to_end.py"), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates = json.loads(file.read_text())
+    assert min(rates["decode"], rates["device"], rates["end_to_end"]) > rates["whole"] > 0
+    assert rates["of_device"] == pytest.approx(rates["end_to_end"] / rates["device"])

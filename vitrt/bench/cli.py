@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run and print; 1 where vitrt failed or disagrees, else 0. ValueError for bad arguments."""
     # Here, since other commands than `vitrt bench` declare these arguments too.
-    from vitrt.bench.report import agrees, to_json, to_text
+    from vitrt.bench.report import to_json, to_text
     from vitrt.bench.runs import run_bench
 
     config = _config(args)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(to_json(result), indent=1) + "\n")
     sys.stdout.write(to_text(result) + "\n")
     rows = [row for model in result.models for row in model.rows]
-    return 1 if any("vitrt" in row.failures or not agrees(row) for row in rows) else 0
+    return 1 if any("vitrt" in row.failures or not row.agrees for row in rows) else 0
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -82,9 +82,11 @@ class ModelBench:
                 self._contests(eager, row, tower, reference)
             for row in rows:
                 self._extras(encoder, tower, row)
-            for contender in self._peers(tower, rows, compiled=True):
+            compiled = self._peers(tower, rows, compiled=True)
+            for contender in compiled:
                 self._compiled(contender, tower, reference, rows)
-            return ModelResult(source, _attention_label(encoder), rows, encoder.stats())
+            labels = {peer.name: peer.label for peer in (*eager[1:], *compiled)}
+            return ModelResult(source, _attention_label(encoder), rows, encoder.stats(), labels)
 
     def _peers(self, tower: nn.Module, rows: list[Row], *, compiled: bool) -> list[Contender]:
         found = []

@@ -31,6 +31,7 @@ class UnavailableError(RuntimeError):
 
 class Contender(Protocol):
     name: str
+    label: str  # what exactly it is
 
     def prepare(self, grids: tuple[Grid, ...]) -> Forward:
         """A function of the pixels [T, P] on the device. Raises UnavailableError."""
@@ -40,7 +41,7 @@ class Contender(Protocol):
 class Vitrt:
     """The encoder as a user calls it: grids on the host, plans and graphs as it sees fit."""
 
-    name = "vitrt"
+    name = label = "vitrt"
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
@@ -60,6 +61,7 @@ class Eager:
 
     def __init__(self, tower: nn.Module, attention: str) -> None:
         self.name = "fa3" if attention == "flash_attention_3" else attention
+        self.label = f"transformers eager, {attention}"
         self.tower = tower
         self.attention = attention
 
@@ -79,6 +81,7 @@ class Compiled:
     name = "compile"
 
     def __init__(self, tower: nn.Module, attention: str, backend: str = "inductor") -> None:
+        self.label = f"transformers under torch.compile, {attention}"
         self.tower = tower
         self.attention = attention
         self.backend = backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,8 +17,6 @@ from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
 from vitrt.runner import RunnerStats
 
-FLOAT32_BOUND = 1e-5  # relative L2
-RATIO_BOUND = 1.05  # of transformers' own error in the same dtype
 TOP_KERNELS = 8
 
 
@@ -63,6 +62,7 @@ def _model_json(model: ModelResult, ceiling: float) -> dict[str, Any]:
         "vision_config": model.source.config.to_dict(),
         "random_weights": model.source.checkpoint is None,
         "attention": model.attention,
+        "peers": model.peers,
         "runner": _stats_json(model.stats),
         "workloads": [_row_json(row, ceiling) for row in model.rows],
     }
@@ -72,11 +72,11 @@ def _row_json(row: Row, ceiling: float) -> dict[str, Any]:
     timings = {}
     for name, timing in row.timings.items():
         timings[name] = asdict(timing) | {
-            "tflops": rate(row, timing.rate_ms),
-            "share": rate(row, timing.rate_ms) / ceiling,
+            "tflops": row.tflops(timing.rate_ms),
+            "share": row.tflops(timing.rate_ms) / ceiling,
         }
         if timing.wall_ms is not None:
-            timings[name]["wall_share"] = rate(row, timing.wall_ms) / ceiling
+            timings[name]["wall_share"] = row.tflops(timing.wall_ms) / ceiling
     return {
         "workload": row.workload.name,
         "grids": row.workload.grids,
@@ -85,8 +85,8 @@ def _row_json(row: Row, ceiling: float) -> dict[str, Any]:
         "timings": timings,
         "errors": {name: asdict(errors) for name, errors in row.errors.items()},
         "reference_errors": None if row.reference_errors is None else asdict(row.reference_errors),
-        "error_ratio": error_ratio(row),
-        "agrees": agrees(row),
+        "error_ratio": row.error_ratio,
+        "agrees": row.agrees,
         "failures": row.failures,
         "compile_seconds": row.compile_seconds,
         "plan_ms": row.plan_ms,
@@ -105,11 +105,6 @@ def _stats_json(stats: RunnerStats) -> dict[str, Any]:
         "padding_share": stats.padding_share,
         "graph_bytes": stats.graph_bytes,
     }
-
-
-def rate(row: Row, milliseconds: float) -> float:
-    """Counted TFLOP/s."""
-    return row.flops / milliseconds / 1e9
 
 
 def to_text(result: BenchResult) -> str:
@@ -145,6 +140,7 @@ def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
         yield _row_line(row, peers, ceiling, wall=False)
         if row.workload.single:
             yield _row_line(row, peers, ceiling, wall=True)
+    yield from _peer_lines(model)
     yield from _host_lines(model)
     reasons: dict[str, list[str]] = {}
     for row in model.rows:
@@ -152,6 +148,18 @@ def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
             reasons.setdefault(f"{name}: {reason}", []).append(row.workload.name)
     for reason, names in reasons.items():
         yield f"failed on {', '.join(names)}: {reason}"
+
+
+def _peer_lines(model: ModelResult) -> Iterator[str]:
+    for name, label in model.peers.items():
+        pairs = [(r.timings.get(name), r.timings.get("vitrt")) for r in model.rows]
+        ratios = [theirs.rate_ms / ours.rate_ms for theirs, ours in pairs if theirs and ours]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            yield (
+                f"{name}: {label}; vitrt is {min(ratios):.2f}x to {max(ratios):.2f}x as fast,"
+                f" geometric mean {mean:.2f}x of {len(ratios)} workloads"
+            )
 
 
 def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
@@ -164,7 +172,7 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
     if ours is None:
         line += f"{'failed':>10}{'-':>9}{'-':>8}"
     else:
-        tflops = rate(row, ours)
+        tflops = row.tflops(ours)
         line += f"{ours:>10.4g}{tflops:>9.4g}{tflops / ceiling:>8.1%}"
     for name in peers:
         theirs = milliseconds(name)
@@ -174,30 +182,9 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
     error = row.errors.get("vitrt")
     if wall or error is None:
         return line
-    ratio = error_ratio(row)
+    ratio = row.error_ratio
     line += f"{error.embeddings:>10.2e}" + (f"{'':>7}" if ratio is None else f"{ratio:>7.3f}")
-    return line.rstrip() if agrees(row) else line + "  DISAGREES"
-
-
-def error_ratio(row: Row) -> float | None:
-    """The worst of vitrt's errors over transformers' own; None in float32, where it has none."""
-    ours, theirs = row.errors.get("vitrt"), row.reference_errors
-    if ours is None or theirs is None:
-        return None
-    if len(ours.deepstack) != len(theirs.deepstack):
-        return float("inf")
-    pairs = zip(
-        (ours.embeddings, *ours.deepstack), (theirs.embeddings, *theirs.deepstack), strict=True
-    )
-    return max(a / b for a, b in pairs)
-
-
-def agrees(row: Row) -> bool:
-    """Whether vitrt's output is as close to transformers' as promised; true where nobody looked."""
-    ours, ratio = row.errors.get("vitrt"), error_ratio(row)
-    if ours is None:
-        return True
-    return ours.worst <= FLOAT32_BOUND if ratio is None else ratio <= RATIO_BOUND
+    return line.rstrip() if row.agrees else line + "  DISAGREES"
 
 
 def _host_lines(model: ModelResult) -> Iterator[str]:

@@ -15,6 +15,9 @@ from vitrt.bench.towers import Source
 from vitrt.bench.workloads import Workload
 from vitrt.runner import RunnerStats
 
+FLOAT32_BOUND = 1e-5  # relative L2
+RATIO_BOUND = 1.05  # of transformers' own error in the same dtype
+
 
 @dataclass(slots=True)
 class Row:
@@ -32,6 +35,31 @@ class Row:
     ablations: list[Ablation] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)  # peak bytes beyond weights and inputs
 
+    def tflops(self, milliseconds: float) -> float:
+        """The rate at which the counted work was done."""
+        return self.flops / milliseconds / 1e9
+
+    @property
+    def error_ratio(self) -> float | None:
+        """The worst of vitrt's errors over transformers' own; None in float32, where it has none."""
+        ours, theirs = self.errors.get("vitrt"), self.reference_errors
+        if ours is None or theirs is None:
+            return None
+        if len(ours.deepstack) != len(theirs.deepstack):
+            return float("inf")
+        pairs = zip(
+            (ours.embeddings, *ours.deepstack), (theirs.embeddings, *theirs.deepstack), strict=True
+        )
+        return max(a / b for a, b in pairs)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether vitrt's output is as close as promised; true where nobody looked."""
+        ours, ratio = self.errors.get("vitrt"), self.error_ratio
+        if ours is None:
+            return True
+        return ours.worst <= FLOAT32_BOUND if ratio is None else ratio <= RATIO_BOUND
+
 
 @dataclass(slots=True)
 class ModelResult:
@@ -39,6 +67,7 @@ class ModelResult:
     attention: str
     rows: list[Row]
     stats: RunnerStats
+    peers: dict[str, str]  # what exactly the peers that ran are, by name
 
 
 @dataclass(slots=True)
