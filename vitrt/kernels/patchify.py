@@ -12,7 +12,8 @@ from torch import Tensor
 from vitrt.kernels.dispatch import ceil_div, jit, pow2_ceil, tl, use_triton
 
 
-@jit(do_not_specialize=["tokens"])
+# Pixels and sources may lie anywhere: their alignment must not cost another compilation.
+@jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["pixels", "sources"])
 def _patchify_kernel(
     pixels,
     sources,

@@ -25,7 +25,8 @@ def _add_taps(x, table, taps, weights, column, mask, D: tl.constexpr):
     tl.store(x + column, (values.to(tl.float32) + rounded).to(x.dtype.element_ty), mask=mask)
 
 
-@jit()
+# What a plan packs may lie anywhere: its alignment must not cost another compilation.
+@jit(do_not_specialize_on_alignment=["taps", "weights"])
 def _position_kernel(
     x, table, taps, weights, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):

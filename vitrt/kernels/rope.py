@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # attention imports kernels, never the other way round
     from vitrt.attention.base import Rotary
 
 
-@jit()
+# What a plan packs may lie anywhere: its alignment must not cost another compilation.
+@jit(do_not_specialize_on_alignment=["positions", "valid"])
 def _rope_kernel(
     qkv,
     positions,
