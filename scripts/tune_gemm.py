@@ -60,7 +60,7 @@ class Operands:
         self.weights = [normal(n, k, scale=k**-0.5) for _ in range(copies)]
         self.inputs = [normal(m, k) for _ in range(2)]
         self.bias = normal(n)
-        self.residual = normal(m, n) if kind == "residual" else None
+        self.residual = normal(m, n).float() if kind == "residual" else None
         self.norm_weight, self.norm_bias = normal(n), normal(n)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -103,9 +103,9 @@ def step_of(
         if choice is not None and choice.implementation == "mm":
             delta = x @ w.t()
             if rms:
-                return add_rms_norm(delta, b, residual, weight, 1e-6)
-            return add_layer_norm(delta, b, residual, weight, bias, 1e-6)
-        return norm(run(x, w, b, residual) if run is not None else residual)
+                return add_rms_norm(delta, b, residual, weight, 1e-6, sum_out=residual)
+            return add_layer_norm(delta, b, residual, weight, bias, 1e-6, sum_out=residual)
+        return norm(residual if run is None else run(x, w, b, residual, residual))
 
     def separated(index: int) -> Any:
         result = run(*operands[index]) if run is not None else None

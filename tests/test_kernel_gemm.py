@@ -39,7 +39,7 @@ def problem(
         return torch.randn(shape, generator=generator, device=device)
 
     weight = normal(n, k) / k**0.5
-    residual = normal(m, n).to(dtype) if kind == "residual" else None
+    residual = normal(m, n) if kind == "residual" else None  # float32, as in the towers
     return normal(m, k).to(dtype), weight.to(dtype), normal(n).to(dtype), residual
 
 

@@ -152,3 +152,31 @@ def test_cpu_path(dtype: torch.dtype, tokens: int, width: int) -> None:
     assert total is kept and normed is out
     assert torch.equal(total, expected[0]) and torch.equal(normed, expected[1])
     check_norm(normed, total, weight, bias)
+
+
+@pytest.mark.parametrize("centre", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize(("device", "dtype"), TRITON_CASES)
+def test_float32_residual_beside_narrow_products(
+    device: str, dtype: torch.dtype, centre: bool
+) -> None:
+    """As the towers call it: the sum stays float32 and unrounded, the norm comes out narrow."""
+    delta, residual, weight, bias, delta_bias = inputs(5, 1152, device, dtype)
+    residual = residual.float() * 1.0001  # no longer a number of the narrow dtype
+    before, delta_before = residual.clone(), delta.clone()
+    if centre:
+        total, normed = norm.add_layer_norm(
+            delta, delta_bias, residual, weight, bias, EPS, sum_out=residual, out=delta
+        )
+    else:
+        total, normed = norm.add_rms_norm(
+            delta, delta_bias, residual, weight, EPS, sum_out=residual, out=delta
+        )
+    assert total is residual and normed is delta
+    assert total.dtype == torch.float32 and normed.dtype == dtype
+    check_sum(total, delta_before, delta_bias, before)
+    check_norm(normed, total, weight, bias if centre else None)
+    alone = (
+        norm.layer_norm(total, weight, bias, EPS) if centre else norm.rms_norm(total, weight, EPS)
+    )
+    assert alone.dtype == dtype
+    check_norm(alone, total, weight, bias if centre else None)

@@ -50,11 +50,11 @@ def linear(
         weight: [N, K]; for swiglu its rows are interleaved, gate 0, up 0, gate 1, up 1, ...
         bias: [N], in the order of the weight's rows.
         activation: None, "gelu_tanh", "gelu" (erf) or "swiglu"; not together with `residual`.
-        residual: [M, N], left as it is.
+        residual: [M, N], float32 or of x's dtype, left as it is unless it is `out`.
         out: where the result goes, [M, N] ([M, N / 2] for swiglu), rows contiguous.
 
-    Returns [M, N] ([M, N / 2] for swiglu) in the dtype of x, rounded once where an epilogue carries
-    everything.
+    Returns [M, N] ([M, N / 2] for swiglu) in the dtype of x, or of the residual; rounded once where
+    an epilogue carries everything.
     """
     assert activation is None or residual is None
     kind: Kind = activation or ("bias" if residual is None else "residual")
@@ -151,6 +151,6 @@ def linear_ref(
         result = F.silu(gate) * up
     elif activation is not None:
         result = F.gelu(result, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if residual is not None:
-        result = result + residual.to(inside)
-    return result.to(x.dtype)
+    if residual is None:
+        return result.to(x.dtype)
+    return (result + residual.to(inside)).to(residual.dtype)

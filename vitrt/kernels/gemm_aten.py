@@ -22,16 +22,16 @@ def addmm(
     out: Tensor | None = None,
 ) -> Tensor:
     """`bias` and `gelu_tanh` inside cuBLASLt's epilogue; `residual` added by a second kernel."""
+    if residual is not None:
+        return torch.add(residual, torch.addmm(bias, x, weight.t()), out=out)
     if kind == "gelu_tanh":  # cuBLASLt's GELU is the tanh formula
         if out is None:
             return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
-    assert kind in ("bias", "residual"), kind
+    assert kind == "bias", kind
     if out is None:
-        out = torch.addmm(bias, x, weight.t())
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-    return out if residual is None else out.add_(residual)
+        return torch.addmm(bias, x, weight.t())
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def product_then_kernel(
@@ -45,15 +45,17 @@ def product_then_kernel(
     """The bare product, then bias and activation in one pass (in place where the width stays)."""
     if kind == "swiglu":
         return swiglu(x @ weight.t(), bias, out=out)
+    if residual is not None:
+        product = x @ weight.t()
+        product = product if bias is None else product.add_(bias)
+        return torch.add(residual, product, out=out)
     if out is None:
         out = x @ weight.t()
     else:
         torch.mm(x, weight.t(), out=out)
     if kind in ("gelu", "gelu_tanh"):
         return bias_act(out, bias, kind, out=out)
-    if bias is not None:
-        out.add_(bias)
-    return out if residual is None else out.add_(residual)
+    return out if bias is None else out.add_(bias)
 
 
 def on_cpu(
@@ -77,5 +79,5 @@ def on_cpu(
         if kind in ("gelu", "gelu_tanh"):
             torch.ops.aten.gelu_(result, approximate="tanh" if kind == "gelu_tanh" else "none")
         if residual is not None:
-            result.add_(residual)
+            return torch.add(residual, result, out=out)
     return result if out is None else out.copy_(result)

@@ -92,8 +92,10 @@ class FusedProduct:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """act(x [M, K] weight [N, K]^T + bias [N]) or residual [M, N] + that; rows contiguous."""
-        if out is None:
+        """act(x [M, K] weight [N, K]^T + bias [N]), or that added to a float32 residual [M, N]."""
+        if out is None and residual is not None:
+            out = torch.empty_like(residual)
+        elif out is None:
             n = weight.shape[0]
             out = x.new_empty(x.shape[0], n // 2 if self._gated else n)
         # A gated result is half as wide as the product: to quack a second output, not its D matrix.
@@ -125,7 +127,9 @@ def compile_and_launch(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch
     m, n, k = 256, 512, 128
     x = torch.zeros(m, k, dtype=dtype, device=device)
     weight = torch.zeros(n, k, dtype=dtype, device=device)
-    product = torch.empty(m, n, dtype=dtype, device=device)
+    # Hidden states stay float32 beside products in 16 bits.
+    wide = torch.float32 if kind == "residual" else dtype
+    product = torch.empty(m, n, dtype=wide, device=device)
     gated = kind == "swiglu"
     arguments = {"bias": torch.zeros(n, dtype=dtype, device=device)}
     if gated:

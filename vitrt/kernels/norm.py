@@ -1,6 +1,9 @@
 """RMSNorm and LayerNorm, alone or after the residual add: a row is read once, into registers.
 
-Shapes: T patches (or merged tokens), D width. Float32 inside, weights too; one rounding at the end.
+Float32 inside, weights too, and one rounding at the end, to the dtype of the weight. The residual
+may be float32 beside products in 16 bits.
+
+Shapes: T patches (or merged tokens), D width.
 """
 
 from __future__ import annotations
@@ -110,7 +113,7 @@ def _norm_triton(
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     tokens, width = x.shape
     if out is None:
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=weight.dtype)
     if tokens == 0:
         return out
     main, tail, row_warps = row_tiles(width)
@@ -138,24 +141,25 @@ def _norm_triton(
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm as the kernel does it: float32 inside, one rounding."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm as the kernel does it: float32 inside, one rounding."""
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    normed = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
+    return normed.to(weight.dtype)
 
 
 def add_ref(delta: Tensor, delta_bias: Tensor | None, residual: Tensor) -> Tensor:
-    """residual + (delta + delta_bias), float32 inside, one rounding."""
+    """residual + (delta + delta_bias), float32 inside, one rounding to the residual's dtype."""
     total = delta.float()
     if delta_bias is not None:
         total = total + delta_bias.float()
-    return (total + residual.float()).to(delta.dtype)
+    return (total + residual.float()).to(residual.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """RMSNorm of x [T, D] with weight [D]; returns [T, D], in `out` where given (it may be x)."""
+    """RMSNorm of x [T, D] with weight [D]; [T, D] in the weight's dtype, in `out` where given."""
     if use_triton(x):
         return _norm_triton(x, weight, None, eps, out=out)
     normed = rms_norm_ref(x, weight, eps)
@@ -165,7 +169,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """LayerNorm of x [T, D], weight, bias [D]; returns [T, D], in `out` where given (may be x)."""
+    """LayerNorm of x [T, D]; [T, D] in the dtype of weight and bias [D], in `out` where given."""
     if use_triton(x):
         return _norm_triton(x, weight, bias, eps, out=out)
     normed = layer_norm_ref(x, weight, bias, eps)
@@ -184,7 +188,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(sum, RMSNorm of sum), both [T, D]; sum = residual + (delta + delta_bias), rounded once.
 
-    `sum_out` may be `residual` and `out` may be `delta`: all is read before its place is written.
+    The sum has the residual's dtype, the norm the weight's. `sum_out` may be `residual` and `out`
+    may be `delta`: all is read before its place is written.
     """
     return _add_norm(delta, delta_bias, residual, weight, None, eps, sum_out, out)
 
@@ -215,7 +220,7 @@ def _add_norm(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if use_triton(delta):
-        total = torch.empty_like(delta) if sum_out is None else sum_out
+        total = torch.empty_like(residual) if sum_out is None else sum_out
         normed = _norm_triton(
             delta, weight, bias, eps, residual=residual, delta_bias=delta_bias, total=total, out=out
         )

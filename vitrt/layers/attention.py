@@ -36,9 +36,9 @@ class VisionAttention(nn.Module):
             rope_(qkv, rotary)
         return backend(qkv, segments, rotary)
 
-    def add_norm(self, attended: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(residual + proj(attended), its norm), both [T, D]."""
-        return self.proj.add_norm(attended, residual, norm)
+    def add_norm_(self, residual: Tensor, attended: Tensor, norm: Norm) -> Tensor:
+        """residual += proj(attended) in place; returns its norm, all [T, D]."""
+        return self.proj.add_norm_(residual, attended, norm)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv.weight_slots(f"{prefix}qkv.")

@@ -209,16 +209,16 @@ class RowParallelLinear(Linear):
         partial = self.parallel.partial_out(x.shape[0], self.weight.shape[0], x.dtype)
         return self.parallel.all_reduce(linear(x, self.weight, None, out=partial))
 
-    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(residual + this layer's output, its norm), both [T, N].
+    def add_norm_(self, residual: Tensor, x: Tensor, norm: Norm) -> Tensor:
+        """Add this layer's output to `residual` [T, N] in place; returns its norm [T, N].
 
         The residual rides in the product's epilogue where that is measured faster, else in the
         norm's one pass.
         """
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
-            total = linear(x, self.weight, self.bias, residual=residual)
-            return total, norm(total)
-        return norm.add(self._sum(x), self.bias, residual)
+            return norm(linear(x, self.weight, self.bias, residual=residual, out=residual))
+        partial = self.parallel.all_reduce(linear(x, self.weight, None))
+        return norm.add_(residual, partial, self.bias)
 
     def prepare(self) -> None:
         if self.parallel.tp_size == 1:

@@ -50,7 +50,7 @@ class DeepstackMerger(PatchMerger):
         self.norm = LayerNorm(self.joined)
 
     def forward(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D] -> [M, O]."""
+        """Hidden states [T, D], float32 -> [M, O]."""
         return super().forward(self.norm(residual.view(-1, self.joined)), out)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

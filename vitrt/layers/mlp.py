@@ -32,9 +32,9 @@ class MLP(nn.Module):
         self.up = up
         self.down = down
 
-    def add_norm(self, normed: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(residual + MLP(normed), its norm), both [T, D]."""
-        return self.down.add_norm(self.up(normed), residual, norm)
+    def add_norm_(self, residual: Tensor, normed: Tensor, norm: Norm) -> Tensor:
+        """residual += MLP(normed) in place; returns its norm, all [T, D]."""
+        return self.down.add_norm_(residual, self.up(normed), norm)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.up.weight_slots(prefix + self.up_name)

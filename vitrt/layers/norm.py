@@ -22,10 +22,8 @@ class Norm(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def add(
-        self, delta: Tensor, delta_bias: Tensor | None, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(residual + delta + delta_bias, its norm), both [T, D], in one pass."""
+    def add_(self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None) -> Tensor:
+        """residual += delta + delta_bias in place; returns its norm [T, D], all in one pass."""
         ...
 
 
@@ -39,10 +37,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, EPS)
 
-    def add(
-        self, delta: Tensor, delta_bias: Tensor | None, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(delta, delta_bias, residual, self.weight, EPS)
+    def add_(self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None) -> Tensor:
+        return add_rms_norm(
+            delta, delta_bias, residual, self.weight, EPS, sum_out=residual, out=delta
+        )[1]
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield whole(f"{prefix}weight", self.weight)
@@ -59,10 +57,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, EPS)
 
-    def add(
-        self, delta: Tensor, delta_bias: Tensor | None, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(delta, delta_bias, residual, self.weight, self.bias, EPS)
+    def add_(self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None) -> Tensor:
+        return add_layer_norm(
+            delta, delta_bias, residual, self.weight, self.bias, EPS, sum_out=residual, out=delta
+        )[1]
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield whole(f"{prefix}weight", self.weight)

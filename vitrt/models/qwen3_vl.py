@@ -74,19 +74,17 @@ class Qwen3VLVisionTower(VisionTower):
         deepstack = patches.new_empty(len(levels), tokens, self.config.out_hidden_size)
         rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
 
-        residual = self.patch_embed(patches)
+        residual = self.patch_embed(patches).float()
         add_position_embedding_(residual, self.pos_embed, plan.taps, plan.tap_weights)
         normed = self.block(0).norm1(residual)
         hidden: dict[int, Tensor] = {}
         for index in range(len(self.blocks)):
-            residual, normed = self.run_block(
-                index, residual, normed, rotary, plan.full, attention.full
-            )
+            normed = self.run_block(index, residual, normed, rotary, plan.full, attention.full)
             if index in levels:
                 level = levels.index(index)
                 self.deepstack_merger(level)(residual, out=deepstack[level])
             if index in keep_hidden:
-                hidden[index] = residual
+                hidden[index] = residual.to(patches.dtype, copy=True)
         embeddings = self.merger(normed)
         kept = tuple(hidden[index] for index in keep_hidden)
         return TowerOutput(embeddings, deepstack if levels else None, kept)

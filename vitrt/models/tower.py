@@ -67,11 +67,16 @@ class VisionBlock(nn.Module):
         segments: Segments,
         backend: AttentionBackend,
         next_norm: Norm,
-    ) -> tuple[Tensor, Tensor]:
-        """(hidden states, their norm1) -> (hidden states, the norm that comes next), all [T, D]."""
+    ) -> Tensor:
+        """Adds to the hidden states [T, D] in place, given their norm1; returns the norm that comes
+        next.
+
+        The hidden states are float32 whatever the products run in: rounding them after each of two
+        adds a layer is most of the error of a tower in bfloat16.
+        """
         attended = self.attn(normed, rotary, segments, backend)
-        residual, normed = self.attn.add_norm(attended, residual, self.norm2)
-        return self.mlp.add_norm(normed, residual, next_norm)
+        normed = self.attn.add_norm_(residual, attended, self.norm2)
+        return self.mlp.add_norm_(residual, normed, next_norm)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.norm1.weight_slots(f"{prefix}norm1.")
@@ -141,8 +146,9 @@ class VisionTower(RotaryPosMixin, nn.Module):
         rotary: Rotary,
         segments: Segments,
         backend: AttentionBackend,
-    ) -> tuple[Tensor, Tensor]:
-        """Block `index`, followed by the first norm of the next one, or by the merger's."""
+    ) -> Tensor:
+        """Block `index` on `residual`, in place; returns the first norm of the next block, or the
+        merger's."""
         last = index + 1 == len(self.blocks)
         next_norm = self.final_norm if last else self.block(index + 1).norm1
         return self.block(index)(residual, normed, rotary, segments, backend, next_norm)
