@@ -1,4 +1,4 @@
-"""What the tests of output folders share: small images, an encoder without a model, and its runs."""
+"""What tests of output folders share: small images, an encoder without a model, and its runs."""
 
 from __future__ import annotations
 

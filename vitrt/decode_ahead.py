@@ -54,9 +54,10 @@ class DecodeAhead:
         self._window: deque[Future[Decoded]] = deque()
         self._bytes = 0  # decoded and waiting
         self._listed = 0
+        self._taken = 0
         self._finished = False  # listing
         self._failure: BaseException | None = None  # of listing
-        self._stopped = False
+        self._stop = threading.Event()
         self._lister = threading.Thread(target=self._list, name="vitrt-list", daemon=True)
 
     @property
@@ -77,20 +78,19 @@ class DecodeAhead:
         """List and decode no more; iteration ends at the next image. Safe in a signal handler of
         the main thread.
         """
-        # The lister looks at it several times a second: a handler must not wait for a lock.
-        self._stopped = True
+        self._stop.set()  # waiting threads look several times a second: a handler takes no lock
 
     def __enter__(self) -> DecodeAhead:
         self._lister.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stopped = True
+        self._stop.set()
         self._lister.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[Decoded]:
-        while not self._stopped:
+        while not self._stop.is_set():
             with self._changed:
                 self._changed.wait_for(self._may_take, timeout=0.2)
                 if not self._window:
@@ -101,26 +101,29 @@ class DecodeAhead:
                     continue
                 future = self._window[0]
             decoded = future.result()
+            if self._stop.is_set():
+                return
             with self._changed:
                 self._window.popleft()
+                self._taken += 1
                 if decoded.image is not None:
                     self._bytes -= decoded.image.pixels.nbytes
                 self._changed.notify_all()
             yield decoded
 
     def _may_take(self) -> bool:
-        return bool(self._window) or self._finished or self._stopped
+        return bool(self._window) or self._finished or self._stop.is_set()
 
     def _list(self) -> None:
         try:
             for source in self._sources:
-                self._listed += 1
                 with self._changed:
-                    while not self._stopped and not self._has_room():
+                    while not self._stop.is_set() and len(self._window) >= self._max_items:
                         self._changed.wait(timeout=0.2)
-                    if self._stopped:
+                    if self._stop.is_set():
                         return
-                    self._window.append(self._pool.submit(self._decode, source))
+                    self._window.append(self._pool.submit(self._decode, source, self._listed))
+                    self._listed += 1
                     self._changed.notify_all()
         except BaseException as error:
             self._failure = error
@@ -129,13 +132,15 @@ class DecodeAhead:
                 self._finished = True
                 self._changed.notify_all()
 
-    def _has_room(self) -> bool:
-        if len(self._window) >= self._max_items:
-            return False
-        # One image must always be let in, however large: the consumer waits for it.
-        return not self._window or self._bytes < self._max_bytes
-
-    def _decode(self, source: Source) -> Decoded:
+    def _decode(self, source: Source, number: int) -> Decoded:
+        with self._changed:
+            # The image that the consumer waits for is always let in, however large.
+            while (
+                not self._stop.is_set() and self._bytes >= self._max_bytes and number != self._taken
+            ):
+                self._changed.wait(timeout=0.2)
+        if self._stop.is_set():
+            return Decoded(source, None)
         decoded = decode_one(source, self._prepare)
         if decoded.image is not None:
             with self._changed:

@@ -20,6 +20,7 @@ from torch import Tensor
 from vitrt.features import ImageFeatures
 from vitrt.image import PreparedImage
 from vitrt.listing import Source
+from vitrt.packing import pack
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,10 @@ class DeviceStage:
         """The batch, in as many parts as the device's memory makes necessary."""
         parts = [list(batch)]
         while parts:
-            part = parts.pop()
+            part = parts.pop(0)
             try:
                 yield self._run(part)
+                continue
             except Exception as error:
                 lacks_memory = is_out_of_memory(error)
                 if not lacks_memory and not isinstance(error, ValueError):
@@ -91,12 +93,16 @@ class DeviceStage:
                 if len(part) == 1:
                     yield Refused(part[0][0], self._explain(part[0], error))
                     continue
-                if lacks_memory:
-                    self._lower_budget(part)
+            if lacks_memory:
+                self._lower_budget(part)
+                waiting = [item for other in (part, *parts) for item in other]
+                sizes = [prod(image.grid_thw) for _, image in waiting]
+                parts = [[waiting[n] for n in group] for group in pack(sizes, self.budget)]
+                if self._copies is not None:
+                    torch.cuda.empty_cache()  # what the failed batch was given in other sizes
+            else:
                 half = len(part) // 2
-                parts += [part[half:], part[:half]]
-            if parts and self._copies is not None:
-                torch.cuda.empty_cache()  # what the failed batch was given in other sizes
+                parts[:0] = [part[:half], part[half:]]
 
     def _run(self, part: Sequence[Item]) -> Encoded:
         sources = [source for source, _ in part]
@@ -139,16 +145,16 @@ class DeviceStage:
 
     def _lower_budget(self, part: Sequence[Item]) -> None:
         patches = patches_of(part)
-        lowered = max(patches // 2, max(prod(image.grid_thw) for _, image in part))
+        lowered = max(min(patches // 2, self.budget), 1)
         logger.warning(
             "out of device memory with %d images of %d patches in one batch; going on with at "
             "most %d patches (was %d)",
             len(part),
             patches,
-            min(lowered, self.budget),
+            lowered,
             self.budget,
         )
-        self.budget = min(lowered, self.budget)
+        self.budget = lowered
 
     def _explain(self, item: Item, error: Exception) -> ValueError:
         source, image = item
@@ -180,7 +186,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # PyTorch's CPU allocator, cuBLAS and cuDNN have no exception class of their own.
     text = str(error)
     signs = (
-        "DefaultCPUAllocator: not enough memory",
+        "DefaultCPUAllocator",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "out of memory",
     )

@@ -1,0 +1,341 @@
+"""The stages between a listing and shards: bounds, order, memory, interrupts, bad images."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.folders import (
+    FakeEncoder,
+    assert_holds,
+    assert_same,
+    encode,
+    expected,
+    photo,
+    photos,
+)
+from vitrt import FeatureStore, ImageFeatures
+from vitrt.check import check_folder
+from vitrt.decode_ahead import DecodeAhead
+from vitrt.device_stage import DeviceMemoryError, DeviceStage, Encoded, Refused, is_out_of_memory
+from vitrt.durable import OutputError
+from vitrt.image import PreparedImage
+from vitrt.listing import Source, walk
+from vitrt.output import FeatureWriter
+from vitrt.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
+from vitrt.progress import Progress
+
+
+def item(name: str, *grid: int) -> tuple[Source, PreparedImage]:
+    t, h, w = grid
+    pixels = np.full((1, h * 16, w * 16, 3), len(name), dtype=np.uint8)
+    return Source(name, name), PreparedImage(pixels, (t, h, w))
+
+
+def names(batch: Sequence[tuple[Source, PreparedImage]]) -> str:
+    return "".join(source.id for source, _ in batch)
+
+
+def test_look_ahead_fills_batches_and_starves_nobody() -> None:
+    pending = [
+        item(name, 1, 2, patches // 2)
+        for name, patches in zip("abcdef", (60, 50, 30, 44, 4, 200), strict=True)
+    ]
+    assert names(take_batch(pending, 100)) == "ace"
+    assert names(take_batch(pending, 100)) == "bd"
+    assert names(take_batch(pending, 100)) == "f"
+    assert pending == []
+
+
+def test_features_equal_and_batches_do_not_exceed_the_budget(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 30)
+    for budget in (1, 8, 40, 10_000):
+        encoder = FakeEncoder(budget)
+        output = tmp_path / str(budget)
+        encode(folder, output, encoder=encoder)
+        assert_holds(output, expected(folder))
+        assert sum(encoder.batches) == 30
+        assert budget != 1 or set(encoder.batches) == {1}
+    assert encoder.batches == [30]
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 25)
+    for output in ("one", "two"):
+        encode(folder, tmp_path / output, options=PipelineOptions(workers=4))
+    for path in sorted((tmp_path / "one").glob("features-*")):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_encoding_starts_before_listing_ends(tmp_path: Path) -> None:
+    """An endless folder: the window fills, batches run, and the listing waits."""
+    source = Source("x", str(photo(tmp_path / "x.png", 0)), 1, 1.0)
+    listed = 0
+    stop = Stop()
+
+    def endless() -> Iterator[Source]:
+        nonlocal listed
+        for listed in itertools.count(1):
+            yield Source(f"{listed}", source.path, 1, 1.0)
+
+    class Stopping(FakeEncoder):
+        def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+            time.sleep(0.01)
+            if len(self.batches) == 20:
+                stop.request()
+            return super().encode_prepared(images)
+
+    encoder = Stopping(budget=6)
+    outcome = encode(tmp_path, tmp_path / "out", encoder=encoder, sources=endless(), stop=stop)
+    assert outcome.interrupted
+    images = sum(encoder.batches)
+    assert 20 <= images <= listed <= images + 64 + 8
+    assert len(FeatureStore(tmp_path / "out")) == images
+    assert check_folder(tmp_path / "out").problems == []
+
+
+def test_decoding_is_bounded_by_bytes_and_count(tmp_path: Path) -> None:
+    image = PreparedImage(np.zeros((1, 32, 32, 3), np.uint8), (1, 2, 2))
+    decoded: list[str] = []
+
+    def prepare(source: Source) -> PreparedImage:
+        decoded.append(source.id)
+        return image
+
+    for max_bytes, most in ((10 * image.pixels.nbytes, 10 + 3), (1 << 30, 65), (0, 1)):
+        decoded.clear()
+        sources = [Source(str(n), "") for n in range(300)]
+        with DecodeAhead(sources, prepare, workers=3, max_bytes=max_bytes) as ahead:
+            taken = 0
+            for one in ahead:
+                taken += 1
+                assert one.source.id == str(taken - 1)
+                if taken % 50 == 1:
+                    time.sleep(0.05)
+                    assert len(decoded) - taken <= most
+            assert taken == 300 and ahead.all_listed and ahead.listed == 300
+
+
+def test_errors_of_the_listing_surface(tmp_path: Path) -> None:
+    def broken() -> Iterator[Source]:
+        yield Source("a", str(photo(tmp_path / "a.png", 0)), 1, 1.0)
+        raise ValueError("the folder vanished")
+
+    with pytest.raises(ValueError, match="the folder vanished"):
+        encode(tmp_path, tmp_path / "out", sources=broken())
+    assert check_folder(tmp_path / "out").problems == []
+
+
+def test_no_thread_outlives_a_run(tmp_path: Path) -> None:
+    before = threading.active_count()
+    encode(photos(tmp_path / "in", 5), tmp_path / "out")
+    with pytest.raises(SkippedImageError):
+        (tmp_path / "in/000.png").write_bytes(b"")
+        encode(tmp_path / "in", tmp_path / "out", options=PipelineOptions(on_error="fail"))
+    assert threading.active_count() == before
+
+
+def test_out_of_memory_splits_and_lowers_the_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = photos(tmp_path / "in", 24)
+    encoder = FakeEncoder(budget=200, memory=50)
+    encode(folder, tmp_path / "out", encoder=encoder)
+    assert_holds(tmp_path / "out", expected(folder))
+    lowered = [record for record in caplog.records if "out of device memory" in record.message]
+    assert 1 <= len(lowered) <= 4
+    assert "was 200" in lowered[0].message
+    assert all(count < 24 for count in encoder.batches)
+
+
+def test_an_image_over_the_memory_is_named_with_what_would_fit(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 6)
+    wanted = expected(folder)
+    photo(folder / "zz.png", 9, 256, 256)  # 256 patches
+    encoder = FakeEncoder(budget=400, memory=100)
+    encode(folder, tmp_path / "out", encoder=encoder)
+    assert_holds(tmp_path / "out", wanted)
+    (line,) = (tmp_path / "out/errors-00000.jsonl").read_text().splitlines()
+    assert '"zz.png"' in line and "DeviceMemoryError" in line
+    assert "256 x 256 pixels it has 256 patches" in line
+    pixels = int(line.split("--max-pixels ")[1].split()[0])
+    assert 16 * 16 * 30 <= pixels <= 16 * 16 * 100
+    options = PipelineOptions(on_error="fail")
+    with pytest.raises(SkippedImageError, match="zz"):
+        encode(
+            folder, tmp_path / "two", encoder=FakeEncoder(budget=400, memory=100), options=options
+        )
+    assert check_folder(tmp_path / "two").problems == []
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_other_device_errors_are_not_swallowed(tmp_path: Path) -> None:
+    class Broken(FakeEncoder):
+        def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+            if sum(self.batches) > 4:
+                raise RuntimeError("CUDA error: device-side assert")
+            return super().encode_prepared(images)
+
+    folder = photos(tmp_path / "in", 20)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        encode(folder, tmp_path / "out", encoder=Broken(budget=8))
+    wanted = expected(folder)
+    store = FeatureStore(tmp_path / "out")
+    assert 4 < len(store) < 20
+    for name in store:
+        assert_same(store[name], wanted[name])
+
+
+def test_a_refused_batch_loses_only_the_image_that_is_refused() -> None:
+    class Picky(FakeEncoder):
+        def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+            if any(image.grid_thw == (1, 2, 6) for image in images):
+                raise ValueError("no six")
+            return super().encode_prepared(images)
+
+    batch = [item(str(n), 1, 2, 6 if n == 3 else 4) for n in range(8)]
+    results = list(DeviceStage(Picky(), pool=False).encode(batch))
+    refused = [result for result in results if isinstance(result, Refused)]
+    kept = [s.id for result in results if isinstance(result, Encoded) for s in result.sources]
+    assert [result.source.id for result in refused] == ["3"]
+    assert kept == ["0", "1", "2", "4", "5", "6", "7"]
+    assert not isinstance(refused[0].error, DeviceMemoryError)
+
+
+def test_pooling_happens_before_the_copy_to_the_host() -> None:
+    batch = [item("a", 1, 4, 4), item("b", 1, 2, 6)]
+    (encoded,) = DeviceStage(FakeEncoder(), pool=True).encode(batch)
+    assert isinstance(encoded, Encoded)
+    wanted = FakeEncoder().encode_prepared([image for _, image in batch])
+    for found, feature in zip(encoded.features, wanted, strict=True):
+        assert found.embeddings.shape == (1, feature.embeddings.shape[1])
+        assert torch.equal(found.pooled(), feature.pooled())
+        assert found.grid_thw == feature.grid_thw
+
+
+def test_a_writer_that_fails_ends_the_run_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "in", 30)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OutputError("write", tmp_path, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(FeatureWriter, "add", full)
+    encoder = FakeEncoder(budget=4)
+    with pytest.raises(OutputError, match="No space left"):
+        encode(folder, tmp_path / "out", encoder=encoder)
+    assert sum(encoder.batches) < 30
+
+
+def test_bad_files_are_skipped_and_named(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 4)
+    wanted = expected(folder)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "cut.png").write_bytes((folder / "000.png").read_bytes()[:400])
+    (folder / "folder.jpg").mkdir()
+    (folder / "gone.jpg").symlink_to("nowhere")
+    photo(folder / "thin.png", 3, 1, 400)
+    vanishing = Source("vanishing.png", str(folder / "vanishing.png"), 5, 5.0)
+    sources = [*walk(str(folder)), vanishing]
+    progress = Progress()
+    encode(folder, tmp_path / "out", sources=sources, progress=progress)
+    assert_holds(tmp_path / "out", wanted)
+    errors = (tmp_path / "out/errors-00000.jsonl").read_text()
+    bad = (
+        "empty.png",
+        "text.jpg",
+        "cut.png",
+        "folder.jpg",
+        "gone.jpg",
+        "thin.png",
+        "vanishing.png",
+    )
+    assert errors.count("\n") == len(bad) == progress.snapshot().skipped
+    for name in bad:
+        assert f'"id": "{name}"' in errors
+    assert errors.count("ImageError") == len(bad)
+
+
+def test_whatever_a_decoder_raises_is_one_bad_image(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 5)
+    wanted = expected(folder)
+    encoder = FakeEncoder()
+    processor = encoder.processor
+
+    class Surprising:
+        def prepare(self, image: str, name: str | None = None) -> PreparedImage:
+            if name == "003.png":
+                raise ZeroDivisionError
+            return processor.prepare(image, name=name)
+
+    encoder.processor = Surprising()  # type: ignore[assignment]
+    encode(folder, tmp_path / "out", encoder=encoder)
+    del wanted["003.png"]
+    assert_holds(tmp_path / "out", wanted)
+    assert "ZeroDivisionError" in (tmp_path / "out/errors-00000.jsonl").read_text()
+
+
+def test_fail_on_error_keeps_what_was_encoded(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 9)
+    (folder / "005.png").write_text("no image")
+    with pytest.raises(SkippedImageError, match=r"005\.png: not an image"):
+        encode(folder, tmp_path / "out", options=PipelineOptions(on_error="fail", workers=1))
+    assert check_folder(tmp_path / "out").problems == []
+    (folder / "005.png").unlink()
+    encode(folder, tmp_path / "out")
+    assert_holds(tmp_path / "out", expected(folder))
+
+
+def test_a_file_that_changes_during_the_run_is_encoded_again(tmp_path: Path) -> None:
+    """The state in the manifest is that of the listing: a later write differs from it."""
+    folder = photos(tmp_path / "in", 3)
+    sources = list(walk(str(folder)))
+    photo(folder / "000.png", 50)
+    os.utime(folder / "000.png", (3, 3))
+    encode(folder, tmp_path / "out", sources=sources)
+    encode(folder, tmp_path / "out")
+    assert_holds(tmp_path / "out", expected(folder))
+
+
+def test_progress_counts(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 10)
+    encode(folder, tmp_path / "out")
+    photo(folder / "new.png", 5, 64, 64)
+    (folder / "bad.png").write_text("x")
+    progress = Progress()
+    encode(folder, tmp_path / "out", progress=progress)
+    state = progress.snapshot()
+    assert (state.listed, state.resumed, state.images, state.skipped) == (12, 10, 1, 1)
+    assert state.tokens == 4 and state.all_listed and state.seconds_left == 0
+    assert 0 < state.busy_share <= 1
+    for part in ("12/12 images", "images/s", "tokens/s", "busy", "skipped 1", "left 0:00:00"):
+        assert part in state.text()
+
+
+def test_large_images_decode_in_the_background(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (2000, 1500), (index, 2, 3)).save(folder / f"{index}.jpg")
+    encode(folder, tmp_path / "out")
+    assert_holds(tmp_path / "out", expected(folder))
