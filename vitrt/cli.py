@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,17 +122,24 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
         help="refuse larger images before decoding them (0: none; default: Pillow's limit)",
     )
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share a model")
+    parser.add_argument(
+        "--all-reduce",
+        choices=("auto", "nccl", "symmetric"),
+        default="auto",
+        help="how GPUs that share a model add up their parts",
+    )
     parser.add_argument("--log-json", action="store_true", help="log as JSON lines")
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from vitrt.encode import EncodeOptions, encode_folder
+    from vitrt.encode import EncodeOptions, encode_folder, follow_leader
+    from vitrt.job import open_job
+    from vitrt.leader import GroupMemoryError
     from vitrt.listing import Inputs
     from vitrt.pipeline import Stop
-    from vitrt.progress import Progress, Reporter
+    from vitrt.progress import Progress, Reporter, Style
+    from vitrt.watchdog import PeerFailedError
 
-    if args.tp != 1 or int(os.environ.get("WORLD_SIZE", "1")) != 1:
-        raise ValueError("this version runs on one device: --tp and torchrun are not supported yet")
     names = ("workers", "shard_mib", "pool", "on_error", "overwrite")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = EncodeOptions(**chosen)
@@ -143,11 +150,31 @@ def _encode(args: argparse.Namespace) -> int:
     inputs = Inputs(args.inputs)
     _limit_image_size(args.max_image_pixels)
     progress, stop = Progress(), Stop()
-    with _graceful_interrupts(stop), Reporter(progress, "json" if args.log_json else "auto"):
-        summary = encode_folder(
-            _open(args), runtime, inputs, args.output, options, progress=progress, stop=stop
-        )
-    return _conclude(summary, args.output, as_json=args.log_json)
+    try:
+        with (
+            _graceful_interrupts(stop),
+            open_job(args.tp, device=args.device, stop=stop, all_reduce=args.all_reduce) as job,
+        ):
+            if not job.is_first and not args.verbose:
+                logger.setLevel(logging.WARNING)
+            if job.follows:
+                follow_leader(_open(args), runtime, job.parallel)
+                return OK
+            if options.workers is None:
+                options = replace(options, workers=job.workers)
+            style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
+            with Reporter(progress, style):
+                summary = encode_folder(
+                    _open(args), runtime, inputs, args.output, options,
+                    progress=progress, stop=stop, ranks=job.shared, parallel=job.parallel,
+                )  # fmt: skip
+            # What the first rank says stands for all of them, so torchrun sees one exit code.
+            return _conclude(summary, args.output, as_json=args.log_json) if job.is_first else OK
+    except PeerFailedError:
+        return FAILED  # which rank and why was said when it was noticed
+    except GroupMemoryError as error:
+        logger.error("%s", error)
+        return FAILED
 
 
 def _conclude(summary: Summary, output: Path, *, as_json: bool) -> int:
@@ -173,8 +200,12 @@ def _conclude(summary: Summary, output: Path, *, as_json: bool) -> int:
 def _graceful_interrupts(stop: Stop) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) ends the run after the shard in hand, a second one at once."""
 
+    signals = 0
+
     def handle(number: int, frame: object) -> None:
-        if stop.requested:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
             os._exit(INTERRUPTED)  # as safe as kill -9, which loses the shard in hand at most
         stop.request()
         # Not through logging, whose lock the interrupted code may hold.

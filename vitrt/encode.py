@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from vitrt.config import RuntimeConfig
 from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.done import DoneIndex
 from vitrt.durable import flush_folder, make_folder
 from vitrt.encoder import VisionEncoder
+from vitrt.leader import Leader, follow, leading
 from vitrt.listing import InputError, Inputs, Source, any_image
 from vitrt.lock import FolderLock
 from vitrt.manifest import RunIdentity
@@ -31,6 +32,15 @@ from vitrt.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+_SUMMED = (
+    "listed",
+    "resumed",
+    "images",
+    "tokens",
+    "skipped",
+    "images_per_second",
+    "tokens_per_second",
+)
 _SAMPLE_BYTES = 4096  # of each tensor, that a fingerprint looks at
 
 
@@ -55,9 +65,12 @@ class Ranks(Protocol):
     """This process's part of a job that several ranks do."""
 
     rank: int  # of those that write, from 0
+    size: int
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has called this."""
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order: returns when all have called this. After an
+        interrupt it may be fewer.
+        """
         ...
 
     def share(self, sources: Iterable[Source]) -> Iterable[Source]:
@@ -69,9 +82,10 @@ class Alone:
     """The only rank."""
 
     rank = 0
+    size = 1
 
-    def wait_for_all(self) -> None:
-        return
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def share(self, sources: Iterable[Source]) -> Iterable[Source]:
         return sources
@@ -79,10 +93,17 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run did."""
+    """What a run did, on all ranks."""
 
     state: Snapshot
     interrupted: bool
+
+    @classmethod
+    def of(cls, reports: Sequence[Mapping[str, Any]]) -> Summary:
+        """The sum of what each rank did, this one's report first."""
+        state = Snapshot(**reports[0]["state"])
+        totals = {name: sum(report["state"][name] for report in reports) for name in _SUMMED}
+        return cls(replace(state, **totals), any(report["interrupted"] for report in reports))
 
 
 def encode_folder(
@@ -114,16 +135,30 @@ def encode_folder(
     progress.restart()
     if ranks.rank == 0:
         lock = _prepare(output, identity, overwrite=options.overwrite)
-    ranks.wait_for_all()
+    ranks.gather(None)
     if ranks.rank > 0:
         lock = FolderLock(output, ranks.rank)
     with lock:
-        outcome = _run(encoder, inputs, output, identity, options, progress, stop, ranks)
-        ranks.wait_for_all()
-        if ranks.rank == 0:
-            compact(output, outcome.dropped)
+        with leading(encoder) as leader:
+            outcome = _run(leader, inputs, output, identity, options, progress, stop, ranks)
+        report = {
+            "state": asdict(progress.snapshot()),
+            "interrupted": outcome.interrupted,
+            "dropped": outcome.dropped,
+        }
+        reports = ranks.gather(report)
+        if ranks.rank == 0 and len(reports) == ranks.size:
+            dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
+            compact(output, dropped)
             flush_folder(output)
-    return Summary(progress.snapshot(), outcome.interrupted)
+    return Summary.of(reports)
+
+
+def follow_leader(
+    checkpoint: Checkpoint, runtime: RuntimeConfig, parallel: ParallelContext
+) -> None:
+    """Be one of the ranks that share a tower with the one that runs `encode_folder`."""
+    follow(VisionEncoder.from_checkpoint(checkpoint, runtime, parallel))
 
 
 def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
@@ -141,7 +176,7 @@ def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderL
 
 
 def _run(
-    encoder: VisionEncoder,
+    encoder: VisionEncoder | Leader,
     inputs: Inputs,
     output: Path,
     identity: RunIdentity,
@@ -159,7 +194,7 @@ def _run(
         rank=ranks.rank,
         first_shard=ShardNumbers(output).take(ranks.rank),
         shard_mib=options.shard_mib,
-        merge_size=encoder.config.spatial_merge_size,
+        merge_size=encoder.processor.merge_size,
     )
     pipeline = PipelineOptions(
         workers=options.workers, on_error=options.on_error, pool=options.pool == "mean"

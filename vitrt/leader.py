@@ -1,0 +1,111 @@
+"""One rank of a tensor-parallel group leads: it decodes, batches and writes, and tells the others
+what to run.
+
+The others follow: they receive the prepared pixels of each batch, run the same forwards, and drop
+the features, which every rank ends up with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vitrt.device_stage import is_out_of_memory
+from vitrt.image import PreparedImage
+
+if TYPE_CHECKING:
+    from vitrt.encoder import VisionEncoder
+    from vitrt.features import ImageFeatures
+    from vitrt.image import ImageProcessor
+
+logger = logging.getLogger(__name__)
+
+Grid = tuple[int, int, int]
+
+
+class GroupMemoryError(RuntimeError):
+    """A batch did not fit on one rank of several, which leaves the others waiting for it."""
+
+
+class Leader:
+    """A VisionEncoder, as far as a pipeline knows it, on all ranks of its group."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.device: torch.device = encoder.device
+        self.max_batch_tokens: int = encoder.max_batch_tokens
+        self.processor: ImageProcessor = encoder.processor
+        self._encoder = encoder
+
+    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        _send(self._encoder, images)
+        return run_together(self._encoder, images)
+
+    def dismiss(self) -> None:
+        """Nothing more comes: `follow` returns on the others."""
+        _send(self._encoder, [])
+
+
+@contextmanager
+def leading(encoder: VisionEncoder) -> Iterator[VisionEncoder | Leader]:
+    """What encodes: `encoder` itself, or the leader of its group until the block ends well."""
+    if encoder.parallel.tp_size == 1:
+        yield encoder
+        return
+    leader = Leader(encoder)
+    yield leader
+    leader.dismiss()
+
+
+def follow(encoder: VisionEncoder) -> None:
+    """Run what the leader of this rank's group encodes, until it dismisses the group."""
+    while images := _receive(encoder):
+        try:
+            run_together(encoder, images)
+        except ValueError:
+            logger.debug("the leader handles this", exc_info=True)
+
+
+def run_together(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+    """A forward that all ranks of the group run. GroupMemoryError where it did not fit."""
+    try:
+        return encoder.encode_prepared(images)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        patches = sum(t * h * w for t, h, w in (image.grid_thw for image in images))
+        raise GroupMemoryError(
+            f"a batch of {len(images)} images with {patches} patches does not fit on "
+            f"{encoder.device} (tp = {encoder.parallel.tp_size}): lower --max-batch-tokens (now "
+            f"{encoder.max_batch_tokens}), or --max-pixels if it is one image"
+        ) from error
+
+
+def _send(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> None:
+    group = encoder.parallel.control
+    header = [(image.pixels.shape, image.grid_thw) for image in images]
+    dist.broadcast_object_list([header], group_src=0, group=group)
+    if images:
+        joined = np.concatenate([image.pixels.reshape(-1) for image in images])
+        dist.broadcast(torch.from_numpy(joined), group_src=0, group=group)
+
+
+def _receive(encoder: VisionEncoder) -> list[PreparedImage]:
+    group = encoder.parallel.control
+    box: list[list[tuple[tuple[int, ...], Grid]]] = [[]]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    header = box[0]
+    if not header:
+        return []
+    sizes = [torch.Size(shape).numel() for shape, _ in header]
+    joined = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.broadcast(joined, group_src=0, group=group)
+    return [
+        PreparedImage(part.view(shape).numpy(), grid)
+        for part, (shape, grid) in zip(joined.split(sizes), header, strict=True)
+    ]
