@@ -41,7 +41,7 @@ class Row:
 
     @property
     def error_ratio(self) -> float | None:
-        """The worst of vitrt's errors over transformers' own; None in float32, where it has none."""
+        """The worst of vitrt's errors over transformers' own; None in float32."""
         ours, theirs = self.errors.get("vitrt"), self.reference_errors
         if ours is None or theirs is None:
             return None
@@ -50,7 +50,7 @@ class Row:
         pairs = zip(
             (ours.embeddings, *ours.deepstack), (theirs.embeddings, *theirs.deepstack), strict=True
         )
-        return max(a / b for a, b in pairs)
+        return max(a / b if b > 0 else float("inf") for a, b in pairs)
 
     @property
     def agrees(self) -> bool:
