@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +24,11 @@ from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.feed import PixelsFeed, ValuesFeed
 from vitrt.image import ImageInput, ImageProcessor, PreparedImage, normalisation_table
 from vitrt.models import build_tower
+from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import VisionTower
 from vitrt.placement import budget_from_memory, resolve_device, resolve_dtype
 from vitrt.runner import EagerRunner, RunnerStats
+from vitrt.sharding import encode_together
 from vitrt.upload import PixelUploader
 from vitrt.weights import Checkpoint, load_weights, open_checkpoint
 
@@ -167,7 +170,12 @@ class VisionEncoder:
         An image is a path, a PIL image, encoded bytes, or a uint8 array [H, W, 3]; an array [F, H,
         W, 3] is a clip. The features of one batch are views of one tensor on the encoder's device.
         Raises ImageError (a ValueError) naming the first image that cannot be used.
+
+        With data-parallel ranks every rank gives the same images, encodes its share of their frames
+        and gets all features; see vitrt/sharding.py.
         """
+        if self.parallel.dp_size > 1:
+            return encode_together(self, list(images))
         return encode_in_order(self, list(images))
 
     def stream(
@@ -184,6 +192,12 @@ class VisionEncoder:
             return []
         grids = [image.grid_thw for image in images]
         plan = self.tower.plan(grids)
+        with self._on_device():
+            return self._encode_pixels(images, plan)
+
+    def _encode_pixels(
+        self, images: Sequence[PreparedImage], plan: ForwardPlan
+    ) -> list[ImageFeatures]:
         pixels = self._uploader.upload([image.pixels for image in images])
         frames = [image.pixels.shape[0] for image in images]
         feed = PixelsFeed(pixels, frames, self.table, self.config)
@@ -216,7 +230,8 @@ class VisionEncoder:
         _check_pixel_values(pixel_values, plan.num_patches, self.config.patch_dim)
         feed = ValuesFeed(pixel_values, reordered=plan.order is not None)
         keep = (self.config.depth - 1,) if return_hidden else ()
-        output = self.runner.run(plan, feed, keep)
+        with self._on_device():
+            output = self.runner.run(plan, feed, keep)
         grids = torch.tensor(plan.grids, dtype=torch.int64)
         hidden = output.hidden[0] if return_hidden else None
         return EncoderOutput(output.embeddings, output.deepstack, grids, hidden)
@@ -228,11 +243,16 @@ class VisionEncoder:
         without graphs.
         """
         if isinstance(self.runner, GraphRunner):
-            self.runner.warmup(buckets)
+            with self._on_device():
+                self.runner.warmup(buckets)
 
     def stats(self) -> RunnerStats:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
         return self.runner.stats
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, whichever the tensors lie on."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _make_runner(self) -> EagerRunner:
         arguments = (self.tower, self.attention, self.device, self.dtype)
