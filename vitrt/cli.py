@@ -134,7 +134,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 def _encode(args: argparse.Namespace) -> int:
     from vitrt.encode import EncodeOptions, encode_folder, follow_leader
     from vitrt.job import open_job
-    from vitrt.leader import GroupMemoryError
+    from vitrt.leader import GroupError
     from vitrt.listing import Inputs
     from vitrt.pipeline import Stop
     from vitrt.progress import Progress, Reporter, Style
@@ -172,7 +172,7 @@ def _encode(args: argparse.Namespace) -> int:
             return _conclude(summary, args.output, as_json=args.log_json) if job.is_first else OK
     except PeerFailedError:
         return FAILED  # which rank and why was said when it was noticed
-    except GroupMemoryError as error:
+    except GroupError as error:
         logger.error("%s", error)
         return FAILED
 

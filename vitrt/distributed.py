@@ -6,6 +6,7 @@ The world is `dp_size` groups of `tp_size` neighbouring ranks; each group holds 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from dataclasses import dataclass, field, replace
@@ -243,6 +244,7 @@ class ParallelContext:
 
 
 SINGLE = ParallelContext()
+_JOINED = itertools.count()  # a job that is joined again finds none of its old keys
 
 
 def _environment() -> tuple[int, int, int]:
@@ -276,18 +278,19 @@ def _join(backend: str, rank: int, world: int, *, eager: bool) -> tuple[Store, b
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
     from torch.distributed.rendezvous import rendezvous
 
+    joined = next(_JOINED)
     if dist.is_initialized():
-        return PrefixStore("vitrt", _get_default_store()), False
+        return PrefixStore(f"vitrt/{joined}", _get_default_store()), False
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_RENDEZVOUS_TIMEOUT))
     dist.init_process_group(
         backend,
-        store=PrefixStore("groups", store),
+        store=PrefixStore(f"groups/{joined}", store),
         rank=rank,
         world_size=world,
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=torch.device("cuda", torch.cuda.current_device()) if eager else None,
     )
-    return PrefixStore("vitrt", store), True
+    return PrefixStore(f"vitrt/{joined}", store), True
 
 
 def _group_of(rank: int, members: list[range], **options: Any) -> dist.ProcessGroup | None:

@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# gloo and NCCL have no exception class for it.
+_DISCONNECTED = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo")
+
 Grid = tuple[int, int, int]
 
 
-class GroupMemoryError(RuntimeError):
-    """A batch did not fit on one rank of several, which leaves the others waiting for it."""
+class GroupError(RuntimeError):
+    """The ranks of a group cannot go on together: one has no memory left for what the others wait
+    for, or is gone.
+    """
 
 
 class Leader:
@@ -44,7 +49,7 @@ class Leader:
 
     def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         _send(self._encoder, images)
-        return run_together(self._encoder, images)
+        return _run(self._encoder, images)
 
     def dismiss(self) -> None:
         """Nothing more comes: `follow` returns on the others."""
@@ -66,45 +71,58 @@ def follow(encoder: VisionEncoder) -> None:
     """Run what the leader of this rank's group encodes, until it dismisses the group."""
     while images := _receive(encoder):
         try:
-            run_together(encoder, images)
+            _run(encoder, images)
         except ValueError:
             logger.debug("the leader handles this", exc_info=True)
 
 
-def run_together(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
-    """A forward that all ranks of the group run. GroupMemoryError where it did not fit."""
+def _run(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+    """A forward that all ranks of the group run. GroupError where one of them cannot."""
     try:
-        return encoder.encode_prepared(images)
+        with _connected():
+            return encoder.encode_prepared(images)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         patches = sum(t * h * w for t, h, w in (image.grid_thw for image in images))
-        raise GroupMemoryError(
+        raise GroupError(
             f"a batch of {len(images)} images with {patches} patches does not fit on "
             f"{encoder.device} (tp = {encoder.parallel.tp_size}): lower --max-batch-tokens (now "
             f"{encoder.max_batch_tokens}), or --max-pixels if it is one image"
         ) from error
 
 
+@contextmanager
+def _connected() -> Iterator[None]:
+    """GroupError in place of what a broken connection raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) or not any(sign in str(error) for sign in _DISCONNECTED):
+            raise
+        raise GroupError(f"another rank of this one's group is gone: {error}") from error
+
+
 def _send(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> None:
     group = encoder.parallel.control
     header = [(image.pixels.shape, image.grid_thw) for image in images]
-    dist.broadcast_object_list([header], group_src=0, group=group)
-    if images:
-        joined = np.concatenate([image.pixels.reshape(-1) for image in images])
-        dist.broadcast(torch.from_numpy(joined), group_src=0, group=group)
+    with _connected():
+        dist.broadcast_object_list([header], group_src=0, group=group)
+        if images:
+            joined = np.concatenate([image.pixels.reshape(-1) for image in images])
+            dist.broadcast(torch.from_numpy(joined), group_src=0, group=group)
 
 
 def _receive(encoder: VisionEncoder) -> list[PreparedImage]:
     group = encoder.parallel.control
     box: list[list[tuple[tuple[int, ...], Grid]]] = [[]]
-    dist.broadcast_object_list(box, group_src=0, group=group)
-    header = box[0]
-    if not header:
-        return []
-    sizes = [torch.Size(shape).numel() for shape, _ in header]
-    joined = torch.empty(sum(sizes), dtype=torch.uint8)
-    dist.broadcast(joined, group_src=0, group=group)
+    with _connected():
+        dist.broadcast_object_list(box, group_src=0, group=group)
+        header = box[0]
+        sizes = [torch.Size(shape).numel() for shape, _ in header]
+        joined = torch.empty(sum(sizes), dtype=torch.uint8)
+        if header:
+            dist.broadcast(joined, group_src=0, group=group)
     return [
         PreparedImage(part.view(shape).numpy(), grid)
         for part, (shape, grid) in zip(joined.split(sizes), header, strict=True)

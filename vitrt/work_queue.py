@@ -24,7 +24,7 @@ _BLOCK_IMAGES = 4  # few, so that ranks end at about the same time
 _BLOCKS_AHEAD = 64  # published and not yet drawn, for each rank
 _POLL_SECONDS = 0.02
 _PATIENCE_SECONDS = 0.02  # how long a rank lets others draw that have drawn less
-_LEAVE_SECONDS = 5.0  # how long an interrupted rank waits for the others
+_LEAVE_SECONDS = 3.0  # how long an interrupted rank waits for the others
 
 
 class SharedWork:
@@ -48,6 +48,7 @@ class SharedWork:
         self._check = check
         self._leaving = leaving
         self._steps = 0  # calls that every rank makes, in one order
+        self._left = False  # without the others
         self._listing_error: BaseException | None = None
 
     # Waiting
@@ -64,7 +65,8 @@ class SharedWork:
             self._check()
             if self._leaving():
                 since = since or time.monotonic()
-                if time.monotonic() - since > _LEAVE_SECONDS:
+                if self._left or time.monotonic() - since > _LEAVE_SECONDS:
+                    self._left = True  # who did not come to this step comes to no later one
                     break
             time.sleep(_POLL_SECONDS)
         return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]
