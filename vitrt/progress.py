@@ -87,8 +87,8 @@ class Progress:
             seconds = max(time.perf_counter() - self.started, 1e-9)
             worked = self._images + self._skipped
             left = None
-            if all_listed and worked:
-                left = max(listed - worked, 0) * seconds / worked
+            if all_listed and (worked or not listed):
+                left = max(listed - worked, 0) * seconds / max(worked, 1)
             return Snapshot(
                 seconds=round(seconds, 3),
                 listed=listed + self._resumed,
