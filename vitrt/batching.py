@@ -17,6 +17,7 @@ from vitrt.image import ImageInput, PreparedImage
 from vitrt.packing import pack
 
 if TYPE_CHECKING:
+    from vitrt.dense import DenseEncoder
     from vitrt.encoder import VisionEncoder
 
 _MAX_WORKERS = 16
@@ -33,7 +34,9 @@ def patches(image: PreparedImage) -> int:
     return prod(image.grid_thw)
 
 
-def encode_in_order(encoder: VisionEncoder, images: Sequence[ImageInput]) -> list[ImageFeatures]:
+def encode_in_order(
+    encoder: VisionEncoder | DenseEncoder, images: Sequence[ImageInput]
+) -> list[ImageFeatures]:
     """Features of all images in input order."""
     if not images:
         return []
@@ -47,7 +50,9 @@ def encode_in_order(encoder: VisionEncoder, images: Sequence[ImageInput]) -> lis
     return [feature for feature in features if feature is not None]
 
 
-def _prepare_all(encoder: VisionEncoder, images: Sequence[ImageInput]) -> list[PreparedImage]:
+def _prepare_all(
+    encoder: VisionEncoder | DenseEncoder, images: Sequence[ImageInput]
+) -> list[PreparedImage]:
     workers = min(default_workers(), len(images))
     if workers == 1:
         return [encoder.processor.prepare(image) for image in images]
@@ -56,7 +61,10 @@ def _prepare_all(encoder: VisionEncoder, images: Sequence[ImageInput]) -> list[P
 
 
 def stream_in_order(
-    encoder: VisionEncoder, images: Iterable[ImageInput], *, workers: int | None = None
+    encoder: VisionEncoder | DenseEncoder,
+    images: Iterable[ImageInput],
+    *,
+    workers: int | None = None,
 ) -> Iterator[ImageFeatures]:
     """Features one after the other, in input order, with a bounded number of images in memory.
 

@@ -100,12 +100,17 @@ class GraphRunner(EagerRunner):
         self._lock = threading.RLock()  # one forward at a time: the static buffers are shared
 
     def run(
-        self, plan: ForwardPlan, feed: PatchFeed, keep_hidden: Sequence[int] = ()
+        self,
+        plan: ForwardPlan,
+        feed: PatchFeed,
+        keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         with self._lock:
             reason = self._ineligible(plan, keep_hidden)
             if reason is not None:
-                return self.run_eager(plan, feed, reason, keep_hidden)
+                return self.run_eager(plan, feed, reason, keep_hidden, merged=merged)
             key = self._key(plan)
             recording = self._recordings.get(key)
             if recording is None and key not in self._too_large:

@@ -19,6 +19,7 @@ from vitrt.attention.registry import resolve
 from vitrt.batching import encode_in_order, stream_in_order
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 from vitrt.cuda_graph import AUTO_MAX_PATCHES, GraphRunner
+from vitrt.dense import DenseEncoder, check_layers, to_raster
 from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.feed import PixelsFeed, ValuesFeed
@@ -164,52 +165,88 @@ class VisionEncoder:
 
     # Encoding
 
-    def encode(self, images: Iterable[ImageInput]) -> list[ImageFeatures]:
+    def encode(
+        self, images: Iterable[ImageInput], *, layers: Iterable[int] = (), merged: bool = True
+    ) -> list[ImageFeatures]:
         """Features of every image, in input order.
 
         An image is a path, a PIL image, encoded bytes, or a uint8 array [H, W, 3]; an array [F, H,
         W, 3] is a clip. The features of one batch are views of one tensor on the encoder's device.
         Raises ImageError (a ValueError) naming the first image that cannot be used.
 
+        Args:
+            layers: also give the hidden states after these layers, [layers, t, h, w, hidden_size],
+                patches in raster order. From 0, or from the last: -1. ValueError for one that the
+                tower does not have. Such forwards do not use CUDA graphs.
+            merged: False gives the hidden states alone, with no embeddings [0, out_hidden] and no
+                deepstack, and runs no layer past the last one asked for.
+
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
-        and gets all features; see vitrt/sharding.py.
+        and gets all features; see vitrt/sharding.py. They do not exchange hidden states.
         """
+        encoder = self._asked_for(layers, merged)
         if self.parallel.dp_size > 1:
+            if encoder is not self:
+                raise ValueError(
+                    f"layers={layers} with {self.parallel.dp_size} data-parallel ranks: encode "
+                    "does not exchange hidden states; give each rank its own images by stream"
+                )
             return encode_together(self, list(images))
-        return encode_in_order(self, list(images))
+        return encode_in_order(encoder, list(images))
 
     def stream(
-        self, images: Iterable[ImageInput], *, workers: int | None = None
+        self,
+        images: Iterable[ImageInput],
+        *,
+        workers: int | None = None,
+        layers: Iterable[int] = (),
+        merged: bool = True,
     ) -> Iterator[ImageFeatures]:
         """The same in bounded memory: images are decoded by `workers` threads a window ahead of the
         device.
         """
-        return stream_in_order(self, images, workers=workers)
+        return stream_in_order(self._asked_for(layers, merged), images, workers=workers)
 
-    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+    def encode_prepared(
+        self, images: Sequence[PreparedImage], *, layers: Iterable[int] = (), merged: bool = True
+    ) -> list[ImageFeatures]:
         """Features of images that `processor.prepare` made ready, as one batch."""
+        keep = check_layers(layers, self.config.depth, merged=merged)
         if not images:
             return []
         grids = [image.grid_thw for image in images]
         plan = self.tower.plan(grids)
         with self._on_device():
-            return self._encode_pixels(images, plan)
+            return self._encode_pixels(images, plan, keep, merged)
+
+    def _asked_for(self, layers: Iterable[int], merged: bool) -> VisionEncoder | DenseEncoder:
+        layers = tuple(layers)
+        return DenseEncoder(self, layers, merged=merged) if layers or not merged else self
 
     def _encode_pixels(
-        self, images: Sequence[PreparedImage], plan: ForwardPlan
+        self,
+        images: Sequence[PreparedImage],
+        plan: ForwardPlan,
+        keep: tuple[int, ...],
+        merged: bool,
     ) -> list[ImageFeatures]:
         pixels = self._uploader.upload([image.pixels for image in images])
         frames = [image.pixels.shape[0] for image in images]
         feed = PixelsFeed(pixels, frames, self.table, self.config)
-        output = self.runner.run(plan, feed)
-        embeddings = output.embeddings.split(plan.tokens)
+        output = self.runner.run(plan, feed, keep, merged=merged)
+        embeddings = output.embeddings.split(plan.tokens if merged else [0] * len(images))
         levels: Sequence[Tensor | None] = [None] * len(images)
         if output.deepstack is not None:
             levels = output.deepstack.split(plan.tokens, dim=1)
         merge = self.config.spatial_merge_size
+        hidden: Sequence[Tensor | None] = [None] * len(images)
+        if keep:
+            hidden = to_raster(output.hidden, plan.grids, merge)
         return [
-            ImageFeatures(embedding, deepstack, grid, merge)
-            for embedding, deepstack, grid in zip(embeddings, levels, plan.grids, strict=True)
+            ImageFeatures(embedding, deepstack, grid, merge, states, keep)
+            for embedding, deepstack, grid, states in zip(
+                embeddings, levels, plan.grids, hidden, strict=True
+            )
         ]
 
     def __call__(

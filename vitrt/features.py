@@ -12,27 +12,45 @@ from torch import Tensor
 class ImageFeatures:
     """Features of one image or clip."""
 
-    embeddings: Tensor  # [tokens, out_hidden], raster order inside each frame
-    deepstack: Tensor | None  # [levels, tokens, out_hidden], or None where the model has none
+    # [tokens, out_hidden], raster order inside each frame; with merged=False no token: [0,
+    # out_hidden].
+    embeddings: Tensor
+    deepstack: Tensor | None  # [levels, tokens, out_hidden]; None where there is none
     grid_thw: tuple[int, int, int]  # patches: frames (after temporal merging), rows, columns
     merge_size: int = 2  # patches a side of one merged token
+    # [layers, t, h, w, hidden_size]: after each of `layers`, patches in raster order; on request.
+    hidden: Tensor | None = None
+    layers: tuple[int, ...] = ()  # that `hidden` holds, in its order, from 0
+
+    @property
+    def merged(self) -> bool:
+        """Whether there are merged tokens: `embeddings`, and `deepstack` where the model has it."""
+        return self.embeddings.shape[0] > 0
 
     def spatial(self) -> Tensor:
         """The embeddings as a view [t, h / merge, w / merge, out_hidden]."""
         t, h, w = self.grid_thw
-        return self.embeddings.view(t, h // self.merge_size, w // self.merge_size, -1)
+        return self._tokens().view(t, h // self.merge_size, w // self.merge_size, -1)
 
     def concatenated(self) -> Tensor:
         """[tokens, out_hidden * (1 + levels)], the embeddings first: the layout vLLM and SGLang
         take.
         """
         if self.deepstack is None:
-            return self.embeddings
+            return self._tokens()
         return torch.cat([self.embeddings, *self.deepstack.unbind(0)], dim=-1)
 
     def pooled(self) -> Tensor:
         """[out_hidden] float32: the mean of the embeddings over the tokens."""
-        return self.embeddings.float().mean(dim=0)
+        return self._tokens().float().mean(dim=0)
+
+    def _tokens(self) -> Tensor:
+        if not self.merged:
+            raise ValueError(
+                "these features have no merged tokens: they were encoded with merged=False, for "
+                "their hidden states alone"
+            )
+        return self.embeddings
 
 
 @dataclass(frozen=True, slots=True)

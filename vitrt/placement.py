@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from vitrt.config import VisionConfig
 from vitrt.models.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,14 @@ def budget_from_memory(tower: VisionTower, device: torch.device, dtype: torch.dt
     """Patches per forward that fit in part of the device's free memory."""
     if device.type != "cuda":
         return _CPU_PATCHES
-    config = tower.config
-    # The widest moment of a block: residual, norm, MLP activations before and after gating, and
-    # pixels.
-    values = 2 * config.hidden_size + 3 * config.intermediate_size + config.patch_dim
     free = torch.cuda.mem_get_info(device)[0]
-    fitting = int(free * _FREE_SHARE) // (values * dtype.itemsize)
+    fitting = int(free * _FREE_SHARE) // (values_per_patch(tower.config) * dtype.itemsize)
     return max(min(fitting, _GPU_PATCHES), 256)
+
+
+def values_per_patch(config: VisionConfig, kept_layers: int = 0) -> int:
+    """Values that a patch takes at the widest moment of a forward."""
+    # Residual, norm, MLP activations before and after gating, and pixels.
+    block = 2 * config.hidden_size + 3 * config.intermediate_size + config.patch_dim
+    # Hidden states as kept, in the order of the input, and in raster order.
+    return block + 3 * kept_layers * config.hidden_size

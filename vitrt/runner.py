@@ -64,15 +64,26 @@ class EagerRunner:
         self._packed: ByteCache[object, Tensor] = ByteCache(_PACKED_CACHE_BYTES)
 
     def run(
-        self, plan: ForwardPlan, feed: PatchFeed, keep_hidden: Sequence[int] = ()
+        self,
+        plan: ForwardPlan,
+        feed: PatchFeed,
+        keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         """Features of the batch, in tensors of their own. `keep_hidden`: layers to return hidden
-        states of.
+        states of; without `merged` nothing else.
         """
-        return self.run_eager(plan, feed, "graphs are off", keep_hidden)
+        return self.run_eager(plan, feed, "graphs are off", keep_hidden, merged=merged)
 
     def run_eager(
-        self, plan: ForwardPlan, feed: PatchFeed, reason: str, keep_hidden: Sequence[int] = ()
+        self,
+        plan: ForwardPlan,
+        feed: PatchFeed,
+        reason: str,
+        keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         self.stats.eager[reason] += 1
         layout = PlanLayout.exact(plan).fed_by(feed.kind)
@@ -81,7 +92,7 @@ class EagerRunner:
         width = self.tower.config.patch_dim
         patches = torch.empty(plan.num_patches, width, dtype=self.dtype, device=self.device)
         feed.write(patches, views.feed, plan.num_patches)
-        return self.forward(patches, views, self.attention, keep_hidden)
+        return self.forward(patches, views, self.attention, keep_hidden, merged=merged)
 
     def pack(self, plan: ForwardPlan, layout: PlanLayout, feed: PatchFeed) -> Tensor:
         """The packed plan on the host, ready to be copied; kept, so a grid that returns costs
@@ -103,6 +114,8 @@ class EagerRunner:
         plan: DevicePlan,
         attention: AttentionChoice,
         keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         with torch.inference_mode():
-            return self.tower(patches, plan, attention, keep_hidden)
+            return self.tower(patches, plan, attention, keep_hidden, merged=merged)

@@ -57,21 +57,25 @@ class Qwen25VLVisionTower(VisionTower):
         plan: DevicePlan,
         attention: AttentionChoice,
         keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         assert plan.window is not None and plan.inverse is not None
         rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
         residual = self.patch_embed(patches).float()
         normed = self.block(0).norm1(residual)
         hidden: dict[int, Tensor] = {}
-        for index in range(len(self.blocks)):
+        for index in self.layers_to_run(keep_hidden, merged):
             full = index in self.config.fullatt_block_indexes
             segments = plan.full if full else plan.window
             backend = attention.full if full else attention.window
             normed = self.run_block(index, residual, normed, rotary, segments, backend)
             if index in keep_hidden:
                 hidden[index] = residual.to(patches.dtype, copy=True)
-        embeddings = self.merger(normed).index_select(0, plan.inverse)
         kept = tuple(hidden[index].index_select(0, plan.hidden_inverse) for index in keep_hidden)
+        if not merged:
+            return self.unmerged(kept)
+        embeddings = self.merger(normed).index_select(0, plan.inverse)
         return TowerOutput(embeddings, None, kept)
 
     def weight_slots(self) -> Iterator[WeightSlot]:

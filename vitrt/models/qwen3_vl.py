@@ -67,9 +67,11 @@ class Qwen3VLVisionTower(VisionTower):
         plan: DevicePlan,
         attention: AttentionChoice,
         keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         assert plan.taps is not None and plan.tap_weights is not None
-        levels = self.config.deepstack_visual_indexes
+        levels = self.config.deepstack_visual_indexes if merged else ()
         tokens = patches.shape[0] // self.config.merge_unit
         deepstack = patches.new_empty(len(levels), tokens, self.config.out_hidden_size)
         rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
@@ -78,15 +80,17 @@ class Qwen3VLVisionTower(VisionTower):
         add_position_embedding_(residual, self.pos_embed, plan.taps, plan.tap_weights)
         normed = self.block(0).norm1(residual)
         hidden: dict[int, Tensor] = {}
-        for index in range(len(self.blocks)):
+        for index in self.layers_to_run(keep_hidden, merged):
             normed = self.run_block(index, residual, normed, rotary, plan.full, attention.full)
             if index in levels:
                 level = levels.index(index)
                 self.deepstack_merger(level)(residual, out=deepstack[level])
             if index in keep_hidden:
                 hidden[index] = residual.to(patches.dtype, copy=True)
-        embeddings = self.merger(normed)
         kept = tuple(hidden[index] for index in keep_hidden)
+        if not merged:
+            return self.unmerged(kept)
+        embeddings = self.merger(normed)
         return TowerOutput(embeddings, deepstack if levels else None, kept)
 
     def weight_slots(self) -> Iterator[WeightSlot]:

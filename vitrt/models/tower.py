@@ -36,7 +36,7 @@ _PLAN_CACHE_BYTES = 64 << 20
 class TowerOutput:
     """What a forward leaves on the device."""
 
-    embeddings: Tensor  # [M, O], raster order
+    embeddings: Tensor  # [M, O], raster order; [0, O] where none were asked for
     deepstack: Tensor | None = None  # [L, M, O]
     hidden: tuple[
         Tensor, ...
@@ -132,11 +132,21 @@ class VisionTower(RotaryPosMixin, nn.Module):
         plan: DevicePlan,
         attention: AttentionChoice,
         keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
     ) -> TowerOutput:
         """patches [T, P] in the plan's order. `keep_hidden` asks for the hidden states after those
-        layers.
+        layers; without `merged` they are all that comes out, and the last one ends the forward.
         """
         raise NotImplementedError
+
+    def layers_to_run(self, keep_hidden: Sequence[int], merged: bool) -> range:
+        """Every layer, or those up to the last whose hidden states are kept."""
+        return range(len(self.blocks) if merged else max(keep_hidden) + 1)
+
+    def unmerged(self, kept: tuple[Tensor, ...]) -> TowerOutput:
+        """Hidden states without any merged token."""
+        return TowerOutput(kept[0].new_empty(0, self.config.out_hidden_size), None, kept)
 
     def run_block(
         self,
