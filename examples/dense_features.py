@@ -2,8 +2,9 @@
 
     python examples/dense_features.py Qwen/Qwen3-VL-2B-Instruct a.jpg b.jpg --at 0.4 0.7 -o map.png
 
-Every merged token is one cell of a grid over the image. The picture that comes out is the second
-image, dimmed where its cells are unlike the cell of the first image at the given point.
+The features are a grid over the image: one cell a merged token, or with `--layer` one a patch, as
+that layer of the tower leaves it. The picture that comes out is the second image, dimmed where its
+cells are unlike the cell of the first image at the given point.
 """
 
 from __future__ import annotations
@@ -23,13 +24,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--at", type=float, nargs=2, default=(0.5, 0.5), metavar=("X", "Y"))
+    parser.add_argument(
+        "--layer", type=int, help="hidden states after it: 0, 1, ... or -1, -2, ..."
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("similarity.png"))
     args = parser.parse_args(arguments)
 
     encoder = VisionEncoder.from_pretrained(args.model)
-    first, second = (
-        features.spatial()[0].float() for features in encoder.encode([args.first, args.second])
-    )  # [rows, columns, width] each
+    images = [args.first, args.second]
+    if args.layer is None:
+        grids = [features.spatial() for features in encoder.encode(images)]
+    else:  # no merger, and no layer past this one
+        found = encoder.encode(images, layers=[args.layer], merged=False)
+        grids = [features.hidden[0] for features in found]
+    first, second = (grid[0].float() for grid in grids)  # [rows, columns, width] of frame 0
     row, column = (
         min(int(share * size), size - 1)
         for share, size in zip(reversed(args.at), first.shape[:2], strict=True)

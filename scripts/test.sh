@@ -15,6 +15,7 @@ echo "== mypy"
 mypy
 
 echo "== pytest"
-# One worker a core, one thread each: the tests are many and small, and threads of two workers only get in each other's way.
+# One worker a core, one thread each: the tests are many and small, and threads of several workers
+# only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest --numprocesses auto --dist loadfile "$@"
+exec python -m pytest --numprocesses auto --dist worksteal "$@"

@@ -88,6 +88,8 @@ def test_dense_features(
     with Image.open(picture) as image:
         assert image.size == (160, 96)
         assert np.asarray(image)[10, 144].max() > 0
+    main([str(tiny_qwen3_vl), one, one, "--at", "0.9", "0.1", "--layer", "2", "-o", str(picture)])
+    assert "cell (0, 9) of 6 x 10" in capsys.readouterr().out
     main([str(tiny_qwen3_vl), one, two, "-o", str(picture)])
     assert "in two.png: 1.000" not in capsys.readouterr().out
 

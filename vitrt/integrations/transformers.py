@@ -287,7 +287,7 @@ class _VitrtTower(_StandIn):
         levels = [] if out.deepstack is None else list(out.deepstack.unbind(0))
         # Copies, as tensors made in inference mode cannot take part in anything outside of it.
         return self.output(
-            None if hidden is None else hidden.clone(),
+            None if hidden is None else hidden.to(self.dtype, copy=True),
             out.embeddings.clone(),
             [level.clone() for level in levels],
             kwargs,
