@@ -22,7 +22,9 @@ from tests.commands import Vitrt, vitrt
 from tests.folders import photo
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.check import check_folder
+from vitrt.console import graceful_interrupts
 from vitrt.lock import FolderLock
+from vitrt.pipeline import Stop
 from vitrt.progress import Progress, Reporter
 
 __all__ = ["vitrt"]  # a fixture
@@ -313,6 +315,19 @@ def test_a_second_interrupt_stops_at_once(
     assert done.code == 0
     assert {f"{index:05}.png" for index in range(150)} <= set(FeatureStore(tmp_path / "out"))
     assert check_folder(tmp_path / "out").problems == []
+
+
+def test_an_interrupt_before_the_run_ends_at_once() -> None:
+    stop = Stop()
+    with graceful_interrupts(stop), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    calls: list[str] = []
+    stop.then(lambda: calls.append("stopped"))
+    assert not stop.requested
+    with graceful_interrupts(stop):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.requested and calls == ["stopped"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_reporters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

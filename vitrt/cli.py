@@ -1,38 +1,33 @@
-"""The command `vitrt`: arguments, logging, signals and exit codes."""
+"""The command `vitrt`: arguments and exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitrt.config import RuntimeConfig
+from vitrt.console import INTERRUPTED, graceful_interrupts, set_up_logging
 from vitrt.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vitrt.encode import Summary
-    from vitrt.pipeline import Stop
 
 logger = logging.getLogger("vitrt")
 
-OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130
+OK, FAILED, SKIPPED = 0, 1, 3
 _RUNTIME = RuntimeConfig()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
     args = _parser().parse_args(arguments)
-    _set_up_logging(verbose=args.verbose, as_json=getattr(args, "log_json", False))
+    set_up_logging(verbose=args.verbose, as_json=getattr(args, "log_json", False))
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -108,6 +103,18 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     # Defaults of the options below are EncodeOptions'; None stands for them.
     parser.add_argument("--shard-mib", type=float, metavar="N", help="size of a shard")
     parser.add_argument("--pool", choices=("none", "mean"), help="mean: one row an image")
+    parser.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="N,N,...",
+        help="also keep the hidden states after these layers, from 0 or, as in --layers=-1, from "
+        "the last",
+    )
+    parser.add_argument(
+        "--merged",
+        action=argparse.BooleanOptionalAction,
+        help="--no-merged: keep hidden states only, and run no layer past the last of --layers",
+    )
     parser.add_argument("--on-error", choices=("skip", "fail"), help="what a bad image does")
     parser.add_argument(
         "--overwrite",
@@ -131,6 +138,15 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-json", action="store_true", help="log as JSON lines")
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of layers: whole numbers with commas between, as in 8,16,-1"
+        ) from None
+
+
 def _encode(args: argparse.Namespace) -> int:
     from vitrt.encode import EncodeOptions, encode_folder, follow_leader
     from vitrt.job import open_job
@@ -140,7 +156,7 @@ def _encode(args: argparse.Namespace) -> int:
     from vitrt.progress import Progress, Reporter, Style
     from vitrt.watchdog import PeerFailedError
 
-    names = ("workers", "shard_mib", "pool", "on_error", "overwrite")
+    names = ("workers", "shard_mib", "pool", "on_error", "overwrite", "layers", "merged")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = EncodeOptions(**chosen)
     runtime = _runtime(
@@ -152,13 +168,13 @@ def _encode(args: argparse.Namespace) -> int:
     progress, stop = Progress(), Stop()
     try:
         with (
-            _graceful_interrupts(stop),
+            graceful_interrupts(stop),
             open_job(args.tp, device=args.device, stop=stop, all_reduce=args.all_reduce) as job,
         ):
             if not job.is_first and not args.verbose:
                 logger.setLevel(logging.WARNING)
             if job.follows:
-                follow_leader(_open(args), runtime, job.parallel)
+                follow_leader(_open(args), runtime, options, job.parallel)
                 return OK
             if options.workers is None:
                 options = replace(options, workers=job.workers)
@@ -194,30 +210,6 @@ def _conclude(summary: Summary, output: Path, *, as_json: bool) -> int:
         text += "; interrupted, the same command carries on"
     print(text)
     return code
-
-
-@contextmanager
-def _graceful_interrupts(stop: Stop) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the shard in hand, a second one at once."""
-
-    signals = 0
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            os._exit(INTERRUPTED)  # as safe as kill -9, which loses the shard in hand at most
-        stop.request()
-        # Not through logging, whose lock the interrupted code may hold.
-        os.write(2, b"\ninterrupted: finishing the shard in hand; again to stop at once\n")
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _limit_image_size(pixels: int | None) -> None:
@@ -314,34 +306,3 @@ def _runtime(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         max_pixels=args.max_pixels,
         **more,
     )
-
-
-class _Handler(logging.Handler):
-    """Standard error, above a progress bar where there is one; or one JSON object a line."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        from vitrt.progress import write_json
-
-        try:
-            text = self.format(record)
-            if self._as_json:
-                write_json("log", {"level": record.levelname.lower(), "message": text})
-            else:
-                prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-                tqdm.write(prefix + text, file=sys.stderr)
-        except Exception:
-            self.handleError(record)
-
-
-def _set_up_logging(*, verbose: bool, as_json: bool) -> None:
-    root = logging.getLogger()
-    root.handlers[:] = [_Handler(as_json=as_json)]
-    root.setLevel(logging.WARNING)
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-    logging.captureWarnings(capture=True)

@@ -63,6 +63,11 @@ class Stop:
         self.requested = False
         self._then: list[Callable[[], None]] = []
 
+    @property
+    def heard(self) -> bool:
+        """Whether a run listens: before one does, a request waits for it."""
+        return bool(self._then)
+
     def request(self) -> None:
         self.requested = True
         for call in self._then:
