@@ -173,6 +173,31 @@ def add_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def test_the_readme_runs(tiny_qwen3_vl: Path, photos: Path) -> None:
+    """Its first Python block, with a tiny checkpoint and layers that this one has."""
+    text = (EXAMPLES.parent / "README.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    for written, here in (
+        ("Qwen/Qwen3-VL-8B-Instruct", tiny_qwen3_vl.as_posix()),
+        ("cat.jpg", (photos / "b1.jpg").as_posix()),
+        ("[8, 16, -1]", "[1, 3, -1]"),
+    ):
+        assert written in block
+        block = block.replace(written, here)
+    with Image.open(photos / "c.png") as image:
+        pil_image = image.convert("RGB")
+    names = {
+        "pil_image": pil_image,
+        "array": np.asarray(pil_image),
+        "paths": [photos / "a1.png"],
+        "pixel_values": torch.randn(16, 1536),
+        "grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    exec(block, names)
+    assert names["features"].hidden.shape[0] == 3
+    assert names["out"].embeddings.shape == (4, 64)
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_torchrun(tp: int, tiny_qwen2_5_vl: Path, photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
