@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.checkpoints import reference_tower, tiny_checkpoint
-from vitrt import VisionEncoder
+from vitrt import FeatureStore, VisionEncoder
+from vitrt.check import check_folder
+from vitrt.cli import FAILED, OK, main
 
 TOLERANCE = 1e-5  # relative L2
 MERGE = 2
@@ -102,6 +107,7 @@ def reference_hidden(
     reference: Any, encoder: VisionEncoder, images: Sequence[np.ndarray]
 ) -> list[Tensor]:
     """[depth, t, h, w, width] of each image: what leaves transformers' blocks."""
+    weight = next(reference.parameters())
     inputs = [pixel_values(encoder, image) for image in images]
     states: list[Tensor] = []
     hooks = [
@@ -111,17 +117,17 @@ def reference_hidden(
     try:
         with torch.inference_mode():
             reference(
-                torch.cat([values for values, _ in inputs]),
-                grid_thw=torch.tensor([grid for _, grid in inputs]),
+                torch.cat([values for values, _ in inputs]).to(weight.device, weight.dtype),
+                grid_thw=torch.tensor([grid for _, grid in inputs], device=weight.device),
             )
     finally:
         for hook in hooks:
             hook.remove()
     order = window_order if hasattr(reference, "fullatt_block_indexes") else merge_order
-    stacked = torch.stack(states)
+    stacked = torch.stack(states).cpu()
     results, first = [], 0
     for _, grid in inputs:
-        raster = torch.full((len(states), *grid, stacked.shape[-1]), torch.nan)
+        raster = torch.full((len(states), *grid, stacked.shape[-1]), torch.nan, dtype=stacked.dtype)
         for place in order(*grid):
             raster[(slice(None), *place)] = stacked[:, first]
             first += 1
@@ -255,3 +261,110 @@ def test_kept_layers_leave_less_room_in_a_batch(pair):
     assert rooms == sorted(rooms, reverse=True) and len(set(rooms)) == 6
     chosen = VisionEncoder.from_pretrained(encoder.name, device="cpu", max_batch_tokens=100)
     assert DenseEncoder(chosen, [0, 1], merged=True).max_batch_tokens == 100
+
+
+@pytest.fixture(scope="module")
+def photos(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    photos = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(arrays([(1, 3, 5), (1, 2, 2), (1, 6, 4)], 28)):
+        Image.fromarray(image).save(photos / f"{number}.png")
+    return photos
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_command_line_and_store(pair, photos: Path, tmp_path: Path, merged: bool):
+    encoder, _ = pair
+    paths = sorted(photos.iterdir())
+    expected = encoder.encode(paths, layers=[4, 1, -1], merged=merged)
+    command = ["encode", encoder.name, str(photos), "--output", str(tmp_path), "--device", "cpu"]
+    command += ["--layers", "4,1,-1", *([] if merged else ["--no-merged"])]
+    assert main(command) == OK
+    assert check_folder(tmp_path).problems == []
+    store = FeatureStore(tmp_path)
+    for path, wanted in zip(paths, expected, strict=True):
+        found = store[path.name]
+        assert found.layers == wanted.layers == (4, 1, 5)
+        assert found.grid_thw == wanted.grid_thw and found.merged == merged
+        assert relative_l2(found.hidden, wanted.hidden) <= 1e-6
+        assert found.embeddings.shape == wanted.embeddings.shape
+        assert torch.allclose(found.embeddings, wanted.embeddings, atol=1e-5)
+        assert (found.deepstack is None) == (wanted.deepstack is None)
+    assert main(command) == OK  # nothing left to do
+    if merged:
+        assert main([*command[:-2], "--layers=-2,1,5"]) == OK  # the same by other names
+    assert len(FeatureStore(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "1,4"], "layers is 4,1 there and 1,4 now"),
+        (["--layers", "4"], "layers is 4,1 there and 4 now"),
+        ([], "layers is 4,1 there and none now"),
+        (["--layers", "4,1", "--no-merged"], "merged is True there and False now"),
+        (["--layers", "4,6"], "layers holds 6; the tower has 6 layers"),
+        (["--no-merged"], "merged=False without layers asks for nothing"),
+        (["--layers", "4,1", "--pool", "mean"], "pool 'mean' keeps one row an image"),
+    ],
+)
+def test_other_layers_into_the_same_folder_are_refused(
+    pair, photos, tmp_path_factory, capsys, options, message
+):
+    encoder, _ = pair
+    output = tmp_path_factory.getbasetemp() / f"refused-{encoder.config.model_type}"
+    command = ["encode", encoder.name, str(photos), "--output", str(output), "--device", "cpu"]
+    if not output.exists():
+        assert main([*command, "--layers", "4,1"]) == OK
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    capsys.readouterr()
+    assert main([*command, *options]) == FAILED
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_folder_without_layers_takes_none_later(pair, photos, tmp_path, capsys):
+    encoder, _ = pair
+    command = ["encode", encoder.name, str(photos), "--output", str(tmp_path), "--device", "cpu"]
+    assert main(command) == OK
+    assert FeatureStore(tmp_path)["0.png"].hidden is None
+    assert main([*command, "--layers", "0"]) == FAILED
+    assert "layers is none there and 0 now" in capsys.readouterr().err
+
+
+def test_check_finds_hidden_states_of_a_wrong_shape(pair, photos, tmp_path):
+    encoder, _ = pair
+    command = ["encode", encoder.name, str(photos), "--output", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--layers", "0,2"]) == OK
+    shard = tmp_path / "features-00000-00000.safetensors"
+    with safe_open(shard, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors["0.png/hidden"] = tensors["0.png/hidden"].transpose(2, 3).contiguous()
+    del tensors["1.png/hidden"]
+    save_file(tensors, shard, metadata)
+    problems = check_folder(tmp_path).problems
+    assert len(problems) == 2
+    assert problems[0].startswith("0.png: hidden of shape [2, 1, ")
+    assert problems[1].endswith("has no tensor '1.png/hidden'")
+
+
+@pytest.mark.gpu
+def test_hidden_states_on_a_gpu(folder: Path):
+    """bfloat16, graphs on: no further from float32 than transformers' own bfloat16 is."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=True)
+    images = arrays([(1, 3, 5), (2, 4, 6), (1, 8, 8)], encoder.processor.factor)
+    for _ in range(3):
+        encoder.encode(images)  # records a graph, which asking for hidden states must not disturb
+        features = encoder.encode(images, layers=[0, 3, -1], merged=False)
+    exact = reference_hidden(reference_tower(folder), encoder, images)
+    peer = reference_hidden(reference_tower(folder, torch.bfloat16).cuda(), encoder, images)
+    for layer, index in enumerate((0, 3, 5)):
+        wanted, theirs, ours = (
+            torch.cat([states[place].flatten() for states in every]).float()
+            for every, place in (
+                (exact, index),
+                (peer, index),
+                ([f.hidden.cpu() for f in features], layer),
+            )
+        )
+        assert relative_l2(ours, wanted) <= 1.05 * relative_l2(theirs, wanted), f"layer {index}"

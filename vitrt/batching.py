@@ -17,8 +17,7 @@ from vitrt.image import ImageInput, PreparedImage
 from vitrt.packing import pack
 
 if TYPE_CHECKING:
-    from vitrt.dense import DenseEncoder
-    from vitrt.encoder import VisionEncoder
+    from vitrt.dense import AnyEncoder
 
 _MAX_WORKERS = 16
 _WINDOW_BATCHES = 2  # batches decoded ahead of the one on the device
@@ -34,9 +33,7 @@ def patches(image: PreparedImage) -> int:
     return prod(image.grid_thw)
 
 
-def encode_in_order(
-    encoder: VisionEncoder | DenseEncoder, images: Sequence[ImageInput]
-) -> list[ImageFeatures]:
+def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[ImageFeatures]:
     """Features of all images in input order."""
     if not images:
         return []
@@ -50,9 +47,7 @@ def encode_in_order(
     return [feature for feature in features if feature is not None]
 
 
-def _prepare_all(
-    encoder: VisionEncoder | DenseEncoder, images: Sequence[ImageInput]
-) -> list[PreparedImage]:
+def _prepare_all(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[PreparedImage]:
     workers = min(default_workers(), len(images))
     if workers == 1:
         return [encoder.processor.prepare(image) for image in images]
@@ -61,7 +56,7 @@ def _prepare_all(
 
 
 def stream_in_order(
-    encoder: VisionEncoder | DenseEncoder,
+    encoder: AnyEncoder,
     images: Iterable[ImageInput],
     *,
     workers: int | None = None,

@@ -20,11 +20,22 @@ from vitrt.manifest import (
     iter_manifest,
     manifests,
     matching,
+    parse_layers,
     torn_from,
 )
 
 # What must be the same in every shard of a folder.
-_SHARED = ("model_type", "weights", "dtype", "min_pixels", "max_pixels", "resize", "pool")
+_SHARED = (
+    "model_type",
+    "weights",
+    "dtype",
+    "min_pixels",
+    "max_pixels",
+    "resize",
+    "pool",
+    "layers",
+    "merged",
+)
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -138,6 +149,8 @@ class _Check:
             names = {f"{entry.id}/embeddings": dtype, f"{entry.id}/grid_thw": "I64"}
             if f"{entry.id}/deepstack" in header.tensors:
                 names[f"{entry.id}/deepstack"] = dtype
+            if parse_layers(header.metadata):
+                names[f"{entry.id}/hidden"] = dtype
         for tensor, dtype in names.items():
             if tensor not in header.tensors:
                 self._problem(f"{entry.id}: {entry.shard} has no tensor {tensor!r}")
@@ -158,7 +171,8 @@ class _Check:
             found = pooled
             expected: tuple[int, ...] = (pooled[-1] if pooled else 0,)
         elif embeddings is not None:
-            found, expected = embeddings, (entry.tokens, embeddings[-1] if embeddings else 0)
+            rows = 0 if header.metadata.get("merged") == "False" else entry.tokens
+            found, expected = embeddings, (rows, embeddings[-1] if embeddings else 0)
         else:
             return  # reported as missing
         if found != expected:
@@ -170,12 +184,25 @@ class _Check:
                 f"{entry.id}: deepstack of shape {list(deepstack)} beside embeddings of shape "
                 f"{list(expected)}"
             )
+        self._hidden_shape(entry, header)
         if self._layout is None:
             self._layout = expected[-1], levels
         if self._layout != (expected[-1], levels):
             self._problem(
                 f"{entry.id}: width {expected[-1]} with {levels} deepstack levels, other images "
                 f"have {self._layout[0]} with {self._layout[1]}"
+            )
+
+    def _hidden_shape(self, entry: Entry, header: ShardHeader) -> None:
+        span = header.tensors.get(f"{entry.id}/hidden")
+        if span is None:
+            return  # not asked for, or reported as missing
+        width = span.shape[-1] if span.shape else 0
+        expected = (len(parse_layers(header.metadata)), *entry.grid_thw, width)
+        if span.shape != expected:
+            self._problem(
+                f"{entry.id}: hidden of shape {list(span.shape)}, its shard's layers and its grid "
+                f"give {list(expected)}"
             )
 
     def _values(self, entry: Entry, shard: Any, names: Iterable[str]) -> None:

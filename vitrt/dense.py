@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from vitrt.placement import values_per_patch
 
 if TYPE_CHECKING:
     from vitrt.encoder import VisionEncoder
+
+AnyEncoder: TypeAlias = "VisionEncoder | DenseEncoder"
 
 
 def check_layers(layers: Iterable[int], depth: int, *, merged: bool = True) -> tuple[int, ...]:

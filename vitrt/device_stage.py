@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -195,8 +195,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _to_host(features: ImageFeatures) -> ImageFeatures:
     deepstack = None if features.deepstack is None else _copy(features.deepstack)
-    return ImageFeatures(
-        _copy(features.embeddings), deepstack, features.grid_thw, features.merge_size
+    hidden = None if features.hidden is None else _copy(features.hidden)
+    return replace(
+        features, embeddings=_copy(features.embeddings), deepstack=deepstack, hidden=hidden
     )
 
 

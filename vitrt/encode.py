@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vitrt.config import RuntimeConfig
+from vitrt.dense import AnyEncoder, DenseEncoder, check_layers
 from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.done import DoneIndex
 from vitrt.durable import flush_folder, make_folder
@@ -22,7 +23,7 @@ from vitrt.encoder import VisionEncoder
 from vitrt.leader import Leader, follow, leading
 from vitrt.listing import InputError, Inputs, Source, any_image
 from vitrt.lock import FolderLock
-from vitrt.manifest import RunIdentity
+from vitrt.manifest import RunIdentity, layers_text
 from vitrt.output import DEFAULT_SHARD_MIB, FeatureWriter
 from vitrt.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.placement import resolve_device, resolve_dtype
@@ -53,8 +54,15 @@ class EncodeOptions:
     pool: Literal["none", "mean"] = "none"
     on_error: Literal["skip", "fail"] = "skip"
     overwrite: bool = False
+    layers: tuple[int, ...] = ()  # also keep the hidden states after these
+    merged: bool = True  # False: keep nothing else
 
     def __post_init__(self) -> None:
+        if self.pool == "mean" and self.layers:
+            raise ValueError(
+                f"pool 'mean' keeps one row an image and no hidden states of layers "
+                f"{layers_text(self.layers)}; use pool 'none' or no layers"
+            )
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if not self.shard_mib > 0:
@@ -131,7 +139,7 @@ def encode_folder(
     identity = run_identity(checkpoint, runtime, options)
     if not options.overwrite:
         check_identity(output, identity)
-    encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
+    encoder = _load(checkpoint, runtime, options, parallel)
     progress.restart()
     if ranks.rank == 0:
         lock = _prepare(output, identity, overwrite=options.overwrite)
@@ -155,10 +163,25 @@ def encode_folder(
 
 
 def follow_leader(
-    checkpoint: Checkpoint, runtime: RuntimeConfig, parallel: ParallelContext
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    options: EncodeOptions,
+    parallel: ParallelContext,
 ) -> None:
     """Be one of the ranks that share a tower with the one that runs `encode_folder`."""
-    follow(VisionEncoder.from_checkpoint(checkpoint, runtime, parallel))
+    follow(_load(checkpoint, runtime, options, parallel))
+
+
+def _load(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    options: EncodeOptions,
+    parallel: ParallelContext,
+) -> AnyEncoder:
+    encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
+    if options.layers or not options.merged:
+        return DenseEncoder(encoder, options.layers, merged=options.merged)
+    return encoder
 
 
 def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
@@ -176,7 +199,7 @@ def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderL
 
 
 def _run(
-    encoder: VisionEncoder | Leader,
+    encoder: AnyEncoder | Leader,
     inputs: Inputs,
     output: Path,
     identity: RunIdentity,
@@ -208,6 +231,8 @@ def run_identity(
 ) -> RunIdentity:
     """What decides the features of an image, apart from the image."""
     dtype = resolve_dtype(runtime.dtype, resolve_device(runtime.device))
+    depth = checkpoint.vision_config().depth
+    layers = check_layers(options.layers, depth, merged=options.merged)
     preprocessor = checkpoint.preprocessor_config()
     return RunIdentity(
         model=checkpoint.name,
@@ -218,6 +243,8 @@ def run_identity(
         max_pixels=runtime.max_pixels or preprocessor.max_pixels,
         resize=runtime.resize,
         pool=options.pool,
+        layers=layers_text(layers),
+        merged=options.merged,
     )
 
 

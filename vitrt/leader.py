@@ -20,7 +20,7 @@ from vitrt.device_stage import is_out_of_memory
 from vitrt.image import PreparedImage
 
 if TYPE_CHECKING:
-    from vitrt.encoder import VisionEncoder
+    from vitrt.dense import AnyEncoder
     from vitrt.features import ImageFeatures
     from vitrt.image import ImageProcessor
 
@@ -41,7 +41,7 @@ class GroupError(RuntimeError):
 class Leader:
     """A VisionEncoder, as far as a pipeline knows it, on all ranks of its group."""
 
-    def __init__(self, encoder: VisionEncoder) -> None:
+    def __init__(self, encoder: AnyEncoder) -> None:
         self.device: torch.device = encoder.device
         self.max_batch_tokens: int = encoder.max_batch_tokens
         self.processor: ImageProcessor = encoder.processor
@@ -57,7 +57,7 @@ class Leader:
 
 
 @contextmanager
-def leading(encoder: VisionEncoder) -> Iterator[VisionEncoder | Leader]:
+def leading(encoder: AnyEncoder) -> Iterator[AnyEncoder | Leader]:
     """What encodes: `encoder` itself, or the leader of its group until the block ends well."""
     if encoder.parallel.tp_size == 1:
         yield encoder
@@ -67,7 +67,7 @@ def leading(encoder: VisionEncoder) -> Iterator[VisionEncoder | Leader]:
     leader.dismiss()
 
 
-def follow(encoder: VisionEncoder) -> None:
+def follow(encoder: AnyEncoder) -> None:
     """Run what the leader of this rank's group encodes, until it dismisses the group."""
     while images := _receive(encoder):
         try:
@@ -76,7 +76,7 @@ def follow(encoder: VisionEncoder) -> None:
             logger.debug("the leader handles this", exc_info=True)
 
 
-def _run(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+def _run(encoder: AnyEncoder, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
     """A forward that all ranks of the group run. GroupError where one of them cannot."""
     try:
         with _connected():
@@ -103,7 +103,7 @@ def _connected() -> Iterator[None]:
         raise GroupError(f"another rank of this one's group is gone: {error}") from error
 
 
-def _send(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> None:
+def _send(encoder: AnyEncoder, images: Sequence[PreparedImage]) -> None:
     group = encoder.parallel.control
     header = [(image.pixels.shape, image.grid_thw) for image in images]
     with _connected():
@@ -113,7 +113,7 @@ def _send(encoder: VisionEncoder, images: Sequence[PreparedImage]) -> None:
             dist.broadcast(torch.from_numpy(joined), group_src=0, group=group)
 
 
-def _receive(encoder: VisionEncoder) -> list[PreparedImage]:
+def _receive(encoder: AnyEncoder) -> list[PreparedImage]:
     group = encoder.parallel.control
     box: list[list[tuple[tuple[int, ...], Grid]]] = [[]]
     with _connected():

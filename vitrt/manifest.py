@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ SHARD_NAME = re.compile(r"features-(\d{5})-(\d{5,})\.safetensors")
 MANIFEST_NAME = re.compile(r"manifest-(\d{5})\.jsonl")
 ERRORS_NAME = re.compile(r"errors-(\d{5})\.jsonl")
 TEMPORARY_NAME = re.compile(r"\.(features|manifest)-[\d-]+\.tmp")
+
+NO_LAYERS = "none"
 
 
 def shard_name(rank: int, number: int) -> str:
@@ -156,6 +158,8 @@ class RunIdentity:
     max_pixels: int
     resize: str
     pool: str
+    layers: str = NO_LAYERS  # whose hidden states are kept, from 0
+    merged: bool = True  # whether merged tokens are
 
     def metadata(self) -> dict[str, str]:
         """The strings saved with a shard, format and version included."""
@@ -165,11 +169,14 @@ class RunIdentity:
     def differences(self, metadata: Mapping[str, str]) -> list[str]:
         """One text for each thing in which the run behind `metadata` was another."""
         mine = self.metadata()
+        # A shard that does not name a setting is older than it.
+        theirs = {f.name: str(f.default) for f in fields(self) if f.default is not MISSING}
+        theirs |= metadata
         names = [f.name for f in fields(self) if f.name not in ("model", "weights")]
         found = [
-            f"{name} is {metadata[name]} there and {mine[name]} now"
+            f"{name} is {theirs[name]} there and {mine[name]} now"
             for name in names
-            if name in metadata and metadata[name] != mine[name]
+            if name in theirs and theirs[name] != mine[name]
         ]
         if metadata.get("weights", self.weights) != self.weights:
             same_name = metadata.get("model") == self.model
@@ -180,6 +187,17 @@ class RunIdentity:
                 else f"model is {metadata.get('model')} there and {self.model} now",
             )
         return found
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers as a shard's metadata and a RunIdentity say them."""
+    return ",".join(map(str, layers)) or NO_LAYERS
+
+
+def parse_layers(metadata: Mapping[str, str]) -> tuple[int, ...]:
+    """The layers whose hidden states a shard holds, in their order."""
+    text = metadata.get("layers", NO_LAYERS)
+    return () if text == NO_LAYERS else tuple(map(int, text.split(",")))
 
 
 def error_line(image_id: str, error_class: str, message: str) -> bytes:

@@ -27,6 +27,7 @@ from vitrt.manifest import (
     live_entries,
     manifest_name,
     manifests,
+    parse_layers,
     shard_name,
     temporary_path,
 )
@@ -84,6 +85,7 @@ class FeatureWriter:
         self._held.append((source, features, replaces))
         self._held_bytes += features.embeddings.nbytes
         self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
+        self._held_bytes += 0 if features.hidden is None else features.hidden.nbytes
         if self._held_bytes >= self._shard_bytes or len(self._held) >= SHARD_IMAGES:
             self.flush()
 
@@ -143,6 +145,8 @@ class FeatureWriter:
             tensors.append((f"{source.id}/embeddings", features.embeddings.contiguous()))
             if features.deepstack is not None:
                 tensors.append((f"{source.id}/deepstack", features.deepstack.contiguous()))
+            if features.hidden is not None:
+                tensors.append((f"{source.id}/hidden", features.hidden.contiguous()))
         return tensors
 
 
@@ -174,16 +178,19 @@ class FeatureStore(Mapping[str, ImageFeatures]):
     def __getitem__(self, image_id: str) -> ImageFeatures:
         entry = self._entries[image_id]
         shard, names = self._shard(entry.shard)
-        merge_size = int(self.metadata_of(entry.shard).get("merge_size", _MERGE_SIZE))
+        metadata = self.metadata_of(entry.shard)
+        merge_size = int(metadata.get("merge_size", _MERGE_SIZE))
         if f"{image_id}/pooled" in names:
             row = shard.get_tensor(f"{image_id}/pooled")
             return ImageFeatures(row[None], None, entry.grid_thw, merge_size)
-        deepstack = f"{image_id}/deepstack"
+        deepstack, hidden = f"{image_id}/deepstack", f"{image_id}/hidden"
         return ImageFeatures(
             shard.get_tensor(f"{image_id}/embeddings"),
             shard.get_tensor(deepstack) if deepstack in names else None,
             entry.grid_thw,
             merge_size,
+            shard.get_tensor(hidden) if hidden in names else None,
+            parse_layers(metadata),
         )
 
     def __iter__(self) -> Iterator[str]:
