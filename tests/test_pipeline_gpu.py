@@ -26,7 +26,9 @@ def encode(
     progress = Progress()
     encode_folder(
         open_checkpoint(model),
-        RuntimeConfig(device="cuda", dtype="float32", max_batch_tokens=budget),
+        RuntimeConfig(
+            device="cuda", dtype="float32", max_batch_tokens=budget, cuda_graphs=budget < 1000
+        ),
         Inputs([folder]),
         output,
         EncodeOptions(shard_mib=0.5, pool="mean" if pool == "mean" else "none"),
