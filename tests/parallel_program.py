@@ -1,0 +1,71 @@
+"""What the ranks of the distributed tests run under torchrun: features of the same inputs as one
+process.
+
+    torchrun --nproc-per-node N tests/parallel_program.py OUT DEVICE TP[,TP...] FOLDER...
+
+Rank R leaves OUT/FOLDER-tpTP-R.pt: what `__call__` and `encode` returned.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitrt import ParallelContext, VisionEncoder
+from vitrt.sharding import encode_sharded
+
+GRIDS = [(1, 6, 10), (1, 16, 18), (3, 4, 4), (1, 2, 2)]
+
+
+def pixel_values(width: int) -> torch.Tensor:
+    rows = sum(t * h * w for t, h, w in GRIDS)
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+
+
+def images() -> list[np.ndarray]:
+    """Two stills and a clip of an odd number of frames, of different sizes."""
+    rng = np.random.default_rng(2)
+    shapes = [(90, 130, 3), (7, 64, 100, 3), (200, 60, 3)]
+    return [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+
+
+def run(encoder: VisionEncoder) -> dict[str, object]:
+    values = pixel_values(encoder.config.patch_dim)
+    for _ in range(2 if encoder.device.type == "cuda" else 0):
+        encoder(values, GRIDS)  # the graph is recorded, then replayed
+    called = encoder(values, GRIDS)
+    encoded = encoder.encode(images())
+    parts = encode_sharded(encoder, images()) if encoder.parallel.dp_size > 1 else []
+    return {
+        "called": [called.embeddings.cpu(), _cpu(called.deepstack)],
+        "encoded": [(f.grid_thw, f.embeddings.cpu(), _cpu(f.deepstack)) for f in encoded],
+        "pieces": [(p.piece.index, p.piece.start, p.piece.stop) for p in parts],
+        "hits": encoder.stats().hits.total(),
+    }
+
+
+def _cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def main() -> None:
+    out, device, sizes, *folders = sys.argv[1:]
+    for tp in map(int, sizes.split(",")):
+        for method in ("auto", "nccl") if device == "cuda" else ("auto",):
+            parallel = ParallelContext.from_env(tp, device=device, all_reduce=method)  # type: ignore[arg-type]
+            rank = parallel.dp_rank * tp + parallel.tp_rank
+            for folder in map(Path, folders):
+                encoder = VisionEncoder.from_pretrained(folder, device=device, parallel=parallel)
+                name = f"{folder.name}-tp{tp}-{rank}" + ("" if method == "auto" else f"-{method}")
+                torch.save(run(encoder), Path(out) / f"{name}.pt")
+                del encoder
+                gc.collect()  # recorded graphs keep a communicator from closing
+            parallel.close()
+
+
+if __name__ == "__main__":
+    main()
