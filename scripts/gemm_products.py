@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from vitrt.kernels.gemm_table import Kind, Product
 
-# Patches: small images, the workloads of the benchmark (1296 and 1600, 3080 and 4000, 11040, 41472
+# Patches: powers of two, the workloads of the benchmark (1296 and 1600, 3080 and 4000, 11040, 41472
 # ...), 64k.
 ROWS = [64, 128, 256, 512, 768, 1024, 1296, 1600, 2048, 2560, 3080, 4000, 5120, 6144, 8192, 11040]
 ROWS += [16384, 24576, 32768, 41472, 51200, 64000]
-SHOWN = [256, 1296, 4000, 11040, 41472]
+# A tile that divides the rows of one graph bucket into two full waves needs a third for the next, so
+# the products of a block are measured at the buckets themselves, up to where waves stop to matter.
+BUCKETS = [192, 320, 384, 448, 640, 896, *range(1152, 2049, 64), *range(2176, 4097, 128)]
+BUCKETS += [4608, 5632, 7168, 9216, 11264, 12288, 14336]
+SHOWN = [256, 1344, 3200, 11040, 41472]
 
 # Narrow tiles and no clusters for few rows, wide ones and pairs that share a load for many.
 TILES = [
@@ -44,6 +48,12 @@ class Layer:
     name: str
     product: Product
     merge: int = 1  # patches to a row
+
+    @property
+    def rows(self) -> list[int]:
+        """Numbers of patches to measure it at."""
+        in_block = self.merge == 1 and self.name != "patch embed" and "small" not in self.name
+        return sorted({*ROWS, *(BUCKETS if in_block else ())})
 
     @property
     def key(self) -> str:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from gemm_products import LAYERS, ROWS, SPLIT_MAX_ROWS, SPLIT_TILES, TILES, Layer  # noqa: E402
+from gemm_products import LAYERS, SPLIT_MAX_ROWS, SPLIT_TILES, TILES, Layer  # noqa: E402
 from gemm_selection import summary, write_table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -256,7 +256,7 @@ def tune(
         measured = raw["products"].setdefault(layer.key, {})
         wrong = incorrect(layer, candidates(layer.product, 0, tiles), device)
         started = time.monotonic()
-        for patches in ROWS:
+        for patches in layer.rows:
             m = patches // layer.merge
             if str(m) in measured:
                 continue

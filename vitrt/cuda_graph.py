@@ -43,12 +43,12 @@ _SIGHTINGS = 2  # a shape class is recorded when it comes the second time
 
 
 def default_buckets(max_patches: int) -> tuple[int, ...]:
-    """Patch counts of the graphs: every 64 up to 1024, every 128 to 4096, then 16 steps an octave.
+    """Patch counts of the graphs: every 64 up to 2048, every 128 to 4096, then 16 steps an octave.
 
-    128 rows are one tile of a matrix product, so up to 4096 padding costs next to nothing; above,
-    at most 1/16.
+    Products work in tiles of 128 or 192 rows, so finer steps would save nothing; coarser ones would
+    pay for more than 1/16 of padding.
     """
-    buckets = list(range(64, min(max_patches, 1024) + 1, 64))
+    buckets = list(range(64, min(max_patches, 2048) + 1, 64))
     step = 128
     while buckets[-1] + step <= max_patches:
         buckets.append(buckets[-1] + step)

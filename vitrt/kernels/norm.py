@@ -41,10 +41,20 @@ def _read(
 
 
 @jit()
-def _write(values, weight, bias, out, offsets, columns, mask, CENTRE: tl.constexpr):
-    values *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+def _read_affine(weight, bias, columns, D: tl.constexpr, CENTRE: tl.constexpr):
+    """Weight and bias in float32, asked for before the sums so that their latencies overlap."""
+    scale = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
+    shift = scale
     if CENTRE:
-        values += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return scale, shift
+
+
+@jit()
+def _write(values, scale, shift, out, offsets, mask, CENTRE: tl.constexpr):
+    values *= scale
+    if CENTRE:
+        values += shift
     tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
 
 
@@ -72,11 +82,13 @@ def _norm_kernel(
     start = rows.to(tl.int64) * D
     columns = tl.arange(0, MAIN)[None, :]
     mask = (rows < tokens) & (columns < D)
+    scale, shift = _read_affine(weight, bias, columns, D, CENTRE)
     values = _read(x, delta_bias, residual, total, start + columns, columns, mask, ADD, BIASED)
     if TAIL:
         tail_columns = MAIN + tl.arange(0, TAIL)[None, :]
         tail_mask = (rows < tokens) & (tail_columns < D)
         tail_offsets = start + tail_columns
+        tail_scale, tail_shift = _read_affine(weight, bias, tail_columns, D, CENTRE)
         tail = _read(
             x, delta_bias, residual, total, tail_offsets, tail_columns, tail_mask, ADD, BIASED
         )
@@ -91,10 +103,10 @@ def _norm_kernel(
     squares = tl.sum(values * values, 1)
     if TAIL:
         squares += tl.sum(tail * tail, 1)
-    scale = tl.rsqrt(squares[:, None] / D + eps)
-    _write(values * scale, weight, bias, out, start + columns, columns, mask, CENTRE)
+    inverse = tl.rsqrt(squares[:, None] / D + eps)
+    _write(values * inverse, scale, shift, out, start + columns, mask, CENTRE)
     if TAIL:
-        _write(tail * scale, weight, bias, out, tail_offsets, tail_columns, tail_mask, CENTRE)
+        _write(tail * inverse, tail_scale, tail_shift, out, tail_offsets, tail_mask, CENTRE)
 
 
 def _norm_triton(
