@@ -14,13 +14,13 @@ from vitrt.done import DoneIndex
 from vitrt.durable import make_folder
 from vitrt.features import ImageFeatures
 from vitrt.image import ImageProcessor, PreparedImage
-from vitrt.listing import Source, walk
 from vitrt.lock import FolderLock
 from vitrt.manifest import RunIdentity
 from vitrt.output import FeatureStore, FeatureWriter
 from vitrt.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.progress import Progress
 from vitrt.recovery import ShardNumbers, check_identity, clear, compact, recover
+from vitrt.walk import Source, walk
 
 WIDTH = 6
 LEVELS = 2

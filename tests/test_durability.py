@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_resume_with_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
-    from vitrt.listing import walk
+    from vitrt.walk import walk
 
     output = tmp_path / "out"
     sources = list(walk(str(folder)))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vitrt import listing
-from vitrt.listing import InputError, Inputs, Source, walk
+import vitrt.walk as walk_module
+from vitrt.listing import InputError, Inputs
+from vitrt.walk import Source, walk
 
 
 def ids(*arguments: str | Path) -> list[str]:
@@ -135,7 +136,7 @@ def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(listing.os, "scandir", refuse)
+    monkeypatch.setattr(walk_module.os, "scandir", refuse)
     assert ids(tmp_path) == ["a.jpg", "locked"]
     assert "Permission denied" in problems(tmp_path)["locked"]
 
@@ -160,7 +161,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_deep_trees_and_large_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "_SORTED_NAMES", 7)
+    monkeypatch.setattr(walk_module, "_SORTED_NAMES", 7)
     for index in range(40):
         touch(tmp_path / f"{index:03}.jpg")
     deep = tmp_path
@@ -173,7 +174,7 @@ def test_deep_trees_and_large_folders(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_listing_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "_SORTED_NAMES", 10)
+    monkeypatch.setattr(walk_module, "_SORTED_NAMES", 10)
     for index in range(500):
         touch(tmp_path / f"{index:03}.jpg")
     looked = 0
@@ -184,7 +185,7 @@ def test_listing_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         looked += 1
         return stat(*args, **kwargs)
 
-    monkeypatch.setattr(listing.os, "stat", counted)
+    monkeypatch.setattr(walk_module.os, "stat", counted)
     sources = walk(str(tmp_path))
     next(sources)
     assert looked < 20

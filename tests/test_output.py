@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_store_reads_all_ranks_from_several_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, IDENTITY)
+    writer.add(Source("a", "a"), features(4))
+    writer.close()
+    store = FeatureStore(tmp_path)
+    assert torch.equal(store["a"].embeddings, features(4).embeddings)
+    sent = pickle.loads(pickle.dumps(store))
+    assert torch.equal(sent["a"].embeddings, features(4).embeddings)
 
 
 def test_store_maps_instead_of_reading(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ from vitrt.decode_ahead import DecodeAhead
 from vitrt.device_stage import DeviceMemoryError, DeviceStage, Encoded, Refused, is_out_of_memory
 from vitrt.durable import OutputError
 from vitrt.image import PreparedImage
-from vitrt.listing import Source, walk
 from vitrt.output import FeatureWriter
 from vitrt.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
 from vitrt.progress import Progress
+from vitrt.walk import Source, walk
 
 
 def item(name: str, *grid: int) -> tuple[Source, PreparedImage]:

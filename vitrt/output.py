@@ -205,6 +205,9 @@ class FeatureStore(Mapping[str, ImageFeatures]):
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.folder)!r}, {len(self)} images)"
 
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
+        return FeatureStore, (self.folder,)  # for the workers of a DataLoader
+
     def entry(self, image_id: str) -> Entry:
         """What the manifest says of an image: shard, grid, tokens, size and mtime of its source."""
         return self._entries[image_id]
