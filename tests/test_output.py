@@ -196,6 +196,7 @@ def test_shards_hold_a_bounded_number_of_images(tmp_path: Path) -> None:
     feature = features(1)
     for index in range(SHARD_IMAGES + 1):
         writer.add(Source(str(index), str(index)), feature)
+    writer.wait()
     assert writer.images == SHARD_IMAGES
     writer.close()
     assert writer.images == SHARD_IMAGES + 1

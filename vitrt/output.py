@@ -44,8 +44,9 @@ _MERGE_SIZE = 2  # of every tower so far; a shard says its own
 class FeatureWriter:
     """Writes features into one rank's shards. Not for several threads at once.
 
-    Nothing is durable before its shard is full, or `flush`. After an OutputError the writer is
-    closed for good; what it finished before stays valid.
+    A full shard is written by a thread while the next one fills; one at a time, in order. Nothing
+    is durable before `flush`. An OutputError of that thread surfaces in the next call that needs
+    it; the writer is closed for good then, and what it finished before stays valid.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class FeatureWriter:
         self._pool = identity.pool == "mean"
         self._held: list[tuple[Source, ImageFeatures, str | None]] = []
         self._held_bytes = 0
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         if not self._manifest.exists():
             write_file(self._manifest, [], temporary=temporary_path(self._manifest))
 
@@ -87,17 +90,49 @@ class FeatureWriter:
         self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
         self._held_bytes += 0 if features.hidden is None else features.hidden.nbytes
         if self._held_bytes >= self._shard_bytes or len(self._held) >= SHARD_IMAGES:
-            self.flush()
+            self._hand_over()
 
     def add_error(self, image_id: str, error_class: str, message: str) -> None:
         """Record an image that could not be encoded."""
         append(self._errors, error_line(image_id, error_class, message), flush=False)
 
     def flush(self) -> None:
-        """Write the shard in hand and list it; durable on return."""
+        """Write and list everything added so far; durable on return."""
+        self._hand_over()
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Flush everything, the errors as well."""
+        self.flush()
+        if self._errors.exists():
+            append(self._errors, b"", flush=True)
+
+    def wait(self) -> None:
+        """Until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _hand_over(self) -> None:
+        """Start writing the shard in hand, when the one before it is done."""
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
         if not self._held:
             return
         held, self._held, self._held_bytes = self._held, [], 0
+        self._thread = threading.Thread(target=self._write, args=[held], name="vitrt-shard")
+        self._thread.start()
+
+    def _write(self, held: list[tuple[Source, ImageFeatures, str | None]]) -> None:
+        try:
+            self._write_shard(held)
+        except BaseException as error:
+            self._failure = error
+
+    def _write_shard(self, held: list[tuple[Source, ImageFeatures, str | None]]) -> None:
         path = self.folder / shard_name(self.rank, self._next_shard)
         self._next_shard += 1
         shard = encode_shard(self._tensors(held), self._metadata)
@@ -125,12 +160,6 @@ class FeatureWriter:
                 discard(path)  # not listed, so nobody would ever read it
             raise
         self.images += len(held)
-
-    def close(self) -> None:
-        """Flush everything, the errors as well."""
-        self.flush()
-        if self._errors.exists():
-            append(self._errors, b"", flush=True)
 
     def _tensors(
         self, held: list[tuple[Source, ImageFeatures, str | None]]

@@ -80,6 +80,7 @@ class WriteBehind:
                     self._write(message)
             self._writer.close()
         except BaseException as error:
+            self._writer.wait()  # nothing writes on after `finish`
             self._failure = error
 
     def _write(self, encoded: Encoded) -> None:
