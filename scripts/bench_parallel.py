@@ -138,7 +138,7 @@ class Bench:
             choice = {"reduce_op": "sum", "group_name": context.tp_group.group_name}
             ops = torch.ops.symm_mem
             for rows in MESSAGE_ROWS:
-                message = symmetric.buffer((rows, 1152), DTYPE)
+                message = symmetric.buffer("bench", (rows, 1152), DTYPE)
                 assert message is not None
                 times = {
                     "nccl": self.sum_us(message.clone(), self.contexts[tp, "nccl"].all_reduce),
@@ -146,7 +146,7 @@ class Bench:
                     "two-shot": self.sum_us(message, partial(ops.two_shot_all_reduce_, **choice)),
                 }
                 taken = "nccl"
-                if auto is not None and auto.buffer((rows, 1152), DTYPE) is not None:
+                if auto is not None and auto.buffer("bench", (rows, 1152), DTYPE) is not None:
                     taken = "one-shot" if message.nbytes <= auto._one_shot else "two-shot"
                 row = "".join(f"{value:10.1f}" for value in times.values())
                 best = min(times, key=times.__getitem__)

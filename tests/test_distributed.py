@@ -68,6 +68,7 @@ def test_ranks_equal_one_process(
         actual = torch.load(together / f"{family}-tp{tp}-{rank}.pt")
         expected = alone[family]
         pairs = [*zip(actual["called"], expected["called"], strict=True)]
+        pairs += zip(actual["short"], expected["short"], strict=True)
         for (grid, *ours), (expected_grid, *theirs) in zip(
             actual["encoded"], expected["encoded"], strict=True
         ):
@@ -247,7 +248,7 @@ def test_one_process_agrees_with_itself():
     assert SINGLE.agree_max(3) == SINGLE.agree_min(3) == 3
     partial = torch.ones(2)
     assert SINGLE.all_reduce(partial) is partial
-    assert SINGLE.partial_out(1, 2, torch.float32) is None
+    assert SINGLE.partial_out("block", 1, 2, torch.float32) is None
 
 
 # GPUs

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vitrt.symmetric_memory import SymmetricMemory
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -31,72 +33,8 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 _CONTROL_TIMEOUT = timedelta(days=7)
 _RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
-# Where symmetric memory beats NCCL: the largest message, in bytes, by ranks of the group, that goes
-# in one shot (every rank reads all of its peers) and in two (each rank sums a part and writes it to
-# all). scripts/bench_parallel.py measures them.
-_ONE_SHOT_BYTES = {2: 16 << 20, 3: 64 << 10, 4: 64 << 10}
-_TWO_SHOT_BYTES = {2: 16 << 20, 3: 16 << 20, 4: 16 << 20, 8: 16 << 20}
-
-
-class SymmetricMemory:
-    """A buffer that all ranks of a group can read and write, and sums over it.
-
-    The ops wait for the peers before they read and after they have written, so one buffer serves
-    one sum after the other on one stream, recorded in a CUDA graph or not.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, always: bool) -> None:
-        """Collective. `always` uses it for messages of every size. RuntimeError where the GPUs
-        cannot reach each other's memory.
-        """
-        self._group = group
-        self._device = device
-        size = group.size()
-        self._one_shot = _ONE_SHOT_BYTES.get(size, 0)
-        self._limit = 1 << 62 if always else max(self._one_shot, _TWO_SHOT_BYTES.get(size, 0))
-        self._buffers: list[Tensor] = []  # recorded graphs hold on to outgrown ones
-        self._grow(max(self._one_shot, _TWO_SHOT_BYTES.get(size, 0), 1 << 20))
-
-    def _grow(self, nbytes: int) -> None:
-        # NVLink multicast is never used: a fault in it takes down every GPU of the host. The
-        # variable is read at the rendezvous.
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-        import torch.distributed._symmetric_memory as symm_mem
-
-        buffer = symm_mem.empty(nbytes, dtype=torch.uint8, device=self._device)
-        symm_mem.rendezvous(buffer, self._group)
-        self._buffers.append(buffer)
-
-    def sums_right(self) -> bool:
-        """Whether sums of known values come out. Collective."""
-        size, rank = self._group.size(), self._group.rank()
-        partials = (self.buffer((rows, 512), torch.float32) for rows in (16, 512))
-        totals = [self.all_reduce(p.fill_(rank + 1)).clone() for p in partials if p is not None]
-        return all(bool((total == size * (size + 1) // 2).all()) for total in totals)
-
-    def buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """Where to put a message that this is the fastest way for; None for another. Valid until
-        the next call.
-        """
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        # The ops take 16 bytes at a time from every rank's part.
-        if nbytes > self._limit or nbytes == 0 or nbytes % (16 * self._group.size()):
-            return None
-        if nbytes > self._buffers[-1].numel():
-            # All ranks grow at the same message. Never inside a recording: the same sizes ran
-            # eagerly right before it.
-            self._grow(1 << (nbytes - 1).bit_length())
-        return self._buffers[-1][:nbytes].view(dtype).view(shape)
-
-    def holds(self, partial: Tensor) -> bool:
-        return partial.untyped_storage().data_ptr() == self._buffers[-1].data_ptr()
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """The sum of all ranks' `partial`, which `buffer` gave. It may lie in the buffer."""
-        ops, name = torch.ops.symm_mem, self._group.group_name
-        if partial.nbytes <= self._one_shot:
-            return cast(Tensor, ops.one_shot_all_reduce(partial, "sum", name))
-        return cast(Tensor, ops.two_shot_all_reduce_(partial, "sum", name))
+# From so many rows on a block runs in two halves, one computing while the other is summed.
+OVERLAP_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,15 +138,17 @@ class ParallelContext:
 
     # Sums
 
-    def partial_out(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    def partial_out(self, use: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """Where this rank's part of a sum should be written; None: anywhere. Valid until the next
-        call, on one stream.
+        call for the same `use`, on one stream.
         """
-        return None if self.symmetric is None else self.symmetric.buffer((rows, columns), dtype)
+        if self.symmetric is None:
+            return None
+        return self.symmetric.buffer(use, (rows, columns), dtype)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """The sum of `partial` over the tensor-parallel group; may overwrite it. What comes back is
-        valid until the next `partial_out`.
+        valid until the next `partial_out` for the same use.
         """
         if self.tp_size == 1:
             return partial
@@ -217,10 +157,13 @@ class ParallelContext:
         dist.all_reduce(partial, group=self.tp_group)
         return partial
 
-    def start_all_reduce(self, partial: Tensor) -> dist.Work | None:
-        """The same in place, beside what is launched next; `wait` on the result before reading."""
-        if self.tp_size == 1:
-            return None
+    def overlaps(self, rows: int) -> bool:
+        """Whether a block over so many rows should compute one half while it sums the other."""
+        forced = self.symmetric is not None and self.symmetric.always
+        return self.tp_size > 1 and rows >= OVERLAP_ROWS and not forced
+
+    def start_all_reduce(self, partial: Tensor) -> dist.Work:
+        """Sum in place, beside what is launched next; `wait` on the result before reading."""
         return cast("dist.Work", dist.all_reduce(partial, group=self.tp_group, async_op=True))
 
     def agree_max(self, value: int) -> int:
@@ -297,5 +240,8 @@ def _group_of(rank: int, members: list[range], **options: Any) -> dist.ProcessGr
     """The group that `rank` is in; None for groups of one. Collective over the world."""
     if len(members[0]) == 1:
         return None
+    if dist.get_backend() == "nccl" and "backend" not in options:
+        # Sums run beside products (see `overlaps`), which would keep them waiting.
+        options["pg_options"] = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     groups = [dist.new_group(list(ranks), **options) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)

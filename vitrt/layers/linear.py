@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitrt.distributed import SINGLE, ParallelContext
@@ -202,12 +203,17 @@ class RowParallelLinear(Linear):
         assert self.bias is not None
         if self.parallel.tp_size == 1:
             return linear(x, self.weight, self.bias, out=out)
-        return torch.add(self._sum(x), self.bias, out=out)
+        return torch.add(self._sum(x, "alone"), self.bias, out=out)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """[T, N] without the bias, over all ranks; valid until the next product of this kind."""
-        partial = self.parallel.partial_out(x.shape[0], self.weight.shape[0], x.dtype)
+    def _sum(self, x: Tensor, use: str) -> Tensor:
+        """[T, N] without the bias, over all ranks; valid until the next product for `use`."""
+        partial = self.parallel.partial_out(use, x.shape[0], self.weight.shape[0], x.dtype)
         return self.parallel.all_reduce(linear(x, self.weight, None, out=partial))
+
+    def start(self, x: Tensor, out: Tensor) -> dist.Work:
+        """Put the sum without the bias into `out` [T, N], beside what is launched next."""
+        linear(x, self.weight, None, out=out)
+        return self.parallel.start_all_reduce(out)
 
     def add_norm_(self, residual: Tensor, x: Tensor, norm: Norm) -> Tensor:
         """Add this layer's output to `residual` [T, N] in place; returns its norm [T, N].
@@ -217,8 +223,8 @@ class RowParallelLinear(Linear):
         """
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
             return norm(linear(x, self.weight, self.bias, residual=residual, out=residual))
-        partial = self.parallel.all_reduce(linear(x, self.weight, None))
-        return norm.add_(residual, partial, self.bias)
+        # The norm may stay where the sum is: mergers, which run between blocks, use another place.
+        return norm.add_(residual, self._sum(x, "block"), self.bias)
 
     def prepare(self) -> None:
         if self.parallel.tp_size == 1:

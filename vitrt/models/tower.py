@@ -75,8 +75,29 @@ class VisionBlock(nn.Module):
         adds a layer is most of the error of a tower in bfloat16.
         """
         attended = self.attn(normed, rotary, segments, backend)
+        if self.attn.proj.parallel.overlaps(len(residual)):
+            return self._in_halves(residual, attended, next_norm)
         normed = self.attn.add_norm_(residual, attended, self.norm2)
         return self.mlp.add_norm_(residual, normed, next_norm)
+
+    def _in_halves(self, residual: Tensor, attended: Tensor, next_norm: Norm) -> Tensor:
+        """The same behind attention, where rows do not meet: while one half of them is summed over
+        the ranks, the other half is computed.
+        """
+        proj, down = self.attn.proj, self.mlp.down
+        middle = len(residual) // 2
+        middle -= middle % 128 if middle > 128 else 0  # whole tiles of the products
+        halves = slice(middle), slice(middle, None)
+        attended_out, out = (attended.new_empty(residual.shape) for _ in range(2))
+        sums = [proj.start(attended[rows], attended_out[rows]) for rows in halves]
+        for index, rows in enumerate(halves):
+            sums[index].wait()
+            normed = self.norm2.add_(residual[rows], attended_out[rows], proj.bias)
+            sums[index] = down.start(self.mlp.up(normed), out[rows])
+        for index, rows in enumerate(halves):
+            sums[index].wait()
+            next_norm.add_(residual[rows], out[rows], down.bias)
+        return out
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.norm1.weight_slots(f"{prefix}norm1.")
