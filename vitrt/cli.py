@@ -68,7 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_info(commands.add_parser("info", parents=[model, common], help="describe a checkpoint"))
     _add_check(commands.add_parser("check", parents=[common], help="verify an output folder"))
-    _add_bench(commands.add_parser("bench", parents=[common], help="compare with transformers"))
+    _add_show(
+        commands.add_parser("show", parents=[model, common], help="a picture of the features")
+    )
+    _add_verify(
+        commands.add_parser("verify", parents=[model, common], help="errors against transformers")
+    )
+    _add_bench(commands.add_parser("bench", parents=[common], help="speed against transformers"))
     return parser
 
 
@@ -271,6 +277,58 @@ def _check(args: argparse.Namespace) -> int:
     for line in report(result):
         print(line)
     return FAILED if result.problems else OK
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_show)
+    parser.description = (
+        "Save the image beside the first three principal components, as colours, of its "
+        "embeddings and of each deepstack level."
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("--output", required=True, type=Path, metavar="PNG")
+    parser.add_argument(
+        "--layers", type=_layers, default=(), metavar="N,N,...", help="and after these layers"
+    )
+    _add_runtime(parser)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from vitrt.encoder import VisionEncoder
+    from vitrt.show import check_output, show
+
+    check_output(args.output)
+    runtime = _runtime(args, cuda_graphs=False)
+    encoder = VisionEncoder.from_checkpoint(_open(args), runtime)
+    print(show(encoder, args.image, args.output, layers=args.layers))
+    return OK
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_verify)
+    parser.description = (
+        "Compare every attention backend and mode that can run here with transformers' float32 "
+        "and print the errors. Exit code 1 if one is past its bound: 1e-5 in float32, in other "
+        "dtypes 1.05 times transformers' own error."
+    )
+    parser.add_argument(
+        "inputs", nargs="*", metavar="IMAGE", help="files, folders or @list.txt; none: made-up ones"
+    )
+    parser.add_argument(
+        "--most-images", type=int, metavar="N", help="take the first N (default: 16)"
+    )
+    _add_runtime(parser)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from vitrt.verify import choose_images, verify
+    from vitrt.verify_table import report
+
+    images = choose_images(args.inputs, args.most_images)
+    result = verify(_open(args), _runtime(args), images)
+    for line in report(result):
+        print(line)
+    return OK if result.passed else FAILED
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
