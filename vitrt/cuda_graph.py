@@ -17,6 +17,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from vitrt.attention.registry import AttentionChoice
 from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.feed import PatchFeed
 from vitrt.graph_pieces import Pieces, record_pieces
+from vitrt.graph_pool import GraphPool
 from vitrt.layers.rotary import TABLE_POSITIONS
 from vitrt.models.device_plan import PlanLayout, view_plan
 from vitrt.models.plan import ForwardPlan
@@ -34,11 +36,10 @@ from vitrt.runner import EagerRunner
 logger = logging.getLogger(__name__)
 
 # Up to this many patches a replay beats an eager forward, whose launches then still outlast its
-# kernels.
-AUTO_MAX_PATCHES = 16384
-_SEGMENT_PATCHES = (
-    16  # a bucket holds one segment, and one window, for every so many of its patches
-)
+# kernels; above, the two differ by the padding.
+AUTO_MAX_PATCHES = 4096
+_MOST_SEGMENTS = 16  # patches of a bucket to each segment, or window, that it has room for
+_FEWEST_SEGMENTS = 8
 _SIGHTINGS = 2  # a shape class is recorded when it comes the second time
 
 
@@ -62,6 +63,7 @@ class GraphKey:
     """A shape class: what a recording cannot change."""
 
     bucket: int  # patches
+    segments: int  # room for so many; some kernels launch blocks for each, used or not
     backend: str  # of the full-attention layers, which may depend on the longest segment
 
 
@@ -69,7 +71,7 @@ class GraphKey:
 class _Recording:
     pieces: Pieces
     layout: PlanLayout
-    nbytes: int  # device memory that recording it took
+    nbytes: int  # device memory of its own, beside the pool
 
 
 class GraphRunner(EagerRunner):
@@ -94,7 +96,7 @@ class GraphRunner(EagerRunner):
         self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
         self._sightings: Counter[GraphKey] = Counter()
         self._too_large: set[GraphKey] = set()
-        self._pool: tuple[int, int] | None = None
+        self._pool: GraphPool | None = None
         self._patches: Tensor | None = None  # static inputs, shared by all buckets
         self._plan_buffer: Tensor | None = None
         self._lock = threading.RLock()  # one forward at a time: the static buffers are shared
@@ -123,9 +125,7 @@ class GraphRunner(EagerRunner):
             return self._replay(key, recording, plan, feed)
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
-        """Record these buckets (default: all) now, the largest first, for every backend that they
-        may need.
-        """
+        """Record these buckets (default: all) now, the largest first."""
         with self._lock:
             for bucket in sorted(buckets or self.buckets, reverse=True):
                 for plan in self._warmup_plans(bucket):
@@ -142,38 +142,35 @@ class GraphRunner(EagerRunner):
             return "over the largest bucket"
         if plan.largest_position >= TABLE_POSITIONS:
             return "over the rotary table"
-        if not self._layout(self._bucket(plan.num_patches)).fits(plan):
+        if not self._layout(self._key(plan)).fits(plan):
             return "more segments than the bucket holds"
         return None
 
-    def _bucket(self, patches: int) -> int:
-        return next(bucket for bucket in self.buckets if bucket >= patches)
-
     def _key(self, plan: ForwardPlan) -> GraphKey:
-        backend = self.attention.full_for(plan.max_seqlen)
-        return GraphKey(self._bucket(plan.num_patches), backend.name)
+        bucket = next(bucket for bucket in self.buckets if bucket >= plan.num_patches)
+        segments, most = _FEWEST_SEGMENTS, max(bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
+        while segments < min(len(plan.segments) - 1, most):
+            segments = min(segments * 8, most)
+        return GraphKey(bucket, segments, self.attention.full_for(plan.max_seqlen).name)
 
-    def _layout(self, bucket: int) -> PlanLayout:
-        windowed = self.tower.window_patches > 0
-        segments = max(8, bucket // _SEGMENT_PATCHES)
+    def _layout(self, key: GraphKey) -> PlanLayout:
+        windows = max(key.bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
         return PlanLayout.bucket(
-            bucket,
-            segments,
-            segments if windowed else None,
+            key.bucket,
+            key.segments,
+            windows if self.tower.window_patches else None,
             self.tower.config.merge_unit,
             self.tower.config.num_position_embeddings is not None,
         )
 
     def _warmup_plans(self, bucket: int) -> list[ForwardPlan]:
-        """Batches that fill `bucket`, one for every backend that full attention may take in it."""
+        """Batches that fill `bucket`: one image, and many of at most 256 patches."""
         merge = self.tower.config.spatial_merge_size
         rows = next(r for r in (16, 8, 4, 2, 1) if bucket % (r * merge * merge) == 0) * merge
-        long = (1, rows, bucket // rows)
-        plans = [self.tower.plan([long])]
-        frames = bucket // 64
-        short = self.tower.plan([(frames, 8, 8)]) if bucket % 64 == 0 else plans[0]
-        if self._key(short) != self._key(plans[0]):
-            plans.append(short)
+        side = 16 if bucket % 256 == 0 else 8
+        plans = [self.tower.plan([(1, rows, bucket // rows)])]
+        if bucket % side**2 == 0:
+            plans.append(self.tower.plan([(bucket // side**2, side, side)]))
         return [plan for plan in plans if self._ineligible(plan, ()) is None]
 
     # Record and replay
@@ -183,51 +180,58 @@ class GraphRunner(EagerRunner):
     ) -> _Recording | None:
         """Record the shape class of `plan`; None if it does not fit the memory limit."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            largest = self._warmup_plans(self.buckets[-1])
-            # Recorded first, the largest bucket sizes the shared pool that all others then fit in.
-            if largest and self._key(largest[0]) != key:
-                self._record(self._key(largest[0]), largest[0], None)
-        free_before = torch.cuda.mem_get_info(self.device)[0]
+            self._pool = GraphPool(self.device, self.dtype)
+            # Recorded first, the largest bucket sizes the pool that all others then fit in.
+            for largest in self._warmup_plans(self.buckets[-1])[:1]:
+                if self._key(largest) not in (key, *self._too_large):
+                    self._record(self._key(largest), largest, None)
+        pool = self._pool or GraphPool(self.device, self.dtype)
         patches, buffer = self._static(key.bucket)
-        layout = self._layout(key.bucket)
+        layout = self._layout(key)
         self._load(plan, layout, feed, patches, buffer)
-        backend = self.attention.full_for(plan.max_seqlen)
-        attention = replace(self.attention, full=backend)
+        attention = replace(self.attention, full=self.attention.full_for(plan.max_seqlen))
         views = view_plan(buffer, layout, plan, max_seqlen=key.bucket, padded=True)
-        pieces = None
+
+        def forward(choice: AttentionChoice) -> TowerOutput:
+            return self.forward(patches, views, choice)
+
+        taken = None
         try:
-            pieces = record_pieces(
-                lambda choice: self.forward(patches, views, choice), attention, self._pool
-            )
+            forward(attention)  # compiles and loads every kernel first
+            taken = pool.record(partial(record_pieces, forward, attention))
         except torch.cuda.OutOfMemoryError:
             logger.debug("out of memory at %d patches", key.bucket)
         # Ranks of a group replay together or not at all, so what each measures decides for all.
-        if not self.parallel.agree_min(pieces is not None) or pieces is None:
+        if not self.parallel.agree_min(taken is not None) or taken is None:
             logger.warning("no memory to record a graph of %d patches; it runs eagerly", key.bucket)
             self._too_large.add(key)
             return None
-        nbytes = max(free_before - torch.cuda.mem_get_info(self.device)[0], 0)
-        nbytes = self.parallel.agree_max(nbytes)
-        recording = _Recording(pieces, layout, nbytes)
+        pieces, grown, own = taken
+        recording = _Recording(pieces, layout, self.parallel.agree_max(own))
+        pool.nbytes += self.parallel.agree_max(grown)
+        self._pool = pool
         self._recordings[key] = recording
         self.stats.captures += 1
-        self.stats.graph_bytes += nbytes
-        logger.debug("recorded a graph of %d patches (%s)", key.bucket, key.backend)
+        logger.debug("recorded a graph of %s", key)
         return self._within_limit(key, recording)
 
-    def _within_limit(self, key: GraphKey, recording: _Recording) -> _Recording | None:
-        """Evict the least recently used until the rest fits; the new one itself if it alone does
-        not.
-        """
-        while self.stats.graph_bytes > self.limit_bytes and self._recordings:
-            oldest = next(iter(self._recordings))
-            self.stats.graph_bytes -= self._recordings.pop(oldest).nbytes
+    def _within_limit(self, key: GraphKey, newest: _Recording) -> _Recording | None:
+        """Evict the least recently used until the rest fits; `newest` too if it alone does not."""
+        assert self._pool is not None
+        while self._graph_bytes() > self.limit_bytes:
+            oldest, _ = self._recordings.popitem(last=False)
             self.stats.evictions += 1
-            if oldest == key:
-                self._too_large.add(key)
-                return None
-        return recording
+            if not self._recordings:
+                self._pool = None  # no graph holds it any more: the allocator takes it back
+                self._too_large.add(oldest)
+                break
+        self.stats.graph_bytes = self._graph_bytes()
+        return self._recordings.get(key)
+
+    def _graph_bytes(self) -> int:
+        if self._pool is None:
+            return 0
+        return self._pool.nbytes + sum(held.nbytes for held in self._recordings.values())
 
     def _static(self, bucket: int) -> tuple[Tensor, Tensor]:
         """The static inputs, sized for the largest bucket; smaller ones use their front."""
@@ -236,7 +240,8 @@ class GraphRunner(EagerRunner):
             self._patches = torch.zeros(
                 largest, self.tower.config.patch_dim, dtype=self.dtype, device=self.device
             )
-            size = self._layout(largest).fed_by("sources").size
+            roomiest = GraphKey(largest, max(largest // _MOST_SEGMENTS, _FEWEST_SEGMENTS), "")
+            size = self._layout(roomiest).fed_by("sources").size
             self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self._patches[:bucket], self._plan_buffer
 

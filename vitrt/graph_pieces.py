@@ -129,16 +129,16 @@ class _SplittingBackend:
 
 
 def record_pieces(
-    forward: Callable[[AttentionChoice], TowerOutput], attention: AttentionChoice, pool: Any
+    forward: Callable[[AttentionChoice], TowerOutput],
+    attention: AttentionChoice,
+    pool: Any,
+    stream: torch.cuda.Stream,
 ) -> Pieces:
-    """Record `forward` with `attention`, split at the backends that are not capturable."""
-    stream = torch.cuda.Stream()
+    """Record `forward` with `attention` on `stream`, split at backends that are not capturable.
+
+    It must have run once before: a recording may not compile kernels or create library handles.
+    """
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward(
-            attention
-        )  # compiles kernels and creates library handles, which a recording must not
-    stream.synchronize()
     recorder = _Recorder(pool)
     full, window = attention.full, attention.window
     if not full.capturable:
