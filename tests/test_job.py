@@ -19,8 +19,8 @@ from torch.distributed import HashStore
 from tests.ranks import run_ranks, start_ranks
 from vitrt import FeatureStore, VisionEncoder
 from vitrt import watchdog as watchdog_module
-from vitrt.walk import Source
 from vitrt.manifest import iter_manifest, manifests
+from vitrt.walk import Source
 from vitrt.watchdog import PeerFailedError, Watchdog
 from vitrt.work_queue import SharedWork
 
