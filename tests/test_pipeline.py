@@ -68,6 +68,14 @@ def test_features_equal_and_batches_do_not_exceed_the_budget(tmp_path: Path) -> 
     assert encoder.batches == [30]
 
 
+def test_tiny_images_wait_in_bounded_numbers(tmp_path: Path) -> None:
+    source = Source("x", str(photo(tmp_path / "x.png", 0)), 1, 1.0)
+    sources = [Source(str(index), source.path, 1, 1.0) for index in range(1200)]
+    encoder = FakeEncoder(budget=1 << 20)
+    encode(tmp_path, tmp_path / "out", encoder=encoder, sources=sources, shard_mib=1)
+    assert encoder.batches == [512, 512, 176]
+
+
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     folder = photos(tmp_path / "in", 25)
     for output in ("one", "two"):

@@ -27,6 +27,7 @@ from vitrt.write_behind import Skipped, WriteBehind
 logger = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 2  # budgets' worth of decoded images to fill batches from
+_MOST_IMAGES = 512  # of them: what each costs beside its pixels adds up where images are tiny
 
 
 class Processor(Protocol):
@@ -167,7 +168,7 @@ def _batches(
             continue
         pending.append((decoded.source, decoded.image))
         patches += prod(decoded.image.grid_thw)
-        while patches >= _LOOK_AHEAD * stage.budget:
+        while patches >= _LOOK_AHEAD * stage.budget or len(pending) >= _MOST_IMAGES:
             batch = take_batch(pending, stage.budget)
             patches -= sum(prod(image.grid_thw) for _, image in batch)
             yield batch
