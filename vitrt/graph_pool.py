@@ -32,7 +32,7 @@ class GraphPool:
         self.stream.synchronize()
 
     def record(self, record: Callable[[Any, torch.cuda.Stream], Pieces]) -> tuple[Pieces, int, int]:
-        """What `record(handle, stream)` made, by how many bytes the pool grew, and its own bytes."""
+        """What `record(handle, stream)` made, by how much the pool grew, its own bytes."""
         torch.cuda.synchronize(self.device)
         free, reserved = self._memory()
         pieces = record(self.handle, self.stream)
