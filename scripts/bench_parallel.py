@@ -110,9 +110,11 @@ class Bench:
         self.expected = torch.load(folder / "expected.pt")
 
     def close(self) -> None:
-        gc.collect()
         torch.cuda.synchronize()
-        self.contexts[self.world, "nccl"].close()
+        first = self.contexts[self.world, "nccl"]
+        self.contexts.clear()
+        gc.collect()
+        first.close()
 
     def say(self, line: str) -> None:
         if self.rank == 0:

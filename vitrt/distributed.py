@@ -240,8 +240,12 @@ def _group_of(rank: int, members: list[range], **options: Any) -> dist.ProcessGr
     """The group that `rank` is in; None for groups of one. Collective over the world."""
     if len(members[0]) == 1:
         return None
-    if dist.get_backend() == "nccl" and "backend" not in options:
-        # Sums run beside products (see `overlaps`), which would keep them waiting.
-        options["pg_options"] = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    groups = [dist.new_group(list(ranks), **options) for ranks in members]
+    groups = []
+    for ranks in members:
+        if dist.get_backend() == "nccl" and "backend" not in options:
+            # Sums run beside products (see `overlaps`), which would keep them waiting.
+            nccl = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            nccl._timeout = options["timeout"]
+            options["pg_options"] = nccl
+        groups.append(dist.new_group(list(ranks), **options))
     return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)
