@@ -11,12 +11,13 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vitrt.attention import window
 from vitrt.attention.registry import AutoBackend, resolve, usable
 from vitrt.batching import patches
 from vitrt.bench.accuracy import Errors, compare, full_precision
@@ -163,29 +164,34 @@ def _measure(
     peer: Errors | None,
 ) -> None:
     """A row for each backend and mode that `encoder`'s tower can run with."""
-    device, dtype = encoder.device, encoder.dtype
+    dtype = encoder.dtype
+    modes = (False, True) if encoder.device.type == "cuda" else (False,)
+    for name, graphs in product(_backends(result, encoder), modes):
+        logger.info("vitrt in %s, %s%s", dtype_name(dtype), name, ", CUDA graphs" * graphs)
+        row = Row(dtype, name, graphs, None, peer)
+        runtime = replace(encoder.runtime, attention=name, cuda_graphs=graphs)
+        try:
+            output, note = _run(encoder, runtime, batches)
+            row = replace(row, errors=compare(output, exact), note=note)
+        except Exception as error:  # a backend's failure is its result
+            logger.debug("", exc_info=True)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            row = replace(row, note=f"failed: {lines[0]}")
+        result.rows.append(row)
+
+
+def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
+    """The names to run; those that cannot are noted in `result`."""
+    device, dtype, head_dim = encoder.device, encoder.dtype, encoder.config.head_dim
     names = []
-    for name, reason in usable(device, dtype, encoder.config.head_dim):
+    for name, reason in usable(device, dtype, head_dim):
         if reason is not None:
-            result.unusable.setdefault(name, reason)
-        elif name != "window":  # that one is part of "auto"
+            result.unusable.setdefault((name, reason), []).append(dtype)
+        elif name != window.SPEC.name:  # a part of "auto"
             names.append(name)
-    choice = resolve("auto", device=device, dtype=dtype, head_dim=encoder.config.head_dim)
-    if isinstance(choice.full, AutoBackend) or choice.window.name != choice.full.name:
-        names.insert(0, "auto")
-    for name in names:
-        for graphs in (False, True) if device.type == "cuda" else (False,):
-            logger.info("vitrt in %s, %s%s", dtype_name(dtype), name, ", CUDA graphs" * graphs)
-            row = Row(dtype, name, graphs, None, peer)
-            runtime = replace(encoder.runtime, attention=name, cuda_graphs=graphs)
-            try:
-                output, note = _run(encoder, runtime, batches)
-                row = replace(row, errors=compare(output, exact), note=note)
-            except Exception as error:  # a backend's failure is its result
-                logger.debug("", exc_info=True)
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                row = replace(row, note=f"failed: {lines[0]}")
-            result.rows.append(row)
+    choice = resolve("auto", device=device, dtype=dtype, head_dim=head_dim)
+    is_mixed = isinstance(choice.full, AutoBackend) or choice.full.name != choice.window.name
+    return ["auto", *names] if is_mixed else names
 
 
 def _run(
@@ -211,7 +217,5 @@ def _run(
 
 
 def _joined(parts: Sequence[Output]) -> Output:
-    levels = zip(*(levels for _, levels in parts), strict=True)
-    return torch.cat([embeddings for embeddings, _ in parts]), [
-        torch.cat(level) for level in levels
-    ]
+    levels = list(map(torch.cat, zip(*(levels for _, levels in parts), strict=True)))
+    return torch.cat([embeddings for embeddings, _ in parts]), levels

@@ -58,7 +58,8 @@ class Verification:
     patches: int
     differing: int  # images whose pixel values are not bit-equal to transformers'
     rows: list[Row] = field(default_factory=list)
-    unusable: dict[str, str] = field(default_factory=dict)  # backend, and why not
+    # (backend, why it cannot run) -> in which dtypes
+    unusable: dict[tuple[str, str], list[torch.dtype]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -90,8 +91,8 @@ def report(result: Verification) -> Iterator[str]:
     for row in result.rows:
         yield _line(row)
     yield ""
-    for name, reason in result.unusable.items():
-        yield f"{name} cannot run here: {reason}"
+    for (name, reason), dtypes in result.unusable.items():
+        yield f"not run: {name} in {', '.join(map(dtype_name, dtypes))}: {reason}"
     ours = [row for row in result.rows if row.ours]
     yield f"{sum(row.within for row in ours)} of {len(ours)} ways to run it within their bounds"
 
