@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -51,7 +52,8 @@ WARM_IMAGES = 48
 class Rates:
     """Images per second."""
 
-    decode: float  # decoding and resizing alone
+    decode: float  # decoding and resizing alone, in threads
+    decode_processes: float  # the same in processes, pixels handed back to this one
     device: float  # the device alone
     end_to_end: float  # `vitrt encode`, from when its model is loaded
     whole: float  # the same with Python's start and loading
@@ -111,10 +113,10 @@ def _mirrored(photo: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def decode_rate(
-    encoder: VisionEncoder, paths: Sequence[Path], workers: int
+    encoder: VisionEncoder, paths: Sequence[Path], pool: Executor, workers: int
 ) -> tuple[float, list[PreparedImage]]:
     """Images per second of decoding and resizing, and the images."""
-    with ThreadPoolExecutor(workers) as pool:
+    with pool:
         list(pool.map(encoder.processor.prepare, paths[:workers]))
         start = time.perf_counter()
         prepared = list(pool.map(encoder.processor.prepare, paths))
@@ -179,9 +181,14 @@ def measure(args: argparse.Namespace, work: Path) -> Rates:
         raise SystemExit(f"encoded {end['images']} of {len(paths)} images")
 
     encoder = VisionEncoder.from_pretrained(model)
-    decode, prepared = decode_rate(encoder, paths[: args.sample], args.workers)
+    sample = paths[: args.sample]
+    forked = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"))
+    in_processes, _ = decode_rate(encoder, sample, forked, args.workers)
+    threads = ThreadPoolExecutor(args.workers)
+    decode, prepared = decode_rate(encoder, sample, threads, args.workers)
     return Rates(
         decode=decode,
+        decode_processes=in_processes,
         device=device_rate(encoder, prepared),
         end_to_end=end["images_per_second"],
         whole=len(paths) / whole,
@@ -217,6 +224,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         rates = measure(args, Path(work))
     print(f"decode and resize, {args.workers} threads  {rates.decode:9.1f} images/s")
+    print(f"the same, {args.workers} processes        {rates.decode_processes:9.1f} images/s")
     print(f"device only                     {rates.device:9.1f} images/s")
     print(
         f"vitrt encode, pool {args.pool:4}         {rates.end_to_end:9.1f} images/s = "

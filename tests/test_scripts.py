@@ -28,7 +28,6 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
     run("memory_test.py", "--images", 2000, 20_000, "--folder", tmp_path)
 
 
-def test_encode_rate_runs(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
-    arguments = ("--images", 20, "--size", "60x90", "--runs", 1, "--seconds", 0.1, "--no-processes")
-    out = run("encode_rate.py", tiny_qwen3_vl, *arguments, "--folder", tmp_path)
-    assert "vitrt encode / device only" in out
+def test_end_to_end_rate() -> None:
+    out = run("bench_end_to_end.py", "--tiny", "--images", 20, "--size", "90x60", "--workers", 1)
+    assert "of the device's" in out
