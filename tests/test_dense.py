@@ -7,6 +7,7 @@ arithmetic is used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.checkpoints import reference_tower, tiny_checkpoint
+from tests.ranks import run_ranks
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.check import check_folder
 from vitrt.cli import FAILED, OK, main
+from vitrt.distributed import SINGLE
 
 TOLERANCE = 1e-5  # relative L2
 MERGE = 2
@@ -368,3 +371,26 @@ def test_hidden_states_on_a_gpu(folder: Path):
             )
         )
         assert relative_l2(ours, wanted) <= 1.05 * relative_l2(theirs, wanted), f"layer {index}"
+
+
+def test_ranks_that_share_a_tower_stop_together(pair, photos: Path, tmp_path: Path):
+    """Both ranks must leave the tower after the same layer, or one waits for ever."""
+    encoder, _ = pair
+    command = ["-m", "vitrt", "encode", encoder.name, str(photos), "--output", str(tmp_path)]
+    command += ["--device", "cpu", "--tp", "2", "--layers=3,1", "--no-merged"]
+    code, output = run_ranks(2, *command)
+    assert code == 0, output
+    store = FeatureStore(tmp_path)
+    paths = sorted(photos.iterdir())
+    for path, wanted in zip(paths, encoder.encode(paths, layers=[3, 1]), strict=True):
+        assert store[path.name].layers == (3, 1)
+        assert relative_l2(store[path.name].hidden, wanted.hidden) <= TOLERANCE
+
+
+def test_data_parallel_ranks_say_that_they_do_not_exchange_hidden_states(
+    pair, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, _ = pair
+    monkeypatch.setattr(encoder, "parallel", replace(SINGLE, dp_size=2))
+    with pytest.raises(ValueError, match=r"2 data-parallel ranks.* does not exchange hidden"):
+        encoder.encode([], layers=[1])
