@@ -121,14 +121,14 @@ class _Preference:
     names: tuple[tuple[str, int], ...]
 
 
-# The first row that applies. Measured on an H200 at 16 heads of 72 and 80 in bf16: FA4 leads FA3
-# from about 2048 patches a segment (16 x 3080: 400 and 483 against 379 and 437 to 496 TFLOP/s; 1 x
-# 16384: 454 and 532 against 421 and 488 to 526), and FA3 leads below (32 x 1296: 360 and 425
-# against 353 and 425; 162 x 256: 134 and 157 against 93 and 112). Rows for other GPUs follow from
-# what the packages are made for, not from measurements.
+# The first row that applies. Measured on an H200 at 16 heads of 72 and 80 in bf16, in TFLOP/s: FA4
+# leads FA3 from about 1000 patches a segment (1 x 1296: 307 and 317 against 246 and 266; 16 x 3080:
+# 423 and 514 against 411 and 464; 1 x 16384: 479 and 533 against 441 and 492), they are level at
+# 480 to 784, and FA3 leads below (162 x 256: 134 and 157 against 93 and 112). Rows for other GPUs
+# follow from what the packages are made for, not from measurements.
 _PREFERENCES = (
     _Preference((10, 0), 128, (("fa4", 256), ("triton", 0), ("sdpa", 0))),
-    _Preference((9, 0), 128, (("fa4", 2048), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0))),
+    _Preference((9, 0), 128, (("fa4", 768), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0))),
     _Preference((9, 0), 256, (("fa3", 0), ("fa2", 0), ("sdpa", 0))),
     _Preference((8, 0), 128, (("triton", 0), ("fa2", 0), ("sdpa", 0))),
 )

@@ -93,7 +93,7 @@ def _tiling(
     return vec, chunks, block_c, block_h, 2 * heads // block_h, warps
 
 
-def _rope_triton(qkv: Tensor, rotary: Rotary, block_h: int = 32, spread: int = 2) -> None:
+def _rope_triton(qkv: Tensor, rotary: Rotary, block_h: int = 16, spread: int = 2) -> None:
     assert qkv.is_contiguous()
     tokens, _, heads, head_dim = qkv.shape
     if tokens == 0:
