@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitrt.check import check_folder
 from vitrt.config import RuntimeConfig
-from vitrt.encode import EncodeOptions, encode_folder
 from vitrt.encoder import VisionEncoder
-from vitrt.listing import Inputs
+from vitrt.job.encode import EncodeOptions, encode_folder
+from vitrt.job.listing import Inputs
+from vitrt.job.pipeline import Stop
+from vitrt.job.progress import Progress
 from vitrt.output import FeatureStore
-from vitrt.pipeline import Stop
-from vitrt.progress import Progress
+from vitrt.store.check import check_folder
 from vitrt.weights import open_checkpoint
 
 # Batches of two runs hold other images, and matrix products of other shapes round otherwise.

@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from vitrt.check import check_folder
 from vitrt.config import RuntimeConfig
-from vitrt.encode import EncodeOptions, encode_folder
 from vitrt.image import ImageProcessor, PreparedImage
-from vitrt.listing import Inputs
+from vitrt.job.encode import EncodeOptions, encode_folder
+from vitrt.job.listing import Inputs
+from vitrt.job.pipeline import Stop
+from vitrt.job.progress import Progress
 from vitrt.output import FeatureStore
-from vitrt.pipeline import Stop
-from vitrt.progress import Progress
+from vitrt.store.check import check_folder
 from vitrt.weights import open_checkpoint
 
 SECONDS = 10.0  # that one image may take

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from tests.folders import assert_holds, assert_same, encode, expected, photos
-from vitrt import FeatureStore, durable
+from vitrt import FeatureStore
+from vitrt.store import durable
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "ftruncate", "mkdir")
 

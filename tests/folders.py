@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitrt.check import check_folder
-from vitrt.done import DoneIndex
-from vitrt.durable import make_folder
 from vitrt.features import ImageFeatures
 from vitrt.image import ImageProcessor, PreparedImage
-from vitrt.lock import FolderLock
-from vitrt.manifest import RunIdentity
+from vitrt.job.done import DoneIndex
+from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
+from vitrt.job.progress import Progress
+from vitrt.job.walk import Source, walk
 from vitrt.output import FeatureStore, FeatureWriter
-from vitrt.pipeline import Outcome, PipelineOptions, Stop, encode_sources
-from vitrt.progress import Progress
-from vitrt.recovery import ShardNumbers, check_identity, clear, compact, recover
-from vitrt.walk import Source, walk
+from vitrt.store.check import check_folder
+from vitrt.store.durable import make_folder
+from vitrt.store.lock import FolderLock
+from vitrt.store.manifest import RunIdentity
+from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
 
 WIDTH = 6
 LEVELS = 2

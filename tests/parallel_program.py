@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vitrt import ParallelContext, VisionEncoder, distributed
-from vitrt.sharding import encode_sharded
+from vitrt.engine.sharding import encode_sharded
 
 GRIDS = [(1, 6, 10), (1, 16, 18), (3, 4, 4), (1, 2, 2)]
 

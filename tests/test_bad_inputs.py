@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from tests.commands import Vitrt, vitrt
 from tests.folders import photo
 from vitrt import FeatureStore
-from vitrt.check import check_folder
-from vitrt.lock import FolderLock
+from vitrt.store.check import check_folder
+from vitrt.store.lock import FolderLock
 
 __all__ = ["vitrt"]  # a fixture
 

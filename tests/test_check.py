@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.folders import IDENTITY, encode, photos
-from vitrt.check import check_folder, report
+from vitrt.store.check import check_folder, report
 
 SHARD = "features-00000-00000.safetensors"
 Tensors = dict[str, torch.Tensor]

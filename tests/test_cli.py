@@ -21,11 +21,11 @@ from PIL import Image
 from tests.commands import Vitrt, vitrt
 from tests.folders import photo
 from vitrt import FeatureStore, VisionEncoder
-from vitrt.check import check_folder
-from vitrt.console import graceful_interrupts
-from vitrt.lock import FolderLock
-from vitrt.pipeline import Stop
-from vitrt.progress import Progress, Reporter
+from vitrt.commands.console import graceful_interrupts
+from vitrt.job.pipeline import Stop
+from vitrt.job.progress import Progress, Reporter
+from vitrt.store.check import check_folder
+from vitrt.store.lock import FolderLock
 
 __all__ = ["vitrt"]  # a fixture
 
@@ -331,8 +331,8 @@ def test_an_interrupt_before_the_run_ends_at_once() -> None:
 
 
 def test_reporters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitrt.progress._LINE_SECONDS", 0.02)
-    monkeypatch.setattr("vitrt.progress._BAR_SECONDS", 0.02)
+    monkeypatch.setattr("vitrt.job.progress._LINE_SECONDS", 0.02)
+    monkeypatch.setattr("vitrt.job.progress._BAR_SECONDS", 0.02)
     progress = Progress()
     progress.listing = lambda: (100, False)
     progress.count_batch(10, 640, 0.01)

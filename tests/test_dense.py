@@ -22,9 +22,9 @@ from torch import Tensor
 from tests.checkpoints import reference_tower, tiny_checkpoint
 from tests.ranks import run_ranks
 from vitrt import FeatureStore, VisionEncoder
-from vitrt.check import check_folder
 from vitrt.cli import FAILED, OK, main
 from vitrt.distributed import SINGLE
+from vitrt.store.check import check_folder
 
 TOLERANCE = 1e-5  # relative L2
 MERGE = 2
@@ -254,7 +254,7 @@ def test_bad_requests_are_named(pair, layers, merged, message):
 
 
 def test_kept_layers_leave_less_room_in_a_batch(pair):
-    from vitrt.dense import DenseEncoder
+    from vitrt.engine.dense import DenseEncoder
 
     encoder, _ = pair
     rooms = [

@@ -18,8 +18,8 @@ from tests.ranks import ROOT, run_ranks
 from vitrt import ParallelContext, VisionEncoder
 from vitrt.config import VisionConfig
 from vitrt.distributed import SINGLE
+from vitrt.engine.sharding import Piece, cut
 from vitrt.models import build_tower
-from vitrt.sharding import Piece, cut
 from vitrt.weights import load_weights, open_checkpoint
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]

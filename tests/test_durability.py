@@ -24,18 +24,19 @@ from tests.folders import (
     photo,
     photos,
 )
-from vitrt import FeatureStore, durable, lock
-from vitrt.check import check_folder
-from vitrt.durable import OutputError
-from vitrt.lock import FolderBusyError, FolderLock
-from vitrt.manifest import torn_from
+from vitrt import FeatureStore
+from vitrt.store import durable, lock
+from vitrt.store.check import check_folder
+from vitrt.store.durable import OutputError
+from vitrt.store.lock import FolderBusyError, FolderLock
+from vitrt.store.manifest import torn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = ("open", "write", "fsync", "replace", "unlink", "ftruncate", "mkdir")
 
 
 class Disk:
-    """Stands in for `os` inside vitrt.durable: counts its calls and makes some fail."""
+    """Stands in for `os` inside vitrt.store.durable: counts its calls and makes some fail."""
 
     def __init__(self, failing: Callable[[int, str], int | None] = lambda n, name: None) -> None:
         """`failing(number, name)` is the errno of that call, or None."""
@@ -279,7 +280,7 @@ def test_two_jobs_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
 
 def test_stale_locks_are_recognised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code = (
-        "import os; from pathlib import Path; from vitrt.lock import FolderLock\n"
+        "import os; from pathlib import Path; from vitrt.store.lock import FolderLock\n"
         f"FolderLock(Path({str(tmp_path)!r})); print(os.getpid(), flush=True); os._exit(9)"
     )
     done = subprocess.run(
@@ -309,7 +310,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_resume_with_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
-    from vitrt.walk import walk
+    from vitrt.job.walk import walk
 
     output = tmp_path / "out"
     sources = list(walk(str(folder)))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import reference_tower, tiny_checkpoint, tower_class
-from vitrt import extract
-from vitrt.extract import extract_tower
+from vitrt.checkpoint import extract
+from vitrt.checkpoint.extract import extract_tower
 from vitrt.weights import CheckpointError, open_checkpoint
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -131,7 +131,7 @@ def test_a_failure_leaves_nothing(
 
 MEASURE = """
 import sys, torch
-from vitrt.extract import extract_tower
+from vitrt.checkpoint.extract import extract_tower
 from vitrt.models import build_tower
 from vitrt.weights import load_weights, open_checkpoint
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import reference_tower
 from tests.hub_server import COMMIT, FakeHub, serve
 from tests.test_weights import Recorder, recorder
-from vitrt import hub_ranges
-from vitrt.shards import read_header
+from vitrt.checkpoint import hub_ranges
+from vitrt.checkpoint.shards import read_header
 from vitrt.weights import CheckpointError, load_weights, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -311,7 +311,7 @@ def test_a_cache_that_cannot_be_written(hub: FakeHub, monkeypatch: pytest.Monkey
     def read_only(**_: Any) -> Path:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("vitrt.hub.cached_assets_path", read_only)
+    monkeypatch.setattr("vitrt.checkpoint.hub.cached_assets_path", read_only)
     check(load(hub, local_files_only=True), hub.folder)
 
 

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 from transformers.image_utils import load_image
 
 from vitrt.image import ImageProcessor, patches_reference
-from vitrt.resize import resize_pillow, resize_torch
+from vitrt.images.resize import resize_pillow, resize_torch
 
 LEVELS = np.tile(np.arange(256, dtype=np.float32), (3, 1))
 

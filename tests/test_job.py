@@ -18,11 +18,11 @@ from torch.distributed import HashStore
 
 from tests.ranks import run_ranks, start_ranks
 from vitrt import FeatureStore, VisionEncoder
-from vitrt import watchdog as watchdog_module
-from vitrt.manifest import iter_manifest, manifests
-from vitrt.walk import Source
-from vitrt.watchdog import PeerFailedError, Watchdog
-from vitrt.work_queue import SharedWork
+from vitrt.job import watchdog as watchdog_module
+from vitrt.job.walk import Source
+from vitrt.job.watchdog import PeerFailedError, Watchdog
+from vitrt.job.work_queue import SharedWork
+from vitrt.store.manifest import iter_manifest, manifests
 
 IMAGES = 70
 
@@ -228,7 +228,7 @@ def test_interrupted_ranks_stop():
 
 
 def test_gather_waits_and_gives_up_after_an_interrupt(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vitrt.work_queue._LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr("vitrt.job.work_queue._LEAVE_SECONDS", 0.2)
     store = HashStore()
     ranks = [
         SharedWork(store, rank, 2, check=lambda: None, leaving=lambda: True) for rank in range(2)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import vitrt.walk as walk_module
-from vitrt.listing import InputError, Inputs
-from vitrt.walk import Source, walk
+import vitrt.job.walk as walk_module
+from vitrt.job.listing import InputError, Inputs
+from vitrt.job.walk import Source, walk
 
 
 def ids(*arguments: str | Path) -> list[str]:

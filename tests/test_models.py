@@ -131,9 +131,9 @@ def test_frames_do_not_attend_to_each_other(pair):
 
 def test_same_grids_again_do_no_index_arithmetic(pair, monkeypatch: pytest.MonkeyPatch):
     """The second batch of the same grids takes its plan, packed, from the cache."""
+    import vitrt.engine.runner
     import vitrt.models.plan
     import vitrt.models.tower
-    import vitrt.runner
 
     encoder, _ = pair
     grids = [(2, 14, 10), (1, 6, 26)]
@@ -144,7 +144,7 @@ def test_same_grids_again_do_no_index_arithmetic(pair, monkeypatch: pytest.Monke
         raise AssertionError("index arithmetic for grids already planned")
 
     monkeypatch.setattr(vitrt.models.tower, "build_plan", forbidden)
-    monkeypatch.setattr(vitrt.runner, "pack_plan", forbidden)
+    monkeypatch.setattr(vitrt.engine.runner, "pack_plan", forbidden)
     monkeypatch.setattr(type(encoder.tower), "plan_frame", forbidden)
     monkeypatch.setattr(type(encoder.tower), "rotary_position_ids", forbidden)
     misses = encoder.tower.plans.misses

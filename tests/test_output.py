@@ -25,9 +25,9 @@ from tests.folders import (
     photos,
 )
 from vitrt import FeatureStore, ImageFeatures
-from vitrt.listing import Source
+from vitrt.job.listing import Source
 from vitrt.output import SHARD_IMAGES, FeatureWriter
-from vitrt.recovery import FolderMismatchError
+from vitrt.store.recovery import FolderMismatchError
 
 
 def features(tokens: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> ImageFeatures:

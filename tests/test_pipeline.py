@@ -24,15 +24,21 @@ from tests.folders import (
     photos,
 )
 from vitrt import FeatureStore, ImageFeatures
-from vitrt.check import check_folder
-from vitrt.decode_ahead import DecodeAhead
-from vitrt.device_stage import DeviceMemoryError, DeviceStage, Encoded, Refused, is_out_of_memory
-from vitrt.durable import OutputError
 from vitrt.image import PreparedImage
+from vitrt.job.decode_ahead import DecodeAhead
+from vitrt.job.device_stage import (
+    DeviceMemoryError,
+    DeviceStage,
+    Encoded,
+    Refused,
+    is_out_of_memory,
+)
+from vitrt.job.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
+from vitrt.job.progress import Progress
+from vitrt.job.walk import Source, walk
 from vitrt.output import FeatureWriter
-from vitrt.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
-from vitrt.progress import Progress
-from vitrt.walk import Source, walk
+from vitrt.store.check import check_folder
+from vitrt.store.durable import OutputError
 
 
 def item(name: str, *grid: int) -> tuple[Source, PreparedImage]:

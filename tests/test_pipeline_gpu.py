@@ -9,12 +9,12 @@ import torch
 
 from tests.folders import photo
 from vitrt import FeatureStore, VisionEncoder
-from vitrt.check import check_folder
 from vitrt.config import RuntimeConfig
-from vitrt.encode import EncodeOptions, encode_folder
-from vitrt.listing import Inputs
-from vitrt.pipeline import Stop
-from vitrt.progress import Progress
+from vitrt.job.encode import EncodeOptions, encode_folder
+from vitrt.job.listing import Inputs
+from vitrt.job.pipeline import Stop
+from vitrt.job.progress import Progress
+from vitrt.store.check import check_folder
 from vitrt.weights import open_checkpoint
 
 pytestmark = pytest.mark.gpu

@@ -11,8 +11,8 @@ from PIL import Image
 
 from vitrt import ImageFeatures, VisionEncoder
 from vitrt.cli import FAILED, OK, main
-from vitrt.sample_images import sample_image
-from vitrt.show import SIDE, Panel, arrange, panels_of, principal_colours, show
+from vitrt.commands.sample_images import sample_image
+from vitrt.commands.show import SIDE, Panel, arrange, panels_of, principal_colours, show
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 40), (30, 31, 12), (5, 2, 3)])

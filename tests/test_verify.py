@@ -19,12 +19,12 @@ from tests.checkpoints import reference_tower
 from vitrt.attention import registry, sdpa
 from vitrt.attention.base import BackendSpec, Rotary, Segments
 from vitrt.bench.accuracy import Errors
+from vitrt.checkpoint.extract import extract_tower
 from vitrt.cli import FAILED, OK, main
+from vitrt.commands.sample_images import SIZES, sample_image, sample_images
+from vitrt.commands.verify import choose_images, verify
+from vitrt.commands.verify_table import Row, report
 from vitrt.config import RuntimeConfig
-from vitrt.extract import extract_tower
-from vitrt.sample_images import SIZES, sample_image, sample_images
-from vitrt.verify import choose_images, verify
-from vitrt.verify_table import Row, report
 from vitrt.weights import open_checkpoint
 
 FAMILIES = ("tiny_qwen2_5_vl", "tiny_qwen3_vl")

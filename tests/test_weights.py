@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import CONFIGS, reference_tower
+from vitrt.checkpoint.shards import StoredTensor, read_header
 from vitrt.layers.slots import TensorSlice, WeightSlot
 from vitrt.models import build_tower
-from vitrt.shards import StoredTensor, read_header
 from vitrt.weights import Checkpoint, CheckpointError, load_weights, open_checkpoint
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 from vitrt.version import __version__
 
 if TYPE_CHECKING:
+    from vitrt.checkpoint.extract import extract_tower
+    from vitrt.checkpoint.shards import CheckpointError
     from vitrt.config import PreprocessorConfig, VisionConfig
-    from vitrt.decode import ImageError
     from vitrt.distributed import ParallelContext
     from vitrt.encoder import VisionEncoder
-    from vitrt.extract import extract_tower
     from vitrt.features import EncoderOutput, ImageFeatures
+    from vitrt.images.decode import ImageError
     from vitrt.output import FeatureStore
-    from vitrt.shards import CheckpointError
 
 # Loaded when they are asked for: importing vitrt alone costs nothing.
 _HOME = {
-    "CheckpointError": "vitrt.shards",
+    "CheckpointError": "vitrt.checkpoint.shards",
     "EncoderOutput": "vitrt.features",
     "FeatureStore": "vitrt.output",
-    "ImageError": "vitrt.decode",
+    "ImageError": "vitrt.images.decode",
     "ImageFeatures": "vitrt.features",
     "ParallelContext": "vitrt.distributed",
     "PreprocessorConfig": "vitrt.config",
     "VisionConfig": "vitrt.config",
     "VisionEncoder": "vitrt.encoder",
-    "extract_tower": "vitrt.extract",
+    "extract_tower": "vitrt.checkpoint.extract",
 }
 
 __all__ = [

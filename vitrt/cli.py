@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitrt.commands.console import INTERRUPTED, graceful_interrupts, set_up_logging
 from vitrt.config import RuntimeConfig
-from vitrt.console import INTERRUPTED, graceful_interrupts, set_up_logging
 from vitrt.version import __version__
 
 if TYPE_CHECKING:
-    from vitrt.encode import Summary
+    from vitrt.job.encode import Summary
 
 logger = logging.getLogger("vitrt")
 
@@ -154,13 +154,13 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from vitrt.encode import EncodeOptions, encode_folder, follow_leader
-    from vitrt.job import open_job
-    from vitrt.leader import GroupError
-    from vitrt.listing import Inputs
-    from vitrt.pipeline import Stop
-    from vitrt.progress import Progress, Reporter, Style
-    from vitrt.watchdog import PeerFailedError
+    from vitrt.job.encode import EncodeOptions, encode_folder, follow_leader
+    from vitrt.job.leader import GroupError
+    from vitrt.job.listing import Inputs
+    from vitrt.job.pipeline import Stop
+    from vitrt.job.progress import Progress, Reporter, Style
+    from vitrt.job.ranks import open_job
+    from vitrt.job.watchdog import PeerFailedError
 
     names = ("workers", "shard_mib", "pool", "on_error", "overwrite", "layers", "merged")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -200,7 +200,7 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _conclude(summary: Summary, output: Path, *, as_json: bool) -> int:
-    from vitrt.progress import write_json
+    from vitrt.job.progress import write_json
 
     state = summary.state
     code = INTERRUPTED if summary.interrupted else SKIPPED if state.skipped else OK
@@ -238,7 +238,7 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    from vitrt.extract import extract_tower
+    from vitrt.checkpoint.extract import extract_tower
 
     checkpoint = _open(args)
     folder = extract_tower(checkpoint, args.output, overwrite=args.overwrite)
@@ -255,7 +255,7 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from vitrt.info import describe
+    from vitrt.commands.info import describe
 
     for line in describe(_open(args, weights=False), _runtime(args)):
         print(line)
@@ -271,7 +271,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from vitrt.check import check_folder, report
+    from vitrt.store.check import check_folder, report
 
     result = check_folder(args.folder)
     for line in report(result):
@@ -294,8 +294,8 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from vitrt.commands.show import check_output, show
     from vitrt.encoder import VisionEncoder
-    from vitrt.show import check_output, show
 
     check_output(args.output)
     runtime = _runtime(args, cuda_graphs=False)
@@ -321,8 +321,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from vitrt.verify import choose_images, verify
-    from vitrt.verify_table import report
+    from vitrt.commands.verify import choose_images, verify
+    from vitrt.commands.verify_table import report
 
     images = choose_images(args.inputs, args.most_images)
     result = verify(_open(args), _runtime(args), images)

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from vitrt.attention.registry import AttentionChoice
 from vitrt.distributed import SINGLE, ParallelContext
-from vitrt.feed import PatchFeed
-from vitrt.graph_pieces import Pieces, record_pieces
-from vitrt.graph_pool import GraphPool
+from vitrt.engine.feed import PatchFeed
+from vitrt.engine.graph_pieces import Pieces, record_pieces
+from vitrt.engine.graph_pool import GraphPool
+from vitrt.engine.runner import EagerRunner
 from vitrt.layers.rotary import TABLE_POSITIONS
 from vitrt.models.device_plan import PlanLayout, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
-from vitrt.runner import EagerRunner
 
 logger = logging.getLogger(__name__)
 

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from vitrt.attention.registry import resolve
-from vitrt.batching import encode_in_order, stream_in_order
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 from vitrt.cuda_graph import AUTO_MAX_PATCHES, GraphRunner
-from vitrt.dense import DenseEncoder, check_layers, to_raster
 from vitrt.distributed import SINGLE, ParallelContext
+from vitrt.engine.batching import encode_in_order, stream_in_order
+from vitrt.engine.dense import DenseEncoder, check_layers, to_raster
+from vitrt.engine.feed import PixelsFeed, ValuesFeed
+from vitrt.engine.placement import budget_from_memory, resolve_device, resolve_dtype
+from vitrt.engine.runner import EagerRunner, RunnerStats
+from vitrt.engine.sharding import encode_together
+from vitrt.engine.upload import PixelUploader
 from vitrt.features import EncoderOutput, ImageFeatures
-from vitrt.feed import PixelsFeed, ValuesFeed
 from vitrt.image import ImageInput, ImageProcessor, PreparedImage, normalisation_table
 from vitrt.models import build_tower
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import VisionTower
-from vitrt.placement import budget_from_memory, resolve_device, resolve_dtype
-from vitrt.runner import EagerRunner, RunnerStats
-from vitrt.sharding import encode_together
-from vitrt.upload import PixelUploader
 from vitrt.weights import Checkpoint, load_weights, open_checkpoint
 
 __all__ = ["EncoderOutput", "ImageFeatures", "VisionEncoder"]
@@ -182,7 +182,7 @@ class VisionEncoder:
                 deepstack, and runs no layer past the last one asked for.
 
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
-        and gets all features; see vitrt/sharding.py. They do not exchange hidden states.
+        and gets all features; see vitrt/engine/sharding.py. They do not exchange hidden states.
         """
         encoder = self._asked_for(layers, merged)
         if self.parallel.dp_size > 1:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vitrt.decode import ImageError, ImageInput, check_array, decode, describe
-from vitrt.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
+from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe
+from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
 
 __all__ = [
     "ImageError",

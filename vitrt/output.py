@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vitrt.durable import AppendError, OutputError, append, discard, write_file
-from vitrt.feature_shard import encode_shard, read_header
 from vitrt.features import ImageFeatures
-from vitrt.manifest import (
+from vitrt.store.durable import AppendError, OutputError, append, discard, write_file
+from vitrt.store.feature_shard import encode_shard, read_header
+from vitrt.store.manifest import (
     Entry,
     RunIdentity,
     error_line,
@@ -33,7 +33,7 @@ from vitrt.manifest import (
 )
 
 if TYPE_CHECKING:
-    from vitrt.listing import Source
+    from vitrt.job.listing import Source
 
 DEFAULT_SHARD_MIB = 256
 SHARD_IMAGES = 1024  # most images of a shard: what a kill costs stays small where features are

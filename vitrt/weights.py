@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
+from vitrt.checkpoint.shards import CheckpointError, StoredTensor, TensorInfo
+from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, PROCESSOR, find_tensors, read_json
 from vitrt.config import PreprocessorConfig, VisionConfig
 from vitrt.layers.slots import WeightSlot
-from vitrt.shards import CheckpointError, StoredTensor, TensorInfo
-from vitrt.tower_files import CONFIG, PREPROCESSOR, PROCESSOR, find_tensors, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,9 @@ def open_checkpoint(
     if not isinstance(model, str) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder, and no hub id (owner/name) either")
 
-    from vitrt.hub import HubSource  # huggingface_hub takes long to import and a folder needs none
+    from vitrt.checkpoint.hub import (
+        HubSource,  # huggingface_hub takes long to import and a folder needs none
+    )
 
     hub = HubSource(name, revision, cache_dir, token, bool(local_files_only))
     folder = hub.fetch(CONFIG).parent

@@ -15,7 +15,7 @@ from vitrt.bench.options import PEER_NAMES
 from vitrt.bench.profiling import GROUP_NAMES, Profile
 from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
-from vitrt.runner import RunnerStats
+from vitrt.engine.runner import RunnerStats
 
 TOP_KERNELS = 8
 

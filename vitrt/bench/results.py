@@ -13,7 +13,7 @@ from vitrt.bench.profiling import Profile
 from vitrt.bench.timing import Ceilings, Timing
 from vitrt.bench.towers import Source
 from vitrt.bench.workloads import Workload
-from vitrt.runner import RunnerStats
+from vitrt.engine.runner import RunnerStats
 
 FLOAT32_BOUND = 1e-5  # relative L2
 RATIO_BOUND = 1.05  # of transformers' own error in the same dtype

@@ -13,7 +13,7 @@ from vitrt.bench.results import BenchResult
 from vitrt.bench.timing import Clock, measure_ceilings
 from vitrt.bench.towers import resolve
 from vitrt.bench.workloads import build_workloads
-from vitrt.placement import resolve_device, resolve_dtype
+from vitrt.engine.placement import resolve_device, resolve_dtype
 
 
 def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResult:

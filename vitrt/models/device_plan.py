@@ -20,7 +20,7 @@ from vitrt.models.plan import ForwardPlan
 
 Feed = Literal[
     "order", "sources"
-]  # what brings patches into the order of execution; see vitrt/feed.py
+]  # what brings patches into the order of execution; see vitrt/engine/feed.py
 _FEED_COLUMNS: dict[Feed, int] = {"order": 1, "sources": 3}
 _COUNTS = 4  # patches, segments, tiles, windows in use
 _ALIGNMENT = (

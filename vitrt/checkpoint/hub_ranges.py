@@ -1,0 +1,215 @@
+"""Only the bytes that matter: a tower fetched out of its shards by HTTP range requests.
+
+Qwen3-VL-235B is 470 GB and its tower 1.2 GB. The shards' headers say where the tower's tensors lie;
+their bytes go into one safetensors file of our own in the hub's cache for assets. That file is laid
+out in the order in which it is fetched, so the size of a partial one is all it takes to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but loaded lazily
+    WeakFileLock,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    tqdm,
+)
+
+from vitrt.checkpoint.shards import (
+    LENGTH_BYTES,
+    CheckpointError,
+    TensorInfo,
+    build_header,
+    header_length,
+    parse_header,
+)
+from vitrt.checkpoint.tower_files import SINGLE, ShardNames, collect, group_by_shard
+
+logger = logging.getLogger(__name__)
+
+# Base of every error of the HTTP client that huggingface_hub is built on: httpx's or httpx2's.
+TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
+RETRIES = 5  # in a row, without a byte in between
+FIRST_WAIT = 1.0  # seconds, doubled after every failure in a row
+LONGEST_WAIT = 300.0  # the hub's rate limits are counted over five minutes
+WHOLE_SHARE = 0.5  # a tower that is more of its shards than this is not worth the requests
+_RETRIED = (408, 429, 500, 502, 503, 504)
+
+
+class RangesRefusedError(Exception):
+    """The server does not serve parts of this file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring bytes of a shard."""
+
+    shard: str
+    begin: int
+    end: int
+
+
+class RangeReader:
+    """Parts of the files of one commit of a repository."""
+
+    def __init__(self, repo: str, commit: str, token: str | bool | None) -> None:
+        self.repo = repo
+        self.commit = commit
+        self.sizes: dict[str, int] = {}  # of whole files, known once a part was read
+        self._headers = build_hf_headers(token=token, library_name="vitrt")
+        self._headers["Accept-Encoding"] = "identity"  # a part of compressed bytes is of no use
+
+    def header(self, shard: str) -> dict[str, TensorInfo]:
+        """The tensors of a shard: two small requests."""
+        start = b"".join(self.stream(Span(shard, 0, LENGTH_BYTES)))
+        size = self.sizes[shard]
+        length = header_length(start, Path(shard), size)
+        header = b"".join(self.stream(Span(shard, LENGTH_BYTES, LENGTH_BYTES + length)))
+        return parse_header(header, Path(shard), size)
+
+    def stream(self, span: Span) -> Iterator[bytes]:
+        """The bytes of a span as they come; a transfer that ends early carries on where it ended.
+
+        Raises RangesRefusedError, or the last failure once RETRIES attempts brought nothing.
+        """
+        at, failures = span.begin, 0
+        while at < span.end:
+            asked_wait = 0.0
+            problem: Exception = CheckpointError(f"{span.shard}: the transfer ended early")
+            try:
+                with self._request(span.shard, at, span.end) as response:
+                    asked_wait = _asked_wait(response.headers)
+                    self._check(response, span.shard, at)
+                    for piece in response.iter_raw():
+                        piece = piece[: span.end - at]
+                        at += len(piece)
+                        failures = 0
+                        yield piece
+            except TRANSPORT_ERROR as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if status is not None and status not in _RETRIED:
+                    raise
+                problem = error
+            if at < span.end:
+                failures += 1
+                if failures > RETRIES:
+                    raise problem
+                wait = min(asked_wait or FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)
+                logger.warning("%s: %s; again in %.1f s", span.shard, problem, wait)
+                time.sleep(wait)
+
+    def _request(self, shard: str, begin: int, end: int) -> Any:
+        url = hf_hub_url(self.repo, shard, revision=self.commit)
+        headers = self._headers | {"Range": f"bytes={begin}-{end - 1}"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        return get_session().stream("GET", url, headers=headers, timeout=timeout)
+
+    def _check(self, response: Any, shard: str, begin: int) -> None:
+        if response.status_code in (200, 416):
+            raise RangesRefusedError(f"{shard}: HTTP {response.status_code} to a range request")
+        hf_raise_for_status(response)
+        found = re.fullmatch(
+            r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "").strip()
+        )
+        if not found or int(found[1]) != begin:
+            raise RangesRefusedError(f"{shard}: the server sent another range than was asked for")
+        size = int(found[2])
+        if self.sizes.setdefault(shard, size) != size:
+            raise CheckpointError(f"{shard}: its size changed from {self.sizes[shard]} to {size}")
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """Seconds the server asks to wait, by Retry-After or the hub's RateLimit; 0 if it does not."""
+    seconds = headers.get("Retry-After", "")
+    if not seconds.isdigit():
+        reset = re.search(r"\br=0;t=(\d+)", headers.get("RateLimit", ""))
+        seconds = reset[1] if reset else "0"
+    return float(seconds)
+
+
+def fetch_tower(reader: RangeReader, shards: ShardNames | None, folder: Path) -> Path:
+    """The tower as one file in `folder`: there already, resumed, or fetched.
+
+    `shards` is what the index says; None for a repository with one file. Raises RangesRefusedError
+    where whole shards must be fetched instead, or where they are hardly more than the tower.
+    """
+    target = folder / SINGLE
+    with WeakFileLock(folder / f"{SINGLE}.lock"):  # the ranks of one machine start together
+        if target.is_file():
+            return target
+        headers = {file: reader.header(file) for file in sorted(shards or [SINGLE])}
+        if shards is None:
+            pairs = [(name, SINGLE) for name in headers[SINGLE]]
+            shards = group_by_shard(pairs, reader.repo)
+        tensors = collect(shards, headers, reader.repo)
+        nbytes = sum(info.nbytes for info in tensors.values())
+        whole = sum(reader.sizes[file] for file in shards)
+        if nbytes > WHOLE_SHARE * whole:
+            raise RangesRefusedError(f"the tower is {nbytes} of its shards' {whole} bytes")
+        logger.info("%s: fetching %d of %d bytes", reader.repo, nbytes, whole)
+        in_order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset))
+        _download(reader, dict(in_order), target)
+    return target
+
+
+def _download(reader: RangeReader, tensors: Mapping[str, TensorInfo], target: Path) -> None:
+    """Write `tensors`, in the order of their shards, into `target`, resuming a partial file."""
+    start, _ = build_header(tensors, {"format": "pt"})
+    total = len(start) + sum(info.nbytes for info in tensors.values())
+    # A partial file of another layout must not be carried on with.
+    layout = hashlib.sha256(start).hexdigest()[:16]
+    partial = target.with_name(f"{target.name}.{layout}.partial")
+    with partial.open("ab") as file, _bar(reader.repo, total) as bar:
+        done = file.tell()
+        if done < len(start) or done > total:
+            file.truncate(0)
+            file.write(start)
+            done = len(start)
+        bar.update(done)
+        for span in _remaining(_spans(tensors.values()), done - len(start)):
+            for piece in reader.stream(span):
+                file.write(piece)
+                bar.update(len(piece))
+        file.flush()
+        os.fsync(file.fileno())
+    assert partial.stat().st_size == total
+    partial.rename(target)
+    for stale in target.parent.glob(f"{target.name}.*.partial"):
+        stale.unlink()
+
+
+def _bar(repo: str, total: int) -> Any:
+    return tqdm(total=total, desc=f"{repo} vision tower", unit="B", unit_scale=True)
+
+
+def _spans(tensors: Iterable[TensorInfo]) -> list[Span]:
+    """Tensors that are neighbours in their shard make one span: one request."""
+    spans: list[Span] = []
+    for info in tensors:
+        shard, end = info.file.name, info.offset + info.nbytes
+        if spans and spans[-1].shard == shard and spans[-1].end == info.offset:
+            spans[-1] = replace(spans[-1], end=end)
+        elif info.nbytes:
+            spans.append(Span(shard, info.offset, end))
+    return spans
+
+
+def _remaining(spans: Iterable[Span], done: int) -> Iterator[Span]:
+    """What is left of `spans` when their first `done` bytes are there."""
+    for span in spans:
+        skipped = min(done, span.end - span.begin)
+        done -= skipped
+        if span.begin + skipped < span.end:
+            yield replace(span, begin=span.begin + skipped)

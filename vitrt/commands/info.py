@@ -1,0 +1,92 @@
+"""`vitrt info`: what a checkpoint's tower is, what images cost, and what can run it here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vitrt.attention.registry import usable
+from vitrt.config import RuntimeConfig, VisionConfig
+from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.flops import count_flops, count_parameters
+from vitrt.image import ImageProcessor
+from vitrt.weights import Checkpoint
+
+# Height x width of common images.
+SIZES = ((224, 224), (448, 448), (560, 560), (700, 1120), (1080, 1920), (2160, 3840))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCost:
+    """What one image of a size costs."""
+
+    height: int
+    width: int
+    resized: tuple[int, int]  # height, width
+    patches: int
+    tokens: int
+    flops: int
+
+
+def image_costs(checkpoint: Checkpoint, runtime: RuntimeConfig) -> list[ImageCost]:
+    """The cost of an image of each common size, under the pixel limits that hold."""
+    config = checkpoint.vision_config()
+    preprocessor = checkpoint.preprocessor_config()
+    processor = ImageProcessor(
+        patch_size=preprocessor.patch_size,
+        merge_size=preprocessor.merge_size,
+        temporal_patch_size=preprocessor.temporal_patch_size,
+        min_pixels=runtime.min_pixels or preprocessor.min_pixels,
+        max_pixels=runtime.max_pixels or preprocessor.max_pixels,
+    )
+    costs = []
+    for height, width in SIZES:
+        grid = processor.grid(height, width)
+        patches = grid[1] * grid[2]
+        resized = grid[1] * config.patch_size, grid[2] * config.patch_size
+        flops = count_flops(config, [grid]).total
+        tokens = patches // config.merge_unit
+        costs.append(ImageCost(height, width, resized, patches, tokens, flops))
+    return costs
+
+
+def describe(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
+    """The lines that `vitrt info` prints."""
+    config = checkpoint.vision_config()
+    preprocessor = checkpoint.preprocessor_config()
+    yield f"model          {checkpoint.name}"
+    yield f"family         {config.model_type}"
+    yield f"parameters     {count_parameters(config) / 1e6:.1f} million"
+    yield (
+        f"tower          {config.depth} layers, {config.hidden_size} wide, "
+        f"{config.num_heads} heads of {config.head_dim}, MLP {config.intermediate_size}"
+    )
+    yield f"output         {config.out_hidden_size} wide{_special(config)}"
+    low, high = preprocessor.min_pixels, preprocessor.max_pixels
+    yield f"pixels         {runtime.min_pixels or low} to {runtime.max_pixels or high} an image"
+    side = config.patch_size * config.spatial_merge_size
+    yield f"token          {side} x {side} pixels ({config.merge_unit} patches)"
+    yield ""
+    yield f"{'image (h x w)':>14} {'resized':>13} {'patches':>8} {'tokens':>7} {'GFLOP':>9}"
+    for cost in image_costs(checkpoint, runtime):
+        yield (
+            f"{cost.height:>6} x {cost.width:<5} {cost.resized[0]:>5} x {cost.resized[1]:<5} "
+            f"{cost.patches:>8} {cost.tokens:>7} {cost.flops / 1e9:>9.1f}"
+        )
+    yield ""
+    device = resolve_device(runtime.device)
+    dtype = resolve_dtype(runtime.dtype, device)
+    yield f"attention on {device} in {str(dtype).removeprefix('torch.')}"
+    for name, reason in usable(device, dtype, config.head_dim):
+        yield f"  {name:<8} {'usable' if reason is None else 'no: ' + reason}"
+
+
+def _special(config: VisionConfig) -> str:
+    layers: tuple[Any, ...] = config.deepstack_visual_indexes
+    if layers:
+        return f", and deepstack from layers {', '.join(map(str, layers))}"
+    if config.window_size is not None:
+        full = ", ".join(map(str, config.fullatt_block_indexes))
+        return f"; windows of {config.window_size} pixels except in layers {full}"
+    return ""

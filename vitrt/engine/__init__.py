@@ -1,0 +1,1 @@
+"""From prepared images to features on the device, behind vitrt/encoder.py."""

@@ -1,0 +1,90 @@
+"""Many images through an encoder: decoded by threads, packed under a token budget, returned in
+input order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from typing import TYPE_CHECKING
+
+from vitrt.features import ImageFeatures
+from vitrt.image import ImageInput, PreparedImage
+from vitrt.packing import pack
+
+if TYPE_CHECKING:
+    from vitrt.engine.dense import AnyEncoder
+
+_MAX_WORKERS = 16
+_WINDOW_BATCHES = 2  # batches decoded ahead of the one on the device
+
+
+def default_workers() -> int:
+    """Decoding threads: as many as this process may use cores, within reason."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _MAX_WORKERS)
+
+
+def patches(image: PreparedImage) -> int:
+    return prod(image.grid_thw)
+
+
+def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[ImageFeatures]:
+    """Features of all images in input order."""
+    if not images:
+        return []
+    prepared = _prepare_all(encoder, images)
+    features: list[ImageFeatures | None] = [None] * len(images)
+    for batch in pack([patches(image) for image in prepared], encoder.max_batch_tokens):
+        outputs = encoder.encode_prepared([prepared[index] for index in batch])
+        for index, output in zip(batch, outputs, strict=True):
+            features[index] = output
+    assert all(feature is not None for feature in features)
+    return [feature for feature in features if feature is not None]
+
+
+def _prepare_all(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[PreparedImage]:
+    workers = min(default_workers(), len(images))
+    if workers == 1:
+        return [encoder.processor.prepare(image) for image in images]
+    with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
+        return list(pool.map(encoder.processor.prepare, images))
+
+
+def stream_in_order(
+    encoder: AnyEncoder,
+    images: Iterable[ImageInput],
+    *,
+    workers: int | None = None,
+) -> Iterator[ImageFeatures]:
+    """Features one after the other, in input order, with a bounded number of images in memory.
+
+    Decoding runs ahead by a window; each time the device is free, what is decoded and next in line
+    goes as one batch.
+    """
+    source = iter(images)
+    workers = workers or default_workers()
+    with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
+        waiting: deque[Future[PreparedImage]] = deque()
+        held: deque[PreparedImage] = deque()
+        ahead = 2 * workers
+        try:
+            while True:
+                for image in itertools.islice(source, max(ahead - len(waiting), 0)):
+                    waiting.append(pool.submit(encoder.processor.prepare, image))
+                if not waiting and not held:
+                    return
+                while waiting and sum(map(patches, held)) < encoder.max_batch_tokens:
+                    held.append(waiting.popleft().result())
+                    for image in itertools.islice(source, 1):
+                        waiting.append(pool.submit(encoder.processor.prepare, image))
+                first = pack([patches(image) for image in held], encoder.max_batch_tokens)[0]
+                batch = [held.popleft() for _ in first]
+                yield from encoder.encode_prepared(batch)
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,121 @@
+"""Runs a tower over a batch: plan to the device, patches in, forward, features out.
+
+Shapes: T patches, P values of one patch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitrt.attention.registry import AttentionChoice
+from vitrt.engine.feed import PatchFeed
+from vitrt.layers.cache import ByteCache
+from vitrt.models.device_plan import DevicePlan, PlanLayout, pack_plan, view_plan
+from vitrt.models.plan import ForwardPlan
+from vitrt.models.tower import TowerOutput, VisionTower
+
+_PACKED_CACHE_BYTES = 64 << 20  # page-locked where the device is a GPU
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """What ran how since the encoder was made."""
+
+    hits: Counter[int] = field(default_factory=Counter)  # replays by bucket, in patches
+    eager: Counter[str] = field(default_factory=Counter)  # eager forwards by reason
+    captures: int = 0
+    evictions: int = 0
+    patches: int = 0  # real ones, of replays
+    padding: int = 0  # padded rows, of replays
+    graph_bytes: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Padded rows over all rows that graphs ran."""
+        return self.padding / max(self.padding + self.patches, 1)
+
+    @property
+    def hit_rate(self) -> float:
+        """Replays over all forwards."""
+        replays = self.hits.total()
+        return replays / max(replays + self.eager.total(), 1)
+
+
+class EagerRunner:
+    """Every batch on its own: exact sizes, nothing recorded."""
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        attention: AttentionChoice,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.tower = tower
+        self.attention = attention
+        self.device = device
+        self.dtype = dtype
+        self.stats = RunnerStats()
+        self._packed: ByteCache[object, Tensor] = ByteCache(_PACKED_CACHE_BYTES)
+
+    def run(
+        self,
+        plan: ForwardPlan,
+        feed: PatchFeed,
+        keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
+    ) -> TowerOutput:
+        """Features of the batch, in tensors of their own. `keep_hidden`: layers to return hidden
+        states of; without `merged` nothing else.
+        """
+        return self.run_eager(plan, feed, "graphs are off", keep_hidden, merged=merged)
+
+    def run_eager(
+        self,
+        plan: ForwardPlan,
+        feed: PatchFeed,
+        reason: str,
+        keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
+    ) -> TowerOutput:
+        self.stats.eager[reason] += 1
+        layout = PlanLayout.exact(plan).fed_by(feed.kind)
+        buffer = self.pack(plan, layout, feed).to(self.device, non_blocking=True)
+        views = view_plan(buffer, layout, plan, max_seqlen=plan.max_seqlen, padded=False)
+        width = self.tower.config.patch_dim
+        patches = torch.empty(plan.num_patches, width, dtype=self.dtype, device=self.device)
+        feed.write(patches, views.feed, plan.num_patches)
+        return self.forward(patches, views, self.attention, keep_hidden, merged=merged)
+
+    def pack(self, plan: ForwardPlan, layout: PlanLayout, feed: PatchFeed) -> Tensor:
+        """The packed plan on the host, ready to be copied; kept, so a grid that returns costs
+        nothing.
+        """
+        pinned = self.device.type == "cuda"
+        return self._packed.get(
+            (plan.grids, layout, feed.key),
+            lambda: pack_plan(plan, layout, feed=feed.rows(plan), pinned=pinned),
+        )
+
+    def pack_unfed(self, plan: ForwardPlan, layout: PlanLayout) -> Tensor:
+        """The packed plan without patches to go with it."""
+        return pack_plan(plan, layout, feed=None, pinned=self.device.type == "cuda")
+
+    def forward(
+        self,
+        patches: Tensor,
+        plan: DevicePlan,
+        attention: AttentionChoice,
+        keep_hidden: Sequence[int] = (),
+        *,
+        merged: bool = True,
+    ) -> TowerOutput:
+        with torch.inference_mode():
+            return self.tower(patches, plan, attention, keep_hidden, merged=merged)

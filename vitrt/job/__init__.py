@@ -1,0 +1,1 @@
+"""`vitrt encode`: listing, decoding ahead, the device, writing behind, over one rank or many."""

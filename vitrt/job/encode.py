@@ -1,0 +1,267 @@
+"""`vitrt encode`: a checkpoint, inputs and an output folder -> a finished run.
+
+Everything that can be wrong with the model or the arguments is found out before the folder is
+touched. Several ranks share a folder through `Ranks`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from vitrt.config import RuntimeConfig
+from vitrt.distributed import SINGLE, ParallelContext
+from vitrt.encoder import VisionEncoder
+from vitrt.engine.dense import AnyEncoder, DenseEncoder, check_layers
+from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.job.done import DoneIndex
+from vitrt.job.leader import Leader, follow, leading
+from vitrt.job.listing import InputError, Inputs, Source, any_image
+from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
+from vitrt.job.progress import Progress, Snapshot
+from vitrt.output import DEFAULT_SHARD_MIB, FeatureWriter
+from vitrt.store.durable import flush_folder, make_folder
+from vitrt.store.lock import FolderLock
+from vitrt.store.manifest import RunIdentity, layers_text
+from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
+from vitrt.weights import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_SUMMED = (
+    "listed",
+    "resumed",
+    "images",
+    "tokens",
+    "skipped",
+    "images_per_second",
+    "tokens_per_second",
+)
+_SAMPLE_BYTES = 2048  # at each end of a tensor, that a fingerprint looks at
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOptions:
+    """What the user chose for a run over a folder. The CLI takes its defaults from these fields."""
+
+    workers: int | None = None  # decoding threads; None: one for each core
+    shard_mib: float = DEFAULT_SHARD_MIB
+    pool: Literal["none", "mean"] = "none"
+    on_error: Literal["skip", "fail"] = "skip"
+    overwrite: bool = False
+    layers: tuple[int, ...] = ()  # also keep the hidden states after these
+    merged: bool = True  # False: keep nothing else
+
+    def __post_init__(self) -> None:
+        if self.pool == "mean" and self.layers:
+            raise ValueError(
+                f"pool 'mean' keeps one row an image and no hidden states of layers "
+                f"{layers_text(self.layers)}; use pool 'none' or no layers"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if not self.shard_mib > 0:
+            raise ValueError(f"shard_mib must be above 0, got {self.shard_mib}")
+
+
+class Ranks(Protocol):
+    """This process's part of a job that several ranks do."""
+
+    rank: int  # of those that write, from 0
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order: returns when all have called this. After an
+        interrupt it may be fewer.
+        """
+        ...
+
+    def share(self, sources: Iterable[Source]) -> Iterable[Source]:
+        """The part of the sources that falls to this rank; each goes to exactly one."""
+        ...
+
+
+class Alone:
+    """The only rank."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def share(self, sources: Iterable[Source]) -> Iterable[Source]:
+        return sources
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did, on all ranks."""
+
+    state: Snapshot
+    interrupted: bool
+
+    @classmethod
+    def of(cls, reports: Sequence[Mapping[str, Any]]) -> Summary:
+        """The sum of what each rank did, this one's report first."""
+        state = Snapshot(**reports[0]["state"])
+        totals = {name: sum(report["state"][name] for report in reports) for name in _SUMMED}
+        return cls(replace(state, **totals), any(report["interrupted"] for report in reports))
+
+
+def encode_folder(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    inputs: Inputs,
+    output: Path,
+    options: EncodeOptions,
+    *,
+    progress: Progress,
+    stop: Stop,
+    ranks: Ranks | None = None,
+    parallel: ParallelContext = SINGLE,
+) -> Summary:
+    """Encode every image of `inputs` that `output` does not hold yet.
+
+    Raises:
+        ValueError: about the model, the inputs, or a folder of another run; nothing was written.
+        OutputError: the disk refused; what was finished before stays valid.
+        SkippedImageError: an unusable image, where `options` say to fail.
+    """
+    ranks = ranks or Alone()
+    if not any_image(inputs):
+        raise InputError("the inputs hold no image")
+    identity = run_identity(checkpoint, runtime, options)
+    if not options.overwrite:
+        check_identity(output, identity)
+    encoder = _load(checkpoint, runtime, options, parallel)
+    progress.restart()
+    if ranks.rank == 0:
+        lock = _prepare(output, identity, overwrite=options.overwrite)
+    ranks.gather(None)
+    if ranks.rank > 0:
+        lock = FolderLock(output, ranks.rank)
+    with lock:
+        with leading(encoder) as leader:
+            outcome = _run(leader, inputs, output, identity, options, progress, stop, ranks)
+        report = {
+            "state": asdict(progress.snapshot()),
+            "interrupted": outcome.interrupted,
+            "dropped": outcome.dropped,
+        }
+        reports = ranks.gather(report)
+        if ranks.rank == 0 and len(reports) == ranks.size:
+            dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
+            compact(output, dropped)
+            flush_folder(output)
+    return Summary.of(reports)
+
+
+def follow_leader(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    options: EncodeOptions,
+    parallel: ParallelContext,
+) -> None:
+    """Be one of the ranks that share a tower with the one that runs `encode_folder`."""
+    follow(_load(checkpoint, runtime, options, parallel))
+
+
+def _load(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    options: EncodeOptions,
+    parallel: ParallelContext,
+) -> AnyEncoder:
+    encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
+    if options.layers or not options.merged:
+        return DenseEncoder(encoder, options.layers, merged=options.merged)
+    return encoder
+
+
+def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
+    make_folder(output)
+    lock = FolderLock(output)
+    try:
+        if overwrite:
+            clear(output)
+        check_identity(output, identity)
+        recover(output)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _run(
+    encoder: AnyEncoder | Leader,
+    inputs: Inputs,
+    output: Path,
+    identity: RunIdentity,
+    options: EncodeOptions,
+    progress: Progress,
+    stop: Stop,
+    ranks: Ranks,
+) -> Outcome:
+    done = DoneIndex(output)
+    if len(done):
+        logger.info("%s holds %d images already", output, len(done))
+    writer = FeatureWriter(
+        output,
+        identity,
+        rank=ranks.rank,
+        first_shard=ShardNumbers(output).take(ranks.rank),
+        shard_mib=options.shard_mib,
+        merge_size=encoder.processor.merge_size,
+    )
+    pipeline = PipelineOptions(
+        workers=options.workers, on_error=options.on_error, pool=options.pool == "mean"
+    )
+    sources = ranks.share(inputs)
+    return encode_sources(encoder, sources, writer, done, pipeline, progress=progress, stop=stop)
+
+
+def run_identity(
+    checkpoint: Checkpoint, runtime: RuntimeConfig, options: EncodeOptions
+) -> RunIdentity:
+    """What decides the features of an image, apart from the image."""
+    dtype = resolve_dtype(runtime.dtype, resolve_device(runtime.device))
+    depth = checkpoint.vision_config().depth
+    layers = check_layers(options.layers, depth, merged=options.merged)
+    preprocessor = checkpoint.preprocessor_config()
+    return RunIdentity(
+        model=checkpoint.name,
+        model_type=checkpoint.vision_config().model_type,
+        weights=fingerprint(checkpoint),
+        dtype=str(dtype).removeprefix("torch."),
+        min_pixels=runtime.min_pixels or preprocessor.min_pixels,
+        max_pixels=runtime.max_pixels or preprocessor.max_pixels,
+        resize=runtime.resize,
+        pool=options.pool,
+        layers=layers_text(layers),
+        merged=options.merged,
+    )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Sixteen hex digits that change with the tower: its config and a sample of every tensor.
+
+    The same for a tower that was moved, renamed or extracted.
+    """
+    preprocessor = checkpoint.preprocessor_config()
+    config = checkpoint.vision_config().to_dict()
+    config["image"] = [*preprocessor.image_mean, *preprocessor.image_std]
+    digest = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
+    for name, info in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        with info.file.open("rb") as file:
+            file.seek(info.offset)
+            digest.update(file.read(min(info.nbytes, _SAMPLE_BYTES)))
+            file.seek(info.offset + max(info.nbytes - _SAMPLE_BYTES, 0))
+            digest.update(file.read(min(info.nbytes, _SAMPLE_BYTES)))
+    return digest.hexdigest()

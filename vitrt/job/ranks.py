@@ -1,0 +1,78 @@
+"""A command line run by several ranks: where this process stands, and that all end together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vitrt.distributed import AllReduce, ParallelContext
+from vitrt.engine.batching import default_workers
+from vitrt.job.pipeline import Stop
+from vitrt.job.watchdog import Watchdog
+from vitrt.job.work_queue import SharedWork
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """This process's part."""
+
+    parallel: ParallelContext
+    shared: SharedWork | None  # None: alone, or a rank that only follows its leader
+    workers: int | None = None  # decoding threads that leave the other ranks their cores
+
+    @property
+    def follows(self) -> bool:
+        return self.parallel.tp_rank > 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.parallel.tp_rank == self.parallel.dp_rank == 0
+
+
+@contextmanager
+def open_job(tp: int, *, device: str, stop: Stop, all_reduce: AllReduce = "auto") -> Iterator[Job]:
+    """The job that torchrun started, or this process alone.
+
+    Leaving it waits for the other ranks; leaving it by an exception ends them.
+
+    Raises ValueError where the ranks cannot be arranged; PeerFailedError where another one failed.
+    """
+    parallel = ParallelContext.from_env(tp, all_reduce=all_reduce, device=device)
+    if parallel.store is None:
+        yield Job(parallel, None)
+        return
+    rank, world = parallel.dp_rank * tp + parallel.tp_rank, parallel.dp_size * tp
+
+    def on_failure() -> None:
+        if parallel.tp_rank:
+            os._exit(1)  # it has nothing to save, and waits for its leader
+        stop.request()
+
+    with Watchdog(parallel.store, rank, world, on_failure=on_failure) as watchdog:
+        if parallel.tp_rank:
+            yield Job(parallel, None)
+        else:
+            shared = SharedWork(
+                parallel.store,
+                parallel.dp_rank,
+                parallel.dp_size,
+                check=watchdog.check,
+                leaving=lambda: stop.requested,
+            )
+            yield Job(parallel, shared, _share_of_cores(tp))
+            watchdog.check()
+            shared.gather(None)
+    parallel.close()
+
+
+def _share_of_cores(tp: int) -> int:
+    """Decoding threads of one of the ranks on this host that decode."""
+    decoding = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // tp, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(min(default_workers(), (cores or 1) // decoding), 1)

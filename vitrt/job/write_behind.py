@@ -1,0 +1,91 @@
+"""Features and errors written by a thread of their own, a few batches behind the device."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vitrt.job.device_stage import Encoded
+from vitrt.job.progress import Progress
+from vitrt.output import FeatureWriter, tokens_of
+
+_QUEUED = 2  # batches that wait for the writer: each holds its features on the device or the host
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that is not encoded, and why."""
+
+    id: str
+    error_class: str
+    message: str
+
+
+Message: TypeAlias = Encoded | Skipped | None  # None: finish
+
+
+class WriteBehind:
+    """Hands what it is given to a FeatureWriter, in order. The writer's errors surface in `put`."""
+
+    def __init__(
+        self,
+        writer: FeatureWriter,
+        progress: Progress,
+        replaced: Callable[[str], str | None],
+    ) -> None:
+        """`replaced` names the shard that holds an older state of an image of that id."""
+        self._writer = writer
+        self._progress = progress
+        self._replaced = replaced
+        self._queue: queue.Queue[Message] = queue.Queue(_QUEUED)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="vitrt-write", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Batches not yet taken up."""
+        return self._queue.qsize()
+
+    def put(self, message: Encoded | Skipped) -> None:
+        """Wait for room, then queue. Raises what the writer raised."""
+        self._put(message)
+
+    def finish(self) -> None:
+        """Write everything, the shard in hand as well, and return when it is durable."""
+        self._put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _put(self, message: Message) -> None:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return self._queue.put(message, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _run(self) -> None:
+        try:
+            while (message := self._queue.get()) is not None:
+                if isinstance(message, Skipped):
+                    self._writer.add_error(message.id, message.error_class, message.message)
+                    self._progress.count_skipped()
+                else:
+                    self._write(message)
+            self._writer.close()
+        except BaseException as error:
+            self._writer.wait()  # nothing writes on after `finish`
+            self._failure = error
+
+    def _write(self, encoded: Encoded) -> None:
+        encoded.wait()
+        for source, features in zip(encoded.sources, encoded.features, strict=True):
+            self._writer.add(source, features, replaces=self._replaced(source.id))
+        tokens = sum(map(tokens_of, encoded.features))
+        self._progress.count_batch(len(encoded.sources), tokens, encoded.seconds)

@@ -1,0 +1,1 @@
+"""The files of an output folder and their durability, behind vitrt/output.py."""

@@ -1,0 +1,228 @@
+"""Reads a whole output folder back and names everything in it that is not as a run leaves it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vitrt.store.feature_shard import ShardError, ShardHeader, read_header
+from vitrt.store.manifest import (
+    SHARD_NAME,
+    TEMPORARY_NAME,
+    Entry,
+    iter_manifest,
+    manifests,
+    matching,
+    parse_layers,
+    torn_from,
+)
+
+# What must be the same in every shard of a folder.
+_SHARED = (
+    "model_type",
+    "weights",
+    "dtype",
+    "min_pixels",
+    "max_pixels",
+    "resize",
+    "pool",
+    "layers",
+    "merged",
+)
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What a check found."""
+
+    images: int = 0
+    tokens: int = 0
+    shards: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def check_folder(folder: str | Path) -> CheckResult:
+    """Verify an output folder: every manifest line has its tensors, shapes fit grids, values are
+    finite, no image is there twice, and nothing is there that no line names.
+
+    Reads every byte, one tensor at a time. Raises ValueError where `folder` is no output folder.
+    """
+    return _Check(Path(folder)).run()
+
+
+class _Check:
+    def __init__(self, folder: Path) -> None:
+        if not manifests(folder):
+            raise ValueError(
+                f"{folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
+            )
+        self.folder = folder
+        self.result = CheckResult()
+        self._seen: Counter[str] = Counter()
+        self._listed: set[str] = set()
+        self._shared: dict[str, str] | None = None
+        self._layout: tuple[int, int] | None = None  # output width, deepstack levels
+
+    def run(self) -> CheckResult:
+        for path in manifests(self.folder):
+            self._manifest(path)
+        self._twice()
+        for path in matching(self.folder, SHARD_NAME):
+            if path.name not in self._listed:
+                self._problem(f"{path.name}: no manifest names it")
+        for path in matching(self.folder, TEMPORARY_NAME):
+            self._problem(f"{path.name}: a leftover of a run that was killed")
+        return self.result
+
+    def _problem(self, text: str) -> None:
+        self.result.problems.append(text)
+
+    def _manifest(self, path: Path) -> None:
+        _, torn = torn_from(path)
+        if torn:
+            self._problem(f"{path.name}: {torn} line(s) at its end are torn or no entries")
+        for name, group in groupby(iter_manifest(path), key=lambda entry: entry.shard):
+            entries = list(group)
+            self._seen.update(entry.id for entry in entries)
+            for entry in entries:
+                if entry.replaces is not None:
+                    self._problem(
+                        f"{entry.id}: {entry.replaces} may still hold older features of it"
+                    )
+            if name in self._listed:
+                self._problem(f"{name}: its images are listed in more than one place")
+            self._listed.add(name)
+            self._shard(name, entries)
+
+    def _twice(self) -> None:
+        for image_id, times in self._seen.items():
+            if times > 1:
+                self._problem(f"{image_id}: listed {times} times")
+        self.result.images = len(self._seen)
+
+    def _shard(self, name: str, entries: list[Entry]) -> None:
+        path = self.folder / name
+        try:
+            header = read_header(path)
+            shard = safe_open(path, framework="pt")
+        except (ShardError, OSError) as error:
+            self._problem(f"{len(entries)} images of {name} are lost: {error}")
+            return
+        self.result.shards += 1
+        self.result.bytes += path.stat().st_size
+        self._metadata(name, header)
+        expected: set[str] = set()
+        with shard:
+            for entry in entries:
+                expected |= self._image(entry, header, shard)
+        for orphan in sorted(header.tensors.keys() - expected):
+            self._problem(f"{name}: no manifest line for tensor {orphan!r}")
+
+    def _metadata(self, name: str, header: ShardHeader) -> None:
+        shared = {key: header.metadata.get(key, "") for key in _SHARED}
+        if self._shared is None:
+            self._shared = shared
+        for key, value in shared.items():
+            if value != self._shared[key]:
+                self._problem(f"{name}: {key} is {value}, in other shards {self._shared[key]}")
+
+    def _image(self, entry: Entry, header: ShardHeader, shard: Any) -> set[str]:
+        """Check one image; the names of the tensors it should have."""
+        merge = int(header.metadata.get("merge_size", "2"))
+        t, h, w = entry.grid_thw
+        if h % merge or w % merge or t * h * w != entry.tokens * merge**2:
+            self._problem(f"{entry.id}: {entry.tokens} tokens do not fit the grid {t} x {h} x {w}")
+        self.result.tokens += entry.tokens
+        if header.metadata.get("pool") == "mean":
+            names = {f"{entry.id}/pooled": "F32"}
+        else:
+            dtype = _DTYPES.get(header.metadata.get("dtype", ""), "")
+            names = {f"{entry.id}/embeddings": dtype, f"{entry.id}/grid_thw": "I64"}
+            if f"{entry.id}/deepstack" in header.tensors:
+                names[f"{entry.id}/deepstack"] = dtype
+            if parse_layers(header.metadata):
+                names[f"{entry.id}/hidden"] = dtype
+        for tensor, dtype in names.items():
+            if tensor not in header.tensors:
+                self._problem(f"{entry.id}: {entry.shard} has no tensor {tensor!r}")
+            elif header.tensors[tensor].dtype != dtype:
+                found = header.tensors[tensor].dtype
+                self._problem(f"{tensor}: its dtype is {found}, its shard says {dtype}")
+        self._shapes(entry, header)
+        self._values(entry, shard, header.tensors.keys() & names.keys())
+        return set(names)
+
+    def _shapes(self, entry: Entry, header: ShardHeader) -> None:
+        def shape(kind: str) -> tuple[int, ...] | None:
+            span = header.tensors.get(f"{entry.id}/{kind}")
+            return None if span is None else span.shape
+
+        pooled, embeddings, deepstack = map(shape, ("pooled", "embeddings", "deepstack"))
+        if pooled is not None:
+            found = pooled
+            expected: tuple[int, ...] = (pooled[-1] if pooled else 0,)
+        elif embeddings is not None:
+            rows = 0 if header.metadata.get("merged") == "False" else entry.tokens
+            found, expected = embeddings, (rows, embeddings[-1] if embeddings else 0)
+        else:
+            return  # reported as missing
+        if found != expected:
+            self._problem(f"{entry.id}: shape {list(found)}, its grid gives {list(expected)}")
+            return
+        levels = 0 if deepstack is None else deepstack[0]
+        if deepstack is not None and deepstack != (levels, *expected):
+            self._problem(
+                f"{entry.id}: deepstack of shape {list(deepstack)} beside embeddings of shape "
+                f"{list(expected)}"
+            )
+        self._hidden_shape(entry, header)
+        if self._layout is None:
+            self._layout = expected[-1], levels
+        if self._layout != (expected[-1], levels):
+            self._problem(
+                f"{entry.id}: width {expected[-1]} with {levels} deepstack levels, other images "
+                f"have {self._layout[0]} with {self._layout[1]}"
+            )
+
+    def _hidden_shape(self, entry: Entry, header: ShardHeader) -> None:
+        span = header.tensors.get(f"{entry.id}/hidden")
+        if span is None:
+            return  # not asked for, or reported as missing
+        width = span.shape[-1] if span.shape else 0
+        expected = (len(parse_layers(header.metadata)), *entry.grid_thw, width)
+        if span.shape != expected:
+            self._problem(
+                f"{entry.id}: hidden of shape {list(span.shape)}, its shard's layers and its grid "
+                f"give {list(expected)}"
+            )
+
+    def _values(self, entry: Entry, shard: Any, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            tensor = shard.get_tensor(name)
+            if name == f"{entry.id}/grid_thw":
+                if tensor.tolist() != list(entry.grid_thw):
+                    self._problem(
+                        f"{name}: {tensor.tolist()}, the manifest says {list(entry.grid_thw)}"
+                    )
+            elif not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                self._problem(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
+
+
+def report(result: CheckResult) -> Iterator[str]:
+    """The result as lines for people."""
+    yield from result.problems
+    verdict = f"{len(result.problems)} problem(s)" if result.problems else "no problem"
+    yield (
+        f"{result.images} images, {result.tokens} tokens, {result.shards} shards, "
+        f"{result.bytes / (1 << 20):.1f} MiB: {verdict}"
+    )
