@@ -211,7 +211,7 @@ def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
     choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
     assert choice.full_for(4096).name == "fa4"
-    assert choice.full_for(1296).name == "fa3"
+    assert choice.full_for(512).name == "fa3"
     assert choice.full.capturable
     single = resolve("auto", device="cuda", dtype=torch.float32, head_dim=80)
     assert single.full.name == single.window.name == "sdpa"
