@@ -38,9 +38,10 @@ class FlashAttention2:
 def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if not installed(_MODULE):
         return f"{_MODULE} is not installed (pip install flash-attn)"
-    return not_nvidia(
-        device, (8, 0), (13, 0), "an NVIDIA GPU of compute capability 8.0 or newer"
-    ) or (wrong_shape(dtype, head_dim, HALF_PRECISION, 256))
+    made_for = "an NVIDIA GPU of compute capability 8.0 or newer"
+    return not_nvidia(device, (8, 0), (13, 0), made_for) or wrong_shape(
+        dtype, head_dim, HALF_PRECISION, 256
+    )
 
 
 def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:

@@ -54,8 +54,9 @@ def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     if not any(installed(module) for module in _MODULES):
         return f"none of {', '.join(_MODULES)} is installed (pip install fa3-fwd)"
     # bfloat16 alone: the published builds leave float16 out.
-    return not_nvidia(device, (9, 0), (10, 0), "a Hopper GPU (compute capability 9.0)") or (
-        wrong_shape(dtype, head_dim, (torch.bfloat16,), 256)
+    made_for = "a Hopper GPU (compute capability 9.0)"
+    return not_nvidia(device, (9, 0), (10, 0), made_for) or wrong_shape(
+        dtype, head_dim, (torch.bfloat16,), 256
     )
 
 

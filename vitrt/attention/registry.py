@@ -83,10 +83,7 @@ class AutoBackend:
         self.capturable = all(backend.capturable for _, backend in table)
 
     def select(self, max_seqlen: int) -> AttentionBackend:
-        """The backend for segments of at most `max_seqlen` patches:
-
-        always the same object for the same length.
-        """
+        """The backend for segments of at most `max_seqlen` patches: one and the same for each."""
         return next(backend for shortest, backend in self._table if max_seqlen >= shortest)
 
     def __call__(

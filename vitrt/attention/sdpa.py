@@ -27,14 +27,11 @@ _ROWS_WORTH_A_CALL = 256
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Segments of one length that share a call:
-
-    rows [start, start + count * length), or the listed rows.
-    """
+    """Segments of one length that share a call."""
 
     length: int
     count: int
-    start: int
+    start: int  # first of count * length neighbouring rows; unused where `rows` lists them
     rows: Tensor | None  # int64 [count * length]; None where the rows are neighbours
 
 
@@ -100,10 +97,7 @@ def _attend(qkv: Tensor, batch: _Batch) -> Tensor:
 
 
 class VarlenSdpaBackend:
-    """torch.nn.attention.varlen on CUDA:
-
-    FlashAttention-2 as PyTorch ships it, over strided views of qkv.
-    """
+    """FlashAttention-2 as PyTorch ships it, torch.nn.attention.varlen, on strided views of qkv."""
 
     name = "sdpa"
     capturable = True

@@ -10,10 +10,7 @@ from vitrt.attention.probe import HALF_PRECISION, not_triton, wrong_shape
 
 
 class WindowBackend:
-    """One program a window:
-
-    q, k and v are read once, rotated on the way, and the output is written once.
-    """
+    """One launch over the windows; q and k are rotated on the way."""
 
     name = "window"
     capturable = True

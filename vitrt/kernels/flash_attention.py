@@ -1,9 +1,10 @@
-"""Variable-length attention for full layers, over the packed qkv, without copies and without padded
-head sizes.
+"""Variable-length attention for full layers, over the packed qkv without copying it.
 
 Shapes: T patches, H heads, Dh head size, C entries of the work list, M query rows and N key rows of
-a block. The head is split into two powers of two, MAIN + TAIL: 80 = 64 + 16 costs nothing over the
-true size, 72 costs 80. Padding it to 128 would cost 1.6 times the matrix products.
+a block.
+
+The head is split into two powers of two, MAIN + TAIL: 80 = 64 + 16 costs nothing over the true
+size, 72 costs 80. Padding it to 128 would cost 1.6 times the matrix products.
 """
 
 from __future__ import annotations
@@ -46,12 +47,11 @@ def _flash_kernel(
     TAIL: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Programs stride over (tile, M rows of it, head), so that a list with room for more costs
-    nothing.
+    """Attention by persistent programs, which stride over (tile, M rows of it, head).
 
     `tiles` [C, 3] holds (first query row, segment start, segment end); with TILE = 0 it is
-    cu_seqlens and each segment is one tile. The heads of a tile are neighbours in the order of
-    work: their rows of k and v are neighbours in memory.
+    cu_seqlens and each segment is one tile. Entries past `count` cost nothing. The heads of a tile
+    are neighbours in the order of work: their rows of k and v are neighbours in memory.
     """
     STRIDE: tl.constexpr = 3 * H * D
     PARTS: tl.constexpr = TILE // M if TILE else 1
@@ -124,13 +124,10 @@ def _flash_kernel(
 
 @dataclass(frozen=True, slots=True)
 class FlashTiling:
-    """How the kernel is cut:
+    """How the kernel's work is cut, and how Triton compiles it."""
 
-    block_m 64 or 128 query rows, block_n key rows, and how Triton compiles it.
-    """
-
-    block_m: int
-    block_n: int
+    block_m: int  # query rows, 64 or 128
+    block_n: int  # key rows
     warps: int
     stages: int
     per_processor: int  # programs on a multiprocessor; many: the hardware schedules them
@@ -156,9 +153,8 @@ def split_head(head_dim: int) -> tuple[int, int]:
 
 def _tiling(qkv: Tensor) -> FlashTiling:
     if qkv.itemsize == 4:
-        return FlashTiling(
-            32, 32, 4, 2, 2
-        )  # products outside the tensor cores: registers are short
+        # Products run outside the tensor cores, and registers are short.
+        return FlashTiling(32, 32, 4, 2, 2)
     if is_hopper(qkv.device) and qkv.shape[-1] <= 96:
         return VARIANTS[0]
     return FlashTiling(128, 64, 8, 2, 1)

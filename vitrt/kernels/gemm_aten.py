@@ -69,8 +69,7 @@ def on_cpu(
     """Plain PyTorch, in place on what the products allocate."""
     if kind == "swiglu":
         # Two products with every second row of the weight (BLAS takes the row stride as it is): one
-        # product would leave its halves interleaved, and silu of every second column is not
-        # vectorised.
+        # product would leave gate and up interleaved, and silu of every second column is slow.
         gate_bias, up_bias = (None, None) if bias is None else (bias[0::2], bias[1::2])
         result = F.silu(F.linear(x, weight[0::2], gate_bias), inplace=True)
         result.mul_(F.linear(x, weight[1::2], up_bias))

@@ -45,9 +45,8 @@ def _patchify_kernel(
     level = tl.load(source, mask=live, other=0).to(tl.int32)
     values = tl.load(table + channel * 256 + level, mask=live, other=0.0)
     tl.store(target, values.to(out.dtype.element_ty), mask=inside)
-    moves = live & (
-        frame_bytes != 0
-    )  # the frames of an image are one: read once, written FRAMES times
+    # The frames of an image are one and the same: read once, written FRAMES times.
+    moves = live & (frame_bytes != 0)
     for frame in tl.static_range(1, FRAMES):
         level = tl.load(source + frame * frame_bytes, mask=moves, other=0).to(tl.int32)
         other = tl.load(table + channel * 256 + level, mask=moves, other=0.0)
@@ -136,11 +135,12 @@ def patchify(
 ) -> Tensor:
     """Gather patches from raw images and normalise them; returns [T, 3 * t * p * p] in `dtype`.
 
-    pixels: uint8 [B], images [frame, height, width, 3] one after the other.
-    sources: int32 [T, 3], for each patch the byte of its first pixel, the bytes of a pixel row of
-    its image, and the bytes from a frame to the next (0: the frame is repeated). A negative first
-    byte marks a row of padding, which is set to zero.
-    table: float32 [3, 256], every channel's levels normalised; the result is exactly its rounding.
+    Args:
+        pixels: uint8 [B], images [frame, height, width, 3] one after the other.
+        sources: int32 [T, 3], for each patch the byte of its first pixel, the bytes of a pixel row
+            of its image, and the bytes from a frame to the next (0: the frame is repeated). A
+            negative first byte marks a row of padding, which is set to zero.
+        table: float32 [3, 256], every channel's levels normalised, which the result rounds once.
     """
     width = 3 * temporal_patch_size * patch_size * patch_size
     if out is None:

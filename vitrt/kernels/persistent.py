@@ -1,7 +1,4 @@
-"""How many programs a persistent kernel is launched with:
-
-enough to fill the device, never more than the work.
-"""
+"""How many programs a persistent kernel is launched with: the device full, none without work."""
 
 from __future__ import annotations
 
@@ -11,16 +8,13 @@ import torch
 
 
 @lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU (an XPU calls them subslices).
-
-    The interpreter's few programs share each other's work.
-    """
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an XPU calls them subslices."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
         return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 2
+    return 2  # Triton's interpreter: few, so that each program strides over several items
 
 
 @lru_cache(maxsize=16)
@@ -33,4 +27,4 @@ def is_hopper(device: torch.device) -> bool:
 
 def programs(work: int, per_processor: int, device: torch.device) -> int:
     """The grid for at most `work` items, `per_processor` programs on each multiprocessor."""
-    return max(1, min(work, _processors(device) * per_processor))
+    return max(1, min(work, processors(device) * per_processor))

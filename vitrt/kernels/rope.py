@@ -1,8 +1,9 @@
 """Rotary position embedding of q and k, one launch, in place on the packed qkv.
 
-Shapes: T patches, H heads, Dh head size, P positions of the table.
-NeoX halves: dimension i pairs with i + Dh/2 and turns by frequency i of Dh/2; the first Dh/4
-frequencies follow the patch's row, the rest its column.
+Shapes: T patches, H heads, Dh head size.
+
+Halves are paired as in NeoX: dimension i with i + Dh/2, turned by frequency i of Dh/2. The first
+Dh/4 frequencies follow the patch's row, the rest its column.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Attention inside windows of at most 64 patches, RoPE included: q, k and v are read once, the
-output written once.
+"""Attention inside windows of at most 64 patches, RoPE included: one read and one write.
 
-Shapes: T patches, S windows, H heads, Dh head size, P positions of the table.
+Shapes: T patches, H heads, Dh head size.
 
 A varlen flash kernel is bound here by everything but its products: 64-row tiles hide no latency,
 and RoPE as a kernel of its own reads and writes q and k once more. This one is meant to run at the
@@ -158,12 +157,9 @@ def _window_kernel(
 
 @dataclass(frozen=True, slots=True)
 class WindowTiling:
-    """How the kernel is cut:
+    """How the kernel's work is cut, and how Triton compiles it."""
 
-    heads a program does one after the other, and how Triton compiles it.
-    """
-
-    heads: int  # a power of two; the largest that divides H too is taken
+    heads: int  # that a program does in turn; a power of two, lowered to one that divides H
     keep: bool  # hold the angles in registers from head to head
     warps: int
     stages: int  # software pipeline over a program's heads, or over its windows where heads is 1
@@ -193,10 +189,7 @@ _ROOMY = WindowTiling(1, False, 4, 1, 2)  # for where 128 registers are too few
 
 
 def split_pairs(head_dim: int) -> tuple[int, int]:
-    """(A, B):
-
-    pairs taken as whole tiles, and the width of the tile for the dims left over (0 for none).
-    """
+    """(A, B): pairs taken as whole tiles, and the width of the tile for the rest (0 for none)."""
     half = head_dim // 2
     pairs = max(16, pow2_floor(half))
     left = max(half - pairs, 0)
@@ -255,8 +248,7 @@ def window_attention_ref(qkv: Tensor, segments: Segments, rotary: Rotary, out: T
 
 
 def window_attention(qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor) -> Tensor:
-    """Attention within windows of at most 64 patches, scaled by Dh ** -0.5; q and k are rotated on
-    the way.
+    """RoPE, then attention within windows of at most 64 patches, scaled by Dh ** -0.5.
 
     qkv [T, 3, H, Dh] contiguous and unrotated (it is left so), Dh a multiple of 8 up to 128. Writes
     the rows of `segments` into out [T, H * Dh] and returns it. ValueError for a longer segment.

@@ -18,10 +18,9 @@ V = TypeVar("V", bound=Sized)
 
 
 class ByteCache(Generic[K, V]):
-    """Values by key, dropped oldest use first once they hold more than `max_bytes`. Safe between
-    threads.
+    """Values by key, dropped oldest use first once they hold more than `max_bytes`.
 
-    A value larger than the whole budget is computed and returned but not kept.
+    Threads may share one. A value larger than the whole budget is computed and returned, not kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -36,9 +35,7 @@ class ByteCache(Generic[K, V]):
         return len(self._values)
 
     def get(self, key: K, compute: Callable[[], V]) -> V:
-        """The value of `key`, computed if it is not held. Two threads may compute the same value at
-        once.
-        """
+        """The value of `key`, computed if it is not held, perhaps by two threads at once."""
         with self._lock:
             if key in self._values:
                 self.hits += 1

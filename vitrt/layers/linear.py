@@ -4,8 +4,7 @@ Column-parallel layers keep a slice of the output features and need no communica
 layer keeps a slice of the input features, and its partial products are summed over the group, the
 bias added once after the sum.
 
-Shapes: T rows, K input and N output features of the whole layer, tp ranks, H heads, Dh head size, F
-    MLP width.
+Shapes: T rows, K input and N output features of the whole layer, tp ranks, H heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from vitrt.kernels.gemm import Activation, fuses_residual, linear, prepare
 from vitrt.layers.norm import Norm
 from vitrt.layers.slots import TensorSlice, WeightSlot, whole
 
-WIDTH_ALIGNMENT = (
-    64  # a product whose K is no multiple of 8 runs at a quarter of its speed; 64 fills a tile's K
-)
+# A product whose K is no multiple of 8 runs at a quarter of its speed; 64 fills a tile's K.
+WIDTH_ALIGNMENT = 64
 
 
 def padded_width(width: int, tp_size: int) -> int:
     """The MLP width after zero-padding: aligned on every rank. Aligned widths stay as they are.
 
-    Exact: the padded gate and up (or fc1) rows are zero, so their activations are act(0) * 0 = 0 or
-        gelu(0) = 0, and the padded columns of the product that follows are zero too.
+    This is exact: the padded gate and up (or fc1) rows are zero, so their activations are zero
+    (silu(0) * 0, or gelu(0)), and so are the padded columns of the product that follows.
     """
     if width % (16 * tp_size) == 0:
         return width
@@ -81,9 +79,7 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """The output features split over the ranks, after zero-padding them to `padded` where that is
-    given.
-    """
+    """The output features split over the ranks, after zero-padding to `padded` where given."""
 
     def __init__(
         self,
@@ -128,9 +124,8 @@ class FusedQKVLinear(Linear):
             )
         super().__init__(width, 3 * width // parallel.tp_size)
         self.width = width
-        self.part = _shard(
-            width, parallel
-        )  # heads are neighbours, so a share of heads is a slice of rows
+        # A head's rows are neighbours, so a share of the heads is a slice of rows.
+        self.part = _shard(width, parallel)
         self.output_shape = (3, num_heads // parallel.tp_size, width // num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,9 +172,7 @@ class GateUpLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """The input features split over the ranks; partial products are summed, then the bias is added
-    once.
-    """
+    """The input features split over the ranks; their products are summed, then the bias added."""
 
     def __init__(
         self,
@@ -190,7 +183,7 @@ class RowParallelLinear(Linear):
         adds_residual: bool = False,
         parallel: ParallelContext = SINGLE,
     ) -> None:
-        """`adds_residual`: this layer is called through `add_norm`, not on its own."""
+        """`adds_residual`: this layer is called through `add_norm_`, not on its own."""
         padded = padded or in_features
         super().__init__(padded // parallel.tp_size, out_features)
         self.adds_residual = adds_residual

@@ -1,5 +1,4 @@
-"""Patch embedding: a convolution whose stride is its kernel, so one matrix product over flattened
-patches.
+"""Patch embedding: a convolution whose stride is its kernel, so one product over flat patches.
 
 Shapes: T patches, P = channels * temporal * patch * patch values of one patch, D width.
 """
@@ -14,9 +13,7 @@ from vitrt.layers.slots import WeightSlot, whole
 
 
 class PatchEmbed(Linear):
-    """[T, P] -> [T, D]; the checkpoint holds the weight as a Conv3d's [D, C, temporal, patch,
-    patch].
-    """
+    """[T, P] -> [T, D], by a weight [D, P] that the checkpoint holds in the shape of a Conv3d's."""
 
     def __init__(self, config: VisionConfig, *, bias: bool) -> None:
         super().__init__(config.patch_dim, config.hidden_size, bias=bias)

@@ -21,9 +21,9 @@ _CACHE_BYTES = 64 << 20
 def rotary_tables(head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position * inv_freq, float32 [positions, Dh / 4], on the CPU.
 
-    inv_freq = 10000 ** -(arange(0, d, 2) / d) with d = Dh / 2: half of the head turns with the row,
-    half with the column. Computed in float32 as transformers does, and never stored in a module's
-    state: a buffer would be rounded by `.to(bfloat16)`.
+    Half of the head turns with the row, half with the column, so inv_freq is
+    10000 ** -(arange(0, d, 2) / d) with d = Dh / 2. Computed in float32 as transformers does, and
+    never stored in a module's state: a buffer would be rounded by `.to(bfloat16)`.
     """
     width = head_dim // 2
     inv_freq = 1.0 / (ROPE_THETA ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
@@ -48,18 +48,15 @@ class RotaryPosMixin:
         return self.position_ids_cache.get((h, w, merge), lambda: _position_ids(h, w, merge))
 
     def rotary(self, positions: Tensor, valid: Tensor | None, largest: int) -> Rotary:
-        """What `positions` int32 [T, 2] turn by; `largest` is an upper bound of them, known on the
-        host.
-        """
+        """The rotation by `positions` int32 [T, 2], none of them above `largest`."""
         tables = self._tables
         if tables is None or tables[0].device != positions.device or largest >= len(tables[0]):
             size = max(TABLE_POSITIONS, 1 << largest.bit_length())
             cos, sin = rotary_tables(self.rotary_head_dim, size)
             tables = (cos.to(positions.device), sin.to(positions.device))
+            # A larger one is rare, and keeping this one keeps recorded graphs valid.
             if size == TABLE_POSITIONS:
-                self._tables = (
-                    tables  # a larger one is rare; keeping this one keeps recorded graphs valid
-                )
+                self._tables = tables
         return Rotary(positions, *tables, valid)
 
 

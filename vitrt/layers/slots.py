@@ -1,5 +1,4 @@
-"""Where each tensor of a checkpoint goes: a layer names what it needs and stores its own part of
-it.
+"""Where each tensor of a checkpoint goes: a layer names what it needs, and stores its part.
 
 A layer owns its sharding and its padding, so the loader knows neither: it opens a tensor lazily and
 hands it to the slot of that name, which reads only the rows and columns that this rank keeps.

@@ -24,15 +24,11 @@ IntArray = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class FramePlan:
-    """One frame of h x w patches, in the order the tower runs them. Shared by all frames of that
-    size.
-    """
+    """A frame of n = h x w patches, in the order the tower runs them; one for all of that size."""
 
     positions: IntArray  # [n, 2] (row, column)
     window_lengths: IntArray | None  # patches of each window; None without windows
-    order: (
-        IntArray | None
-    )  # [n / merge^2] raster index of each merged token; None where raster is kept
+    order: IntArray | None  # [n / merge^2] raster index of each merged token; None: as they are
     taps: IntArray | None  # [n, 4] rows of the position table
     tap_weights: NDArray[np.float32] | None  # [n, 4]
 
@@ -131,8 +127,7 @@ def build_plan(
     window_lengths = optional("window_lengths")
     order = optional("order")
     if order is not None:
-        # A frame's order counts from its own first merged token; the frames lie one after the
-        # other.
+        # A frame's order counts from its own first merged token.
         sizes = np.diff(segments) // merge_unit
         order = order + np.repeat(segments[:-1] // merge_unit, sizes)
     return ForwardPlan(

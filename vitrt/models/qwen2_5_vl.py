@@ -1,5 +1,4 @@
-"""The vision tower of Qwen2.5-VL: window attention in most layers, full attention per frame in a
-few.
+"""The vision tower of Qwen2.5-VL: window attention in most layers, full attention in a few.
 
 The tower runs in window order, so that every window is a run of neighbouring patches; merged tokens
 go back to raster order at the end.

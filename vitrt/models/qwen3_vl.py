@@ -1,8 +1,7 @@
-"""The vision tower of Qwen3-VL (dense and MoE): learned positions, full attention per frame,
-deepstack.
+"""The vision tower of Qwen3-VL (dense and MoE): learned positions, full attention, deepstack.
 
-Shapes: T patches, P values of one patch, D width, M merged tokens, O output width, L deepstack
-    levels.
+Shapes: T patches, P values of one patch, D width, M merged tokens, O output width,
+L deepstack levels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the towers of both families share: patches in, residual blocks, merged tokens out.
 
-Shapes: T patches, P values of one patch, D width, M merged tokens, O output width, L deepstack
-    levels.
+Shapes: T patches, P values of one patch, D width, M merged tokens, O output width,
+L deepstack levels.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ class TowerOutput:
 
     embeddings: Tensor  # [M, O], raster order; [0, O] where none were asked for
     deepstack: Tensor | None = None  # [L, M, O]
-    hidden: tuple[
-        Tensor, ...
-    ] = ()  # [T, D] each, in the order asked for and the order of `pixel_values`
+    # One [T, D] for each layer asked for, in that order; patches in the order of `pixel_values`.
+    hidden: tuple[Tensor, ...] = ()
 
 
 class VisionBlock(nn.Module):
@@ -68,8 +67,7 @@ class VisionBlock(nn.Module):
         backend: AttentionBackend,
         next_norm: Norm,
     ) -> Tensor:
-        """Adds to the hidden states [T, D] in place, given their norm1; returns the norm that comes
-        next.
+        """Add to the hidden states [T, D] in place, given their norm1; returns their next norm.
 
         The hidden states are float32 whatever the products run in: rounding them after each of two
         adds a layer is most of the error of a tower in bfloat16.
@@ -81,8 +79,9 @@ class VisionBlock(nn.Module):
         return self.mlp.add_norm_(residual, normed, next_norm)
 
     def _in_halves(self, residual: Tensor, attended: Tensor, next_norm: Norm) -> Tensor:
-        """The same behind attention, where rows do not meet: while one half of them is summed over
-        the ranks, the other half is computed.
+        """The block from its output product on, in two halves of the rows, which do not meet there.
+
+        One half is computed while the other is summed over the ranks.
         """
         proj, down = self.attn.proj, self.mlp.down
         middle = len(residual) // 2
@@ -123,8 +122,9 @@ class VisionTower(RotaryPosMixin, nn.Module):
     # Host
 
     def plan(self, grid_thw: Sequence[Sequence[int]]) -> ForwardPlan:
-        """The plan of a batch of (t, h, w) grids in patches, cached. ValueError for a grid no tower
-        can take.
+        """The plan of a batch of (t, h, w) grids in patches, cached.
+
+        ValueError for a grid that no tower can take.
         """
         grids = check_grids(grid_thw, self.config.spatial_merge_size)
         return self.plans.get(grids, lambda: self._build(grids))
@@ -156,8 +156,10 @@ class VisionTower(RotaryPosMixin, nn.Module):
         *,
         merged: bool = True,
     ) -> TowerOutput:
-        """patches [T, P] in the plan's order. `keep_hidden` asks for the hidden states after those
-        layers; without `merged` they are all that comes out, and the last one ends the forward.
+        """The output for `patches` [T, P] in the plan's order.
+
+        `keep_hidden` asks for the hidden states after those layers; without `merged` they are all
+        that comes out, and the last one ends the forward.
         """
         raise NotImplementedError
 
@@ -178,8 +180,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
         segments: Segments,
         backend: AttentionBackend,
     ) -> Tensor:
-        """Block `index` on `residual`, in place; returns the first norm of the next block, or the
-        merger's."""
+        """Block `index` on `residual`, in place; returns the norm of the next block or merger."""
         last = index + 1 == len(self.blocks)
         next_norm = self.final_norm if last else self.block(index + 1).norm1
         return self.block(index)(residual, normed, rotary, segments, backend, next_norm)
