@@ -15,6 +15,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class QueryCut:
+    """Query rows in whole tiles, for a backend that works in large ones, and the rests beside them,
+    for kernels/rest_attention.py (see attention/rests.py).
+
+    Like all of `Segments` it may have room for more than is used.
+    """
+
+    whole: Tensor  # int32 [S], query rows of each segment in whole tiles; its keys stay whole
+    rests: Tensor  # int32 [R, 3]: query row, segment start and end; all up to REST_ROWS rows
+    rest_count: Tensor  # int32 [1], rests in use
+
+
+@dataclass(frozen=True, slots=True)
 class Segments:
     """Boundaries of the segments that attend only to themselves.
 
@@ -29,9 +42,11 @@ class Segments:
     tile_count: Tensor | None  # int32 [1], tiles in use
     lengths: tuple[int, ...]  # S lengths in use, in order
     max_seqlen: int  # an upper bound of `lengths`; a graph's own bound while one is recorded
+    cut: QueryCut | None = None  # only for a backend that asked for it
 
 
 TILE_ROWS = 128  # query rows of one entry of `Segments.tiles`
+REST_ROWS = 64  # query rows of one entry of `QueryCut.rests`
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +86,8 @@ class BackendSpec:
 
     name: str
     load: Callable[[torch.device, torch.dtype, int], AttentionBackend]
-    unavailable: Callable[
-        [torch.device, torch.dtype, int], str | None
-    ]  # None, or why it cannot run
+    # None, or why it cannot run
+    unavailable: Callable[[torch.device, torch.dtype, int], str | None]
     windows_only: bool = False  # made for short segments: never used for full-attention layers
 
 
@@ -83,8 +97,7 @@ def attention_shape(qkv: Tensor) -> torch.Size:
 
 
 def tile_list(cu_seqlens: np.ndarray) -> np.ndarray:
-    """The work list of `Segments.tiles`: int32 [n, 3] of (first query row, segment start, segment
-    end).
+    """The work list of `Segments.tiles`: int32 [n, 3], (query row, segment start, segment end).
 
     `cu_seqlens` [S + 1] on the host. Segments that are longest come first: their tiles take the
     most time, and a list that ends with short ones keeps all processors busy to the end.

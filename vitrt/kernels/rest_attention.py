@@ -1,0 +1,268 @@
+"""Attention of a few query rows over long segments: the keys are split over all processors.
+
+A kernel that works in tiles of many query rows takes a whole wave of blocks for the last few rows
+of an image. These rows alone are decoding's problem: little to compute, all keys to read.
+
+Shapes: T patches, H heads, Dh head size, R entries of the work list, of at most 64 query rows each,
+M query rows and N key rows of a block. Heads are split in MAIN + TAIL as in flash_attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vitrt.kernels.dispatch import jit, pow2_floor, tl, use_triton
+from vitrt.kernels.flash_attention import _load_rows, split_head
+from vitrt.kernels.persistent import processors, programs
+
+if TYPE_CHECKING:  # attention imports kernels, never the other way round
+    from vitrt.attention.base import QueryCut
+
+_REST_ROWS = 64  # query rows of an entry of QueryCut.rests, attention.base.REST_ROWS
+
+
+@jit()
+def _keys_a_split(length, SPLITS: tl.constexpr, N: tl.constexpr):
+    """Keys of each split but the last: whole blocks, so that a short segment leaves splits empty."""
+    return tl.cdiv(tl.cdiv(length, SPLITS), N) * N
+
+
+@jit()
+def _store_rows(
+    at, values, rows_left, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Write [ROWS, WIDTH] to columns FIRST.. of rows of D values, up to `rows_left`."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    tl.store(at + row * D + column, values, mask=(row < rows_left) & (column < D))
+
+
+# The work list lies anywhere in a packed plan: its alignment must not cost another compilation.
+@jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["rests", "count"])
+def _partial_kernel(
+    qkv, rests, count, partial, level, scale, H: tl.constexpr, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, ENTRY: tl.constexpr, SPLITS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs stride over (M rows of an entry, split of its keys, head): `partial`
+    [items, M, D] is the attention over those keys alone, `level` [items, M] the logarithm (base 2)
+    of the sum of their weights.
+
+    The heads of a split are neighbours in the order of work: their keys and values are neighbours
+    in memory. Offsets into the scratch fit 32 bits by far: a list is short.
+    """
+    STRIDE: tl.constexpr = 3 * H * D
+    PARTS: tl.constexpr = ENTRY // M
+    work = tl.load(count) * (PARTS * SPLITS * H)
+    for item in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+        head = item % H
+        split = item // H % SPLITS
+        part = item // (H * SPLITS) % PARTS
+        entry = item // (H * SPLITS * PARTS)
+        first = tl.load(rests + 3 * entry) + part * M
+        start = tl.load(rests + 3 * entry + 1)
+        end = tl.load(rests + 3 * entry + 2)
+        span = _keys_a_split(end - start, SPLITS, N)
+        start += split * span
+        if (first < end) & (start < end):
+            queries = qkv + first.to(tl.int64) * STRIDE + head * D
+            keys = qkv + start.to(tl.int64) * STRIDE + (H + head) * D
+            values = keys + H * D
+            q = _load_rows(queries, end - first, STRIDE, M, 0, MAIN, D)
+            if TAIL:
+                q_tail = _load_rows(queries, end - first, STRIDE, M, MAIN, TAIL, D)
+                acc_tail = tl.zeros([M, TAIL], tl.float32)
+            acc = tl.zeros([M, MAIN], tl.float32)
+            # The running softmax: its maximum (base 2, scaled) and its sum. The maximum is finite
+            # from the start, so that it never makes inf - inf.
+            peak = tl.full([M], -1e30, tl.float32)
+            total = tl.zeros([M], tl.float32)
+            length = tl.minimum(end - start, span)
+            for at in tl.range(0, length, N, num_stages=STAGES):
+                left = length - at
+                k = _load_rows(keys, left, STRIDE, N, 0, MAIN, D)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if TAIL:
+                    k_tail = _load_rows(keys, left, STRIDE, N, MAIN, TAIL, D)
+                    scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+                # In the loop, as in flash_attention.py: Triton 3.6 compiled a masked copy of the
+                # body behind it to wrong results on Hopper.
+                if left < N:
+                    scores = tl.where(tl.arange(0, N)[None, :] < left, scores, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+                weights = tl.exp2(scores * scale - new_peak[:, None])
+                shrink = tl.exp2(peak - new_peak)
+                total = total * shrink + tl.sum(weights, 1)
+                peak = new_peak
+                weights = weights.to(q.dtype)
+                v = _load_rows(values, left, STRIDE, N, 0, MAIN, D)
+                acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
+                if TAIL:
+                    v_tail = _load_rows(values, left, STRIDE, N, MAIN, TAIL, D)
+                    acc_tail = tl.dot(
+                        weights, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION
+                    )
+                keys += N * STRIDE
+                values += N * STRIDE
+            inverse = 1.0 / total[:, None]
+            target = partial + item * (M * D)
+            _store_rows(target, acc * inverse, end - first, M, 0, MAIN, D)
+            if TAIL:
+                _store_rows(target, acc_tail * inverse, end - first, M, MAIN, TAIL, D)
+            row = tl.arange(0, M)
+            tl.store(level + item * M + row, peak + tl.log2(total), mask=row < end - first)
+
+
+@jit(do_not_specialize_on_alignment=["rests", "count"])
+def _combine_kernel(
+    partial, level, rests, count, out, H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+    TAIL: tl.constexpr, ENTRY: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Programs stride over (query row, head): the partial results of all splits, each by its share
+    of the weights.
+    """
+    PARTS: tl.constexpr = ENTRY // M
+    work = tl.load(count) * (ENTRY * H)
+    for item in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+        head = item % H
+        row = item // H % ENTRY
+        entry = item // (H * ENTRY)
+        first = tl.load(rests + 3 * entry) + row
+        start = tl.load(rests + 3 * entry + 1)
+        end = tl.load(rests + 3 * entry + 2)
+        if first < end:
+            split = tl.arange(0, SPLITS)
+            live = split * _keys_a_split(end - start, SPLITS, N) < end - start
+            places = ((entry * PARTS + row // M) * SPLITS + split) * H + head
+            places = places * M + row % M
+            levels = tl.load(level + places, mask=live, other=float("-inf"))
+            shares = tl.exp2(levels - tl.max(levels, 0))
+            shares = shares / tl.sum(shares, 0)
+            target = out + first.to(tl.int64) * (H * D) + head * D
+            column = tl.arange(0, MAIN)
+            pointers = partial + places[:, None] * D + column[None, :]
+            mask = live[:, None] & (column < D)[None, :]
+            result = tl.sum(tl.load(pointers, mask=mask, other=0.0) * shares[:, None], 0)
+            tl.store(target + column, result.to(out.dtype.element_ty), mask=column < D)
+            if TAIL:
+                column = MAIN + tl.arange(0, TAIL)
+                pointers = partial + places[:, None] * D + column[None, :]
+                mask = live[:, None] & (column < D)[None, :]
+                result = tl.sum(tl.load(pointers, mask=mask, other=0.0) * shares[:, None], 0)
+                tl.store(target + column, result.to(out.dtype.element_ty), mask=column < D)
+
+
+@dataclass(frozen=True, slots=True)
+class RestTiling:
+    """How the kernels are cut: block_m 16, 32 or 64 query rows, block_n key rows, and how Triton
+    compiles the first of the two.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    per_processor: int  # items of one entry that each multiprocessor gets
+    combine_warps: int = 1
+
+
+# For scripts that search; the first is the default.
+VARIANTS = (
+    RestTiling(64, 64, 4, 2, 2),
+    RestTiling(64, 64, 4, 3, 2),
+    RestTiling(64, 64, 4, 2, 4),
+    RestTiling(64, 128, 4, 2, 2),
+    RestTiling(32, 64, 4, 2, 2),
+    RestTiling(32, 64, 2, 3, 4),
+    RestTiling(16, 64, 4, 3, 2),
+    RestTiling(16, 64, 4, 3, 4),
+    RestTiling(16, 128, 4, 2, 2),
+)
+_MOST_SPLITS = 32  # the second kernel holds a row of all of them at once
+
+
+def _splits(heads: int, tiling: RestTiling, device: torch.device) -> int:
+    """Splits of the keys that give each processor its items where one entry is all there is."""
+    wanted = processors(device) * tiling.per_processor // heads
+    return min(pow2_floor(max(wanted, 2)), _MOST_SPLITS)
+
+
+def _rest_triton(
+    qkv: Tensor, cut: QueryCut, out: Tensor, tiling: RestTiling = VARIANTS[0]
+) -> Tensor:
+    assert qkv.is_contiguous() and out.is_contiguous()
+    assert _REST_ROWS % tiling.block_m == 0
+    _, _, heads, head_dim = qkv.shape
+    main, tail = split_head(head_dim)
+    splits = _splits(heads, tiling, qkv.device)
+    rows = cut.rests.shape[0] * _REST_ROWS  # room for so many
+    items = rows // tiling.block_m * splits * heads
+    scratch = {"dtype": torch.float32, "device": qkv.device}
+    partial = torch.empty(items, tiling.block_m, head_dim, **scratch)
+    level = torch.empty(items, tiling.block_m, **scratch)
+    _partial_kernel[(programs(items, 2 * tiling.per_processor, qkv.device),)](
+        qkv,
+        cut.rests,
+        cut.rest_count,
+        partial,
+        level,
+        head_dim**-0.5 * math.log2(math.e),
+        heads,
+        head_dim,
+        main,
+        tail,
+        _REST_ROWS,
+        splits,
+        tiling.block_m,
+        tiling.block_n,
+        tiling.stages,
+        "ieee" if qkv.dtype == torch.float32 else "tf32",
+        num_warps=tiling.warps,
+    )
+    _combine_kernel[(programs(rows * heads, 16, qkv.device),)](
+        partial,
+        level,
+        cut.rests,
+        cut.rest_count,
+        out,
+        heads,
+        head_dim,
+        main,
+        tail,
+        _REST_ROWS,
+        splits,
+        tiling.block_m,
+        tiling.block_n,
+        num_warps=tiling.combine_warps,
+    )
+    return out
+
+
+def rest_attention_ref(qkv: Tensor, cut: QueryCut, out: Tensor) -> Tensor:
+    """The rests' rows of attention, float32 inside, one rounding; reads the work list here."""
+    for first, start, end in cut.rests[: int(cut.rest_count)].tolist():
+        last = min(first + _REST_ROWS, end)
+        q = qkv[first:last, 0].float().transpose(0, 1)
+        k, v = qkv[start:end, 1:].float().permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+        out[first:last] = (weights @ v).transpose(0, 1).flatten(1).to(out.dtype)
+    return out
+
+
+def rest_attention(qkv: Tensor, cut: QueryCut, out: Tensor) -> Tensor:
+    """Attention of the query rows in `cut.rests` over all keys of their segments, scaled by
+    Dh ** -0.5, q and k already rotated.
+
+    qkv [T, 3, H, Dh] contiguous, Dh a multiple of 8 up to 128; writes those rows of out
+    [T, H * Dh], no others, and returns it.
+    """
+    if use_triton(qkv):
+        return _rest_triton(qkv, cut, out)
+    return rest_attention_ref(qkv, cut, out)
