@@ -111,8 +111,7 @@ def norm_work(
 
     def make(tokens: int, device: torch.device, dtype: torch.dtype) -> Work:
         tokens = max(tokens // share, 1)
-        # Hidden states are float32 beside products in 16 bits: x is one of them where nothing is
-        # added.
+        # Hidden states are float32 beside products in 16 bits; without an add, x is one of them.
         x, residual = (torch.randn(tokens, width, device=device) for _ in range(2))
         x = x.to(dtype) if add else x
         weight, bias, delta_bias = (torch.randn(width, device=device).to(dtype) for _ in range(3))

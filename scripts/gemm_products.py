@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from vitrt.kernels.gemm_table import Kind, Product
 
-# Patches: powers of two, the workloads of the benchmark (1296 and 1600, 3080 and 4000, 11040, 41472
-# ...), 64k.
+# Patches: powers of two, the benchmark's workloads (1296, 1600, 3080, 4000, 11040, 41472) and 64k.
 ROWS = [64, 128, 256, 512, 768, 1024, 1296, 1600, 2048, 2560, 3080, 4000, 5120, 6144, 8192, 11040]
 ROWS += [16384, 24576, 32768, 41472, 51200, 64000]
-# A tile that divides the rows of one graph bucket into two full waves needs a third for the next,
-# so the products of a block are measured at the buckets themselves, up to where waves stop to
-# matter.
+# A tile that divides the rows of one graph bucket into two full waves needs a third for the next:
+# the products of a block are measured at the buckets themselves, up to where waves stop mattering.
 BUCKETS = [192, 320, 384, 448, 640, 896, *range(1152, 2049, 64), *range(2176, 4097, 128)]
 BUCKETS += [4608, 5632, 7168, 9216, 11264, 12288, 14336]
 SHOWN = [256, 1344, 3200, 11040, 41472]

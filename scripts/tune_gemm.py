@@ -3,14 +3,12 @@
 
     python scripts/tune_gemm.py --out vitrt/kernels/gemm_tables/h200.json --time-limit 400
 
-writes the table that vitrt/kernels/gemm.py chooses by.
-
-For each product and number of rows: cuBLAS with what its epilogue can do, the bare product followed
-by our kernel, and quack's kernels with everything in the epilogue, in CUDA graphs whose weights do
-not stay in the L2 cache. A product with a residual is timed together with the norm that follows, so
-that adding the residual in that norm is costed as it would run. All measurements go to
-OUT.raw.json; a second run carries on from there, and `--select-only` makes the table from them
-without a GPU.
+OUT is the table that vitrt/kernels/gemm.py chooses by. For each product and number of rows: cuBLAS
+with what its epilogue can do, the bare product followed by our kernel, and quack's kernels with
+everything in the epilogue, in CUDA graphs whose weights do not stay in the L2 cache. A product with
+a residual is timed together with the norm that follows, so that adding the residual in that norm is
+costed as it would run. All measurements go to OUT.raw.json; a second run carries on from there, and
+`--select-only` makes the table from them without a GPU.
 """
 
 from __future__ import annotations
@@ -41,9 +39,6 @@ from vitrt.kernels.gemm_table import Choice, Kind, Product, Tile  # noqa: E402
 from vitrt.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: E402
 
 DTYPE = torch.bfloat16
-
-
-# --- one measurement ------------------------------------------------------------------------------
 
 
 class Operands:
@@ -184,9 +179,6 @@ def incorrect(layer: Layer, choices: list[Choice], device: torch.device) -> set[
             print(f"{layer.name} {choice}: left out, relative error {error:.2e}", flush=True)
             wrong.add(choice)
     return wrong
-
-
-# --- all of them ----------------------------------------------------------------------------------
 
 
 def candidates(product: Product, m: int, tiles: dict[Kind, list[Tile]]) -> list[Choice]:

@@ -1,5 +1,4 @@
-"""What the ranks of the distributed tests run under torchrun: features of the same inputs as one
-process.
+"""What the ranks of the distributed tests run under torchrun.
 
     torchrun --nproc-per-node N tests/parallel_program.py OUT DEVICE TP[,TP...] FOLDER...
 

@@ -157,9 +157,7 @@ def test_failures_while_resuming(
 
 
 def test_order_of_flushes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut keeps what was flushed only: every line's shard is, under its name, before the
-    line.
-    """
+    """A shard's bytes, its name and then its manifest lines are flushed, in this order."""
     disk = Disk()
     with monkeypatch.context() as patch:
         patch.setattr(durable, "os", disk)

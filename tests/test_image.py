@@ -1,7 +1,7 @@
 """Preprocessing against transformers: its PIL backend itself, and its torchvision backend's steps.
 
-torchvision is no dependency of ours, so `torchvision_steps` repeats what that backend does (resize
-of contiguous channels-first uint8, then normalisation with the rescaling folded in). Where it is
+We do not depend on torchvision, so `torchvision_steps` repeats what that backend does (resize of
+contiguous channels-first uint8, then normalisation with the rescaling folded in). Where it is
 installed all the same, the backend itself is compared as well.
 """
 

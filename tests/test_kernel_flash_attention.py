@@ -1,6 +1,6 @@
-"""The full-attention kernel:
+"""The full-attention kernel, by the interpreter in float32, or on a GPU in bfloat16.
 
-the interpreter in float32 here, bfloat16 on a GPU (tests/test_attention.py too).
+tests/test_attention.py compares it with the other backends.
 """
 
 from __future__ import annotations

@@ -35,10 +35,7 @@ def make_rotary(tokens: int, head_dim: int, device: str = "cpu") -> Rotary:
 
 
 def rotated(qkv: Tensor, rotary: Rotary) -> Tensor:
-    """RoPE as transformers writes it, in float64: x * cos + rotate_half(x) * sin.
-
-    v is untouched.
-    """
+    """RoPE of q and k as transformers writes it, in float64: x * cos + rotate_half(x) * sin."""
     positions = rotary.positions.long().cpu()
     cos, sin = rotary.cos.double().cpu(), rotary.sin.double().cpu()
     cos = torch.cat([cos[positions[:, 0]], cos[positions[:, 1]]], -1).repeat(1, 2)[:, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -56,9 +57,7 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
 
 
 def in_patch_order(tower, hidden: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
-    """transformers' last_hidden_state in the order of pixel_values; its Qwen2.5-VL leaves it in
-    window order.
-    """
+    """transformers' last_hidden_state in the order of pixel_values, not in window order."""
     if not hasattr(tower, "fullatt_block_indexes"):
         return hidden
     from transformers.vision_utils import get_vision_window_index
@@ -173,6 +172,14 @@ def test_pixel_values_that_do_not_belong_to_the_grids(pair):
         encoder(torch.zeros(12, encoder.config.patch_dim), [(1, 4, 4)])
     with pytest.raises(ValueError, match=r"int64; it must be a floating-point tensor"):
         encoder(torch.zeros(16, encoder.config.patch_dim, dtype=torch.int64), [(1, 4, 4)])
+
+
+def test_an_adapter_can_be_trained_on_features(pair):
+    encoder, _ = pair
+    features = encoder.encode([np.full((64, 64, 3), 90, dtype=np.uint8)])[0].embeddings
+    adapter = torch.nn.Linear(features.shape[1], 3)
+    adapter(features).sum().backward()
+    assert adapter.weight.grad is not None and adapter.weight.grad.any()
 
 
 @pytest.mark.slow

@@ -52,9 +52,7 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
 
 
 def transformers_errors(folder: Path, images: list[Any], limits: tuple[int, int]) -> list[float]:
-    """bfloat16 against float32, image by image through transformers alone, for all images
-    together.
-    """
+    """The error of bfloat16 over all images, each through transformers alone."""
     config = open_checkpoint(folder).preprocessor_config()
     processor = Qwen2VLImageProcessorPil(
         patch_size=config.patch_size,

@@ -104,20 +104,17 @@ class VisionEncoder:
         Args:
             device: "auto" is "cuda" where there is one, else "cpu".
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-            attention: "auto" or the name of a registered backend; one that cannot run here is an
-                error.
-            cuda_graphs: "auto" records graphs up to the size where they stop paying, True at any
-                size. min_pixels, max_pixels: bounds of a resized image's area; None: what the
-                checkpoint says.
+            attention: "auto", or a registered backend, which is an error where it cannot run.
+            cuda_graphs: "auto" records graphs up to the size where they stop paying, True at any.
+            min_pixels, max_pixels: bounds of a resized image's area; None: the checkpoint's.
             max_batch_tokens: patches per forward; None: chosen from free memory.
-            resize: which of transformers' backends to be bit-equal to.
+            resize: "pillow" or "torch": which of transformers' backends to be bit-equal to.
             graph_memory_mib: how much device memory recorded graphs may take.
             revision, cache_dir, token, local_files_only: as huggingface_hub takes them.
             parallel: this process's place among several GPUs.
 
         Raises:
-            CheckpointError (a ValueError): a checkpoint that is missing, incomplete or of another
-            kind.
+            CheckpointError: a checkpoint that is missing, incomplete or of another kind.
             ValueError: a choice that cannot be had here, with those that can.
         """
         checkpoint = open_checkpoint(
@@ -170,16 +167,17 @@ class VisionEncoder:
     ) -> list[ImageFeatures]:
         """Features of every image, in input order.
 
-        An image is a path, a PIL image, encoded bytes, or a uint8 array [H, W, 3]; an array [F, H,
-        W, 3] is a clip. The features of one batch are views of one tensor on the encoder's device.
-        Raises ImageError (a ValueError) naming the first image that cannot be used.
+        An image is a path, a PIL image, the bytes of an image file, or a uint8 array [H, W, 3]; an
+        array [F, H, W, 3] is a clip. The features of one batch are views of one tensor on the
+        encoder's device. Raises ImageError (a ValueError) naming the first image that cannot be
+        used.
 
         Args:
-            layers: also give the hidden states after these layers, [layers, t, h, w, hidden_size],
-                patches in raster order. From 0, or from the last: -1. ValueError for one that the
-                tower does not have. Such forwards do not use CUDA graphs.
-            merged: False gives the hidden states alone, with no embeddings [0, out_hidden] and no
-                deepstack, and runs no layer past the last one asked for.
+            layers: also give the hidden states after these layers, counted from 0 or, as -1, from
+                the last: [layers, t, h, w, hidden_size], patches in raster order. ValueError for
+                one that the tower does not have. Such forwards do not use CUDA graphs.
+            merged: False gives the hidden states alone: embeddings are [0, out_hidden], deepstack
+                is None, and no layer past the last one asked for runs.
 
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
         and gets all features; see vitrt/engine/sharding.py. They do not exchange hidden states.
@@ -202,9 +200,7 @@ class VisionEncoder:
         layers: Iterable[int] = (),
         merged: bool = True,
     ) -> Iterator[ImageFeatures]:
-        """The same in bounded memory: images are decoded by `workers` threads a window ahead of the
-        device.
-        """
+        """`encode` in bounded memory: `workers` threads decode a window ahead of the device."""
         return stream_in_order(self._asked_for(layers, merged), images, workers=workers)
 
     def encode_prepared(
@@ -258,8 +254,8 @@ class VisionEncoder:
     ) -> EncoderOutput:
         """Features of patches cut by a transformers processor: the same inputs as its `visual`.
 
-        pixel_values [T, P] in any float dtype, on any device; grid_thw [images, 3] in patches. A
-        `grid_thw` on the device costs a synchronisation. ValueError where the two do not belong
+        `pixel_values` is [T, P] in any float dtype, on any device; `grid_thw` [images, 3] is in
+        patches, and on a GPU costs a synchronisation. ValueError where the two do not belong
         together.
         """
         rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
@@ -276,8 +272,9 @@ class VisionEncoder:
     # What runs how
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
-        """Record CUDA graphs now instead of during requests: these token counts, or all. No-op
-        without graphs.
+        """Record CUDA graphs now instead of during requests, of all buckets or of `buckets`.
+
+        A bucket is a number of patches. Does nothing where the encoder uses no graphs.
         """
         if isinstance(self.runner, GraphRunner):
             with self._on_device():

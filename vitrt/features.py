@@ -12,8 +12,7 @@ from torch import Tensor
 class ImageFeatures:
     """Features of one image or clip."""
 
-    # [tokens, out_hidden], raster order inside each frame; with merged=False no token: [0,
-    # out_hidden].
+    # [tokens, out_hidden], raster order inside each frame; with merged=False [0, out_hidden].
     embeddings: Tensor
     deepstack: Tensor | None  # [levels, tokens, out_hidden]; None where there is none
     grid_thw: tuple[int, int, int]  # patches: frames (after temporal merging), rows, columns
@@ -33,9 +32,7 @@ class ImageFeatures:
         return self._tokens().view(t, h // self.merge_size, w // self.merge_size, -1)
 
     def concatenated(self) -> Tensor:
-        """[tokens, out_hidden * (1 + levels)], the embeddings first: the layout vLLM and SGLang
-        take.
-        """
+        """[tokens, out_hidden * (1 + levels)], embeddings first, as vLLM and SGLang take them."""
         if self.deepstack is None:
             return self._tokens()
         return torch.cat([self.embeddings, *self.deepstack.unbind(0)], dim=-1)

@@ -1,7 +1,7 @@
 """Images and clips -> uint8 pixels of the size that the tower takes, and their grid of patches.
 
-Shape legend: F frames, H and W pixels, T patches, P values a patch (3 * temporal_patch_size *
-patch_size ** 2).
+Shapes: F frames, H and W pixels, T patches, P = 3 * temporal_patch_size * patch_size ** 2 values of
+one patch.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class ImageProcessor:
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Resize) -> np.ndarray:
-    """float32 [3, 256]: what each uint8 level of each channel becomes after rescaling by 1 / 255
-    and normalising, bit-equal to the transformers backend that `resize` names.
+    """Every channel's uint8 levels, rescaled by 1 / 255 and normalised: float32 [3, 256].
+
+    Bit-equal to the transformers backend that `resize` names.
 
     Raises:
         ValueError: not three means and three non-zero deviations, or an unknown `resize`.

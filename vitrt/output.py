@@ -247,10 +247,9 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         return metadata
 
     def pooled_tables(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Of a run with `--pool mean`: each shard's ids and its [images, out_hidden] float32 table,
-        mapped as a whole.
+        """Each shard's ids and its table [images, out_hidden], float32, mapped as a whole.
 
-        ValueError where the folder holds whole features.
+        Only of a run with `--pool mean`: ValueError where the folder holds whole features.
         """
         for shard in dict.fromkeys(entry.shard for entry in self._entries.values()):
             ids, table = _table(self.folder / shard)

@@ -89,9 +89,8 @@ def open_checkpoint(
     if not isinstance(model, str) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder, and no hub id (owner/name) either")
 
-    from vitrt.checkpoint.hub import (
-        HubSource,  # huggingface_hub takes long to import and a folder needs none
-    )
+    # Not at the top: huggingface_hub takes long to import, and a folder does not need it.
+    from vitrt.checkpoint.hub import HubSource
 
     hub = HubSource(name, revision, cache_dir, token, bool(local_files_only))
     folder = hub.fetch(CONFIG).parent

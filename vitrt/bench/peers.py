@@ -115,11 +115,7 @@ def build_peer(name: str, tower: nn.Module) -> Contender:
 
 
 def load_fa3() -> None:
-    """Give transformers' "flash_attention_3" whichever module provides FA3's functions here.
-
-    transformers imports them from `flash_attn_interface` once and keeps them, so that name has to
-    stand for another module only while it does so.
-    """
+    """Give transformers' "flash_attention_3" whichever module provides FA3's functions here."""
     if not torch.cuda.is_available():
         raise UnavailableError("FlashAttention-3 needs a CUDA device")
     module, reasons = None, []
@@ -135,7 +131,11 @@ def load_fa3() -> None:
 
 
 def give_flash_attention(module: Any) -> None:
-    """Let transformers take its "flash_attention_3" functions from `module`."""
+    """Let transformers take its "flash_attention_3" functions from `module`.
+
+    It imports them from `flash_attn_interface` once and keeps them, so that name has to stand for
+    `module` only while it does so.
+    """
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
     missing = object()

@@ -42,11 +42,9 @@ class KernelTime:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Milliseconds of one forward."""
+    """Milliseconds of one forward, averaged over those profiled."""
 
-    total_ms: (
-        float  # from the first kernel's start to the last one's end, over the forwards profiled
-    )
+    total_ms: float  # from the first kernel's start to the last one's end
     groups: dict[str, float]
     kernels: tuple[KernelTime, ...]  # longest first
 

@@ -21,9 +21,7 @@ MIN_CALLS, MAX_CALLS = 5, 200
 class Timing:
     """Milliseconds of one contender on one workload; medians."""
 
-    rate_ms: (
-        float  # between the ends of successive calls on the device, calls queued without a pause
-    )
+    rate_ms: float  # between the ends of successive calls on the device, queued without a pause
     wall_ms: float | None  # one call at a time, from before it to after the device has finished
     host_ms: float | None  # until a call returns, the device idle when it starts
     spread: float  # half the distance between the quartiles of rate_ms, over its median

@@ -1,7 +1,7 @@
 """The towers under test: which one a name means, its random weights, and its checkpoint on disk.
 
-transformers' module and vitrt's encoder hold the same weights: the module's state dict is written
-as a checkpoint in the released format, and vitrt loads that the way it loads any other.
+Both contenders hold the same weights: the state dict of transformers' module is written as a
+checkpoint in the released format, and vitrt loads that the way it loads any other.
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ _FILES = (SINGLE, PREPROCESSOR, CONFIG)
 def extract_tower(
     checkpoint: Checkpoint, output_dir: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Path:
-    """Write the tower of `checkpoint` into `output_dir`: config, preprocessor, one safetensors
-    file.
+    """Write the tower of `checkpoint` into `output_dir`: two configs, one safetensors file.
 
     Bytes and dtypes are those of the checkpoint, names lose the tower's prefix. transformers' own
     tower classes load the folder with `from_pretrained`. Tensors are copied in bounded pieces, and

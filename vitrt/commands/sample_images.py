@@ -1,6 +1,4 @@
-"""Images to measure with where the user has none at hand: photo-like, of awkward sizes, the same
-on every machine.
-"""
+"""Images to measure with where the user gives none: photo-like, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ def sample_images() -> list[Image.Image]:
 
 
 def sample_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Coloured noise whose amplitude falls with frequency, as in photographs, under a few discs and
-    bars with hard edges.
-    """
+    """Coloured noise with the spectrum of photographs, under a few discs and bars."""
     rng = np.random.default_rng(seed)
     canvas = np.zeros((height, width, 3), np.float32)
     cells = 2

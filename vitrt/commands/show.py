@@ -1,5 +1,4 @@
-"""`vitrt show`: a picture of what the tower sees: the image beside its features' principal
-components, as colours.
+"""`vitrt show`: the image beside the principal components of its features, as colours.
 
 Shapes: N cells of a grid, D width of their features.
 """
@@ -39,8 +38,10 @@ class Panel:
 def show(
     encoder: VisionEncoder, image: ImageInput, output: str | Path, *, layers: Iterable[int] = ()
 ) -> Path:
-    """Save a PNG of `image` beside the first three principal components of its embeddings, of each
-    deepstack level and of the hidden states after `layers`, each of its own.
+    """Save a PNG of `image` beside the first three principal components of its features.
+
+    Embeddings, each deepstack level and the hidden states after each of `layers` have a panel and
+    components of their own.
 
     Raises ImageError for an image that cannot be used, ValueError for an `output` that is no PNG.
     """
@@ -85,11 +86,12 @@ def _panel(name: str, grid: Tensor) -> Panel:
 
 
 def principal_colours(grid: Tensor) -> tuple[Tensor, float]:
-    """uint8 [h, w, 3] on the CPU: the first three principal components of a grid [h, w, D] as red,
-    green and blue, and the share of the variance that they hold.
+    """The first three principal components of a grid [h, w, D] as red, green and blue.
 
     Features count by direction, each divided by its length: a few cells of great length, which
     these towers have, would otherwise be all there is to see. Each component fills its channel.
+
+    Returns uint8 [h, w, 3] on the CPU, and the share of the variance that the components hold.
     """
     h, w, width = grid.shape
     rows = torch.nn.functional.normalize(grid.reshape(-1, width).float(), dim=-1)
@@ -148,9 +150,7 @@ def arrange(panels: Sequence[Panel]) -> Image.Image:
 
 
 def _columns(count: int, width: int, height: int) -> int:
-    """The number of columns that brings the picture close to a screen's aspect, and leaves little
-    of it empty.
-    """
+    """How many columns bring the picture close to a screen's aspect, with little of it empty."""
 
     def cost(columns: int) -> float:
         rows = -(-count // columns)

@@ -1,6 +1,4 @@
-"""Many images through an encoder: decoded by threads, packed under a token budget, returned in
-input order.
-"""
+"""Many images through an encoder: decoded by threads, packed under a token budget, in order."""
 
 from __future__ import annotations
 

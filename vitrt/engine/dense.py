@@ -55,8 +55,10 @@ def check_layers(layers: Iterable[int], depth: int, *, merged: bool = True) -> t
 def to_raster(
     hidden: Sequence[Tensor], grids: Sequence[tuple[int, int, int]], merge: int
 ) -> list[Tensor]:
-    """Each image's [layers, t, h, w, D] from hidden states [T, D] in the order of `pixel_values`,
-    where the m x m patches of a merged token are neighbours.
+    """Hidden states [T, D] of each layer, as one [layers, t, h, w, D] for each image.
+
+    They arrive in the order of `pixel_values`, where the m x m patches of a merged token are
+    neighbours.
     """
     images = []
     first = 0

@@ -37,9 +37,7 @@ class PatchFeed(Protocol):
 
 
 class ValuesFeed:
-    """`pixel_values` [T, P] as transformers' processors make them, on any device and in any float
-    dtype.
-    """
+    """`pixel_values` [T, P] of transformers' processors, on any device and in any float dtype."""
 
     key = "values"
 
@@ -66,9 +64,7 @@ class PixelsFeed:
     def __init__(
         self, pixels: Tensor, frames: Sequence[int], table: Tensor, config: VisionConfig
     ) -> None:
-        """`frames[i]` is F of image i (1 for a still), `table` float32 [3, 256] its normalised
-        levels.
-        """
+        """`frames[i]` is F of image i, 1 for a still; `table` [3, 256] its normalised levels."""
         self.pixels = pixels
         self.key = self.frames = tuple(frames)
         self.table = table
@@ -86,8 +82,8 @@ class PixelsFeed:
 def pixel_sources(plan: ForwardPlan, frames: Sequence[int], config: VisionConfig) -> IntArray:
     """Where each patch lies in the pixel buffer, int32 [T, 3].
 
-    Columns: byte of its first pixel, bytes of a row of pixels, bytes to the second frame it holds
-        (0 in a still, whose only frame it holds twice).
+    The columns: the byte of its first pixel, the bytes of a row of pixels, and the bytes to the
+    second frame that it holds (0 in a still, whose only frame it holds twice).
     """
     size, channels = config.patch_size, config.in_channels
     sources = np.empty((plan.num_patches, 3), dtype=np.int64)

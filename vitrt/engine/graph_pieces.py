@@ -1,6 +1,4 @@
-"""Recording a forward as one CUDA graph, or as several with an unrecordable attention call between
-them.
-"""
+"""Recording a forward as one CUDA graph, or as several with attention calls between them."""
 
 from __future__ import annotations
 
@@ -28,7 +26,6 @@ def borrowed(tensor: Tensor) -> Tensor:
     each other and every result is copied out before the next one starts, so the sharing is safe and
     the pool stays small.
     """
-
     memory = SimpleNamespace(
         __cuda_array_interface__={
             "shape": tuple(tensor.shape),
@@ -95,9 +92,7 @@ class _Recorder:
         self.graphs[-1].capture_end()
 
     def out_for(self, qkv: Tensor) -> Tensor:
-        """Where splits write, zeroed once: a backend leaves padding rows as they are, and they must
-        be finite.
-        """
+        """Where splits write, zeroed once: backends do not write padding, which must be finite."""
         shape = attention_shape(qkv)
         if shape not in self.outs:
             self.outs[shape] = torch.zeros(shape, dtype=qkv.dtype, device=qkv.device)
@@ -105,9 +100,7 @@ class _Recorder:
 
 
 class _SplittingBackend:
-    """Stands in for a backend that cannot be recorded: ends a graph where it is called and begins
-    the next.
-    """
+    """Stands in for a backend that cannot be recorded, ending one graph and beginning the next."""
 
     capturable = True
 

@@ -44,9 +44,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU and float32 on a CPU. ValueError for a dtype the towers do not
-    run in.
-    """
+    """bfloat16 on a GPU and float32 on a CPU for "auto". ValueError for a dtype not supported."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:

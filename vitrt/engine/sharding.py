@@ -59,8 +59,10 @@ class PieceFeatures:
 def cut(
     grids: Sequence[Grid], costs: Sequence[float], parts: int, most_patches: int
 ) -> list[list[Piece]]:
-    """The frames of all inputs in `parts` runs of about equal cost, `costs[i]` being that of one
-    frame of `grids[i]`. No piece of several frames has more than `most_patches`.
+    """The frames of all inputs in `parts` runs of about equal cost.
+
+    `costs[i]` is that of one frame of `grids[i]`. No piece of several frames has more than
+    `most_patches`.
     """
     total = sum(t * cost for (t, _, _), cost in zip(grids, costs, strict=True))
     runs: list[list[Piece]] = [[] for _ in range(parts)]
@@ -133,8 +135,9 @@ def _plan(encoder: VisionEncoder, images: Sequence[ImageInput]) -> list[list[Pie
 
 
 def _grid(encoder: VisionEncoder, image: ImageInput) -> Grid:
-    """The grid an image will have, from its size alone. Of one that cannot be read a small one:
-    whoever gets it finds out why.
+    """The grid an image will have, from its size alone.
+
+    A small one for an image that cannot be read: the rank that gets it reports why.
     """
     try:
         height, width = _size(image)

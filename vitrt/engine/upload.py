@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 class PixelUploader:
-    """Joins the images of a batch in page-locked memory and copies them while the device works on
-    the last one.
-    """
+    """Joins a batch in page-locked memory and copies it beside the work on the batch before."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,7 +1,9 @@
 """Which size an image is brought to, and the two bicubic algorithms that bring it there.
 
-Shape legend: F frames, H and W pixels. Both algorithms take and give uint8 and round the horizontal
-pass to uint8 before the vertical one; they differ by at most 2 levels on under 1% of the elements.
+Both algorithms take and give uint8 and round the horizontal pass to uint8 before the vertical one;
+they differ by at most 2 levels on under 1% of the elements.
+
+Shapes: H and W pixels.
 """
 
 from __future__ import annotations

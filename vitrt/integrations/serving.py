@@ -31,10 +31,10 @@ def for_vllm(
 
     Args:
         images, videos: in prompt order.
-        timestamps: Qwen3-VL, with videos: the seconds of every frame of each grid, which size its
-            placeholder. vLLM keeps them as one tensor, so the videos of one prompt must be equally
-            long.
-        second_per_grid_ts: Qwen2.5-VL, with videos: the seconds between two frames of each grid.
+        timestamps: with videos, Qwen3-VL: the seconds of every frame of each grid, from which vLLM
+            sizes the placeholder. It keeps them as one tensor, so the videos of one prompt must be
+            equally long.
+        second_per_grid_ts: with videos, Qwen2.5-VL: the seconds between two frames of each grid.
 
     Returns `{"image": {"image_embeds": [M, O * (1 + L)], "image_grid_thw": int64 [N, 3]}}` and the
     like for videos, on the CPU. Raises ValueError for features that do not belong together.

@@ -75,10 +75,9 @@ class DecodeAhead:
         return sum(future.done() for future in list(self._window))
 
     def stop(self) -> None:
-        """List and decode no more; iteration ends at the next image. Safe in a signal handler of
-        the main thread.
-        """
-        self._stop.set()  # waiting threads look several times a second: a handler takes no lock
+        """List and decode no more; iteration ends at the next image. Safe in a signal handler."""
+        # Takes no lock, which the interrupted code may hold: waiting threads look now and then.
+        self._stop.set()
 
     def __enter__(self) -> DecodeAhead:
         self._lister.start()

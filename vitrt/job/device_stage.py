@@ -1,5 +1,4 @@
-"""Batches through the encoder: when the device has no memory left, less at a time; then to the
-host.
+"""Batches through the encoder, smaller ones where the device lacks memory, and to the host.
 
 On a GPU nothing here waits for the device: features are copied into page-locked memory on a
 stream of their own while the next batch runs, and `Encoded.wait` is for another thread.

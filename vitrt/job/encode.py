@@ -76,8 +76,9 @@ class Ranks(Protocol):
     size: int
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in their order: returns when all have called this. After an
-        interrupt it may be fewer.
+        """What each rank gave, in their order; returns when all have called this.
+
+        After an interrupt it may be what fewer of them gave.
         """
         ...
 

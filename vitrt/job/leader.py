@@ -1,8 +1,7 @@
-"""One rank of a tensor-parallel group leads: it decodes, batches and writes, and tells the others
-what to run.
+"""One rank of a tensor-parallel group leads, and the others run what it tells them to.
 
-The others follow: they receive the prepared pixels of each batch, run the same forwards, and drop
-the features, which every rank ends up with.
+The leader decodes, batches and writes. The others receive the prepared pixels of each batch, run
+the same forwards, and drop the features, which every rank ends up with.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ Grid = tuple[int, int, int]
 
 
 class GroupError(RuntimeError):
-    """The ranks of a group cannot go on together: one has no memory left for what the others wait
-    for, or is gone.
-    """
+    """The ranks of a group cannot go on together: one lacks memory, or is gone."""
 
 
 class Leader:

@@ -27,14 +27,10 @@ class InputError(ValueError):
 
 
 class Inputs:
-    """The images behind the INPUT arguments. Iterate as often as needed; each time they are listed
-    afresh.
-    """
+    """The images behind the INPUT arguments, listed afresh by every iteration."""
 
     def __init__(self, arguments: Sequence[str | os.PathLike[str]]) -> None:
-        """InputError for an argument that is not there or cannot be listed, or for two that give
-        equal ids.
-        """
+        """InputError for an argument that cannot be listed, or for two that give equal ids."""
         self._parts = [_part(os.fspath(argument)) for argument in arguments]
         if not self._parts:
             raise InputError("no INPUT: give a folder, an image file, or @list.txt")

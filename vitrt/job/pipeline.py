@@ -1,6 +1,6 @@
 """Images from a listing to shards: decoding, the device and writing overlap, in bounded memory.
 
-list -> decode (threads, in order) -> pack with look-ahead -> device -> host copy -> write (thread)
+    list -> decode (threads, in order) -> pack with look-ahead -> device -> host -> write (thread)
 
 Every arrow is a bounded queue. For the same listing and budget the batches are the same in every
 run, so results are reproducible. A rank of several runs this over the part of the work it draws.

@@ -46,9 +46,7 @@ class _Level:
 
 
 def walk(root: str) -> Iterator[Source]:
-    """The images of a folder and the folders in it, each folder's files sorted before its folders
-    (see above).
-    """
+    """The images of a folder and of the folders in it: sorted, files before folders."""
     stack = [_open_level("", root)]
     while stack:
         level = stack[-1]

@@ -31,15 +31,14 @@ class PeerFailedError(RuntimeError):
 
 
 class Watchdog:
-    """Use as a context manager around a rank's work; an exception that leaves it is the rank's
-    failure.
-    """
+    """A context manager around a rank's work: an exception that leaves it is the rank's failure."""
 
     def __init__(
         self, store: Store, rank: int, world: int, *, on_failure: Callable[[], None]
     ) -> None:
-        """`on_failure` asks this rank's work to end, from another thread; if it has not after a few
-        seconds, or at once where it raises, the process ends.
+        """`on_failure` asks this rank's work to end, from another thread.
+
+        If it has not ended after _GRACE seconds, or at once where that raises, the process ends.
         """
         self.failure: str | None = None  # of another rank
         self._store = store

@@ -39,9 +39,7 @@ class SharedWork:
         check: Callable[[], None],
         leaving: Callable[[], bool],
     ) -> None:
-        """`check` raises where another rank has failed; `leaving` says whether this one was
-        interrupted.
-        """
+        """`check` raises where another rank failed; `leaving`: whether this one was interrupted."""
         self.rank = rank
         self.size = size
         self._store = store
@@ -54,8 +52,9 @@ class SharedWork:
     # Waiting
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, JSON values in the order of the ranks; if this one was interrupted,
-        only those that gave something within a few seconds.
+        """What each rank gave, JSON values in the order of the ranks.
+
+        If this rank was interrupted, only of those that gave something within a few seconds.
         """
         self._steps += 1
         keys = [f"step/{self._steps}/{rank}" for rank in range(self.size)]
@@ -124,8 +123,9 @@ class SharedWork:
             raise self._listing_error
 
     def _let_others_draw(self, mine: int) -> None:
-        """Near the end, a moment for ranks that have drawn less: no rank should sit on the last
-        images while another one has nothing to do.
+        """Near the end, wait a moment for ranks that have drawn less.
+
+        No rank should sit on the last images while another one has nothing to do.
         """
         if not self._store.check(["published"]):
             return

@@ -1,7 +1,8 @@
 """SwiGLU and GELU for where no matrix product carries them in its epilogue.
 
+All is float32 inside and rounded once.
+
 Shapes: T patches (or merged tokens), F width after SwiGLU, N width of a plain activation.
-Float32 inside, one rounding.
 """
 
 from __future__ import annotations

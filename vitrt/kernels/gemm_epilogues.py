@@ -1,7 +1,7 @@
 """What quack's products do before they store: each a function over the float32 accumulator.
 
-Importing this imports quack and CUTLASS (seconds): only gemm_quack.py does, on a device that can
-use it.
+Importing this imports quack and CUTLASS, which takes seconds: only gemm_quack.py does, where the
+device can use them.
 
 quack keeps compiled kernels on disk under a fingerprint of these functions, but of an installed
 package it takes only their names. A function whose result changes therefore gets a new name.

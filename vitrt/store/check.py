@@ -51,10 +51,11 @@ class CheckResult:
 
 
 def check_folder(folder: str | Path) -> CheckResult:
-    """Verify an output folder: every manifest line has its tensors, shapes fit grids, values are
-    finite, no image is there twice, and nothing is there that no line names.
+    """Verify an output folder by reading every byte of it, one tensor at a time.
 
-    Reads every byte, one tensor at a time. Raises ValueError where `folder` is no output folder.
+    Every manifest line must have its tensors, shapes fit grids, values be finite, no image be there
+    twice, and nothing be there that no line names. Raises ValueError where `folder` is no output
+    folder.
     """
     return _Check(Path(folder)).run()
 

@@ -1,7 +1,6 @@
 """File operations that survive a power cut, and one error for all the ways a disk can refuse them.
 
-A file counts as written only after its bytes and then the folder that names it were flushed to the
-disk.
+A file counts as written only when its bytes, then the folder that names it, are flushed to disk.
 """
 
 from __future__ import annotations

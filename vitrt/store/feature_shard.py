@@ -1,9 +1,8 @@
-"""One shard: a safetensors file of many images' features, encoded here so that it can be flushed
-and verified.
+"""One shard: a safetensors file of many images' features, as bytes to write and a header to check.
 
-Layout: the grids of all images (int64, so that every tensor stays aligned), then each image's
-    features; or, pooled, each image's row one after the other, which together are one [images,
-    width] table.
+First come the grids of all images (int64, so that every tensor stays aligned), then each image's
+features. A pooled shard holds one row for each image, all of which together are one table
+[images, width].
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ class ShardHeader:
 def encode_shard(
     tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> list[memoryview]:
-    """The bytes of a safetensors file, as pieces to write one after the other; tensors are not
-    copied.
+    """The bytes of a safetensors file, as pieces to write one after the other, without copies.
 
     `tensors` are contiguous, on the CPU, and ordered so that each is aligned to its own item size.
     """

@@ -1,8 +1,7 @@
 """The records beside the shards: which image lies where, and what the run was that made it.
 
 A manifest is a log, appended to and flushed shard by shard. An entry that names in `replaces` the
-shard of an older entry of the same image takes its place, whichever ranks' manifests the two are
-in.
+shard of an older entry of the same image takes its place, whichever manifests the two are in.
 """
 
 from __future__ import annotations

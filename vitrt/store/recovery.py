@@ -40,9 +40,7 @@ class FolderMismatchError(ValueError):
 
 
 def check_identity(folder: Path, identity: RunIdentity) -> None:
-    """FolderMismatchError, naming each difference, if the folder's features are of another kind.
-    Changes nothing.
-    """
+    """FolderMismatchError, naming each difference, if the folder's features are of another kind."""
     for path in matching(folder, SHARD_NAME):
         try:
             metadata = read_header(path).metadata
@@ -69,9 +67,7 @@ def clear(folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Repair what a killed run or a power cut left, and drop the errors of the last run (its images
-    are retried).
-    """
+    """Repair what a killed run or a power cut left; drop the last run's errors, to be retried."""
     for pattern in (TEMPORARY_NAME, ERRORS_NAME):
         for path in matching(folder, pattern):
             remove(path)
@@ -90,9 +86,7 @@ def _cut_torn_lines(path: Path) -> None:
 
 
 def _drop_broken_shards(folder: Path) -> None:
-    """Forget shards that are incomplete or only partly listed, then remove every shard that is not
-    listed.
-    """
+    """Forget shards that are incomplete or only partly listed, and remove those not listed."""
     listed: set[str] = set()
     for path in manifests(folder):
         broken: set[str] = set()
@@ -143,8 +137,7 @@ def batched_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def compact(folder: Path, dropped: Iterable[tuple[str, str]]) -> None:
-    """Remove the features of entries that others replaced, and of `dropped` (id, shard), from
-    shards and manifests.
+    """Remove replaced entries and `dropped` (id, shard) ones from manifests and shards.
 
     Each step leaves a folder that is right for readers: the new shard is there before a manifest
     names it, and the old one is removed after no manifest does.
@@ -176,9 +169,7 @@ def compact(folder: Path, dropped: Iterable[tuple[str, str]]) -> None:
 
 
 def _copy_without(folder: Path, name: str, lost: set[str], numbers: ShardNumbers) -> str | None:
-    """Copy a shard without some images; the name of the copy, or None where nothing is left to
-    copy.
-    """
+    """Copy a shard without some images; the name of the copy, or None where nothing is left."""
     header = read_header(folder / name)
     with safe_open(folder / name, framework="pt") as shard:
         kept = [
@@ -197,9 +188,7 @@ def _copy_without(folder: Path, name: str, lost: set[str], numbers: ShardNumbers
 
 
 class ShardNumbers:
-    """Hands out shard numbers of any rank, above every shard that lies in the folder or that a
-    manifest mentions.
-    """
+    """Hands out shard numbers of a rank, above all in the folder and all that manifests mention."""
 
     def __init__(self, folder: Path) -> None:
         names = {path.name for path in matching(folder, SHARD_NAME)}
