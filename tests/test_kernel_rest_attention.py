@@ -29,7 +29,7 @@ SMALL = RestTiling(16, 32, 4, 2, 8)  # 8 splits of the keys for the interpreter'
 def make_cut(
     lengths: list[int], rests: list[int], *, room: int = 0, device: str = "cpu"
 ) -> QueryCut:
-    """The last `rests[i]` rows of each segment, and `room` unused entries as in a graph's buffers."""
+    """The last `rests[i]` rows of each segment, and `room` unused entries, as in a graph."""
     cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     whole = np.array(lengths, dtype=np.int32) - np.array(rests, dtype=np.int32)
     work = rest_list(cu, whole)

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 AUTO_MAX_PATCHES = 4096
 _MOST_SEGMENTS = 16  # patches of a bucket to each segment, or window, that it has room for
 _FEWEST_SEGMENTS = 8
+_LITTLE_MORE = 32  # patches over the bucket below, in an image that warms a bucket up
 _SIGHTINGS = 2  # a shape class is recorded when it comes the second time
 
 
@@ -65,6 +66,7 @@ class GraphKey:
     bucket: int  # patches
     segments: int  # room for so many; some kernels launch blocks for each, used or not
     backend: str  # of the full-attention layers, which may depend on the longest segment
+    cut: bool  # whether their last query rows go to a kernel of their own
 
 
 @dataclass(slots=True)
@@ -151,27 +153,36 @@ class GraphRunner(EagerRunner):
         segments, most = _FEWEST_SEGMENTS, max(bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
         while segments < min(len(plan.segments) - 1, most):
             segments = min(segments * 8, most)
-        return GraphKey(bucket, segments, self.attention.full_for(plan.max_seqlen).name)
+        backend = self.attention.full_for(plan.max_seqlen).name
+        return GraphKey(bucket, segments, backend, cut=self.whole_rows(plan) is not None)
 
     def _layout(self, key: GraphKey) -> PlanLayout:
         windows = max(key.bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
-        return PlanLayout.bucket(
+        layout = PlanLayout.bucket(
             key.bucket,
             key.segments,
             windows if self.tower.window_patches else None,
             self.tower.config.merge_unit,
             self.tower.config.num_position_embeddings is not None,
         )
+        return layout.with_cut(key.cut)
 
     def _warmup_plans(self, bucket: int) -> list[ForwardPlan]:
-        """Batches that fill `bucket`: one image, and many of at most 256 patches."""
-        merge = self.tower.config.spatial_merge_size
-        rows = next(r for r in (16, 8, 4, 2, 1) if bucket % (r * merge * merge) == 0) * merge
+        """Batches of `bucket`: one image that fills it, one that hardly needs it (which of the two
+        is cut may differ), and many of at most 256 patches.
+        """
         side = 16 if bucket % 256 == 0 else 8
-        plans = [self.tower.plan([(1, rows, bucket // rows)])]
+        below = max((b for b in self.buckets if b < bucket), default=0)
+        plans = [self._image(bucket), self._image(min(below + _LITTLE_MORE, bucket))]
         if bucket % side**2 == 0:
             plans.append(self.tower.plan([(bucket // side**2, side, side)]))
         return [plan for plan in plans if self._ineligible(plan, ()) is None]
+
+    def _image(self, patches: int) -> ForwardPlan:
+        """One image of so many patches, as little drawn out as powers of two allow."""
+        merge = self.tower.config.spatial_merge_size
+        rows = next(r for r in (16, 8, 4, 2, 1) if patches % (r * merge * merge) == 0) * merge
+        return self.tower.plan([(1, rows, patches // rows)])
 
     # Record and replay
 
@@ -240,7 +251,8 @@ class GraphRunner(EagerRunner):
             self._patches = torch.zeros(
                 largest, self.tower.config.patch_dim, dtype=self.dtype, device=self.device
             )
-            roomiest = GraphKey(largest, max(largest // _MOST_SEGMENTS, _FEWEST_SEGMENTS), "")
+            most = max(largest // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
+            roomiest = GraphKey(largest, most, "", cut=True)
             size = self._layout(roomiest).fed_by("sources").size
             self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self._patches[:bucket], self._plan_buffer

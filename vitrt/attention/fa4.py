@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
+from vitrt.attention.rests import cut_last_wave
+from vitrt.kernels.persistent import is_hopper, processors
+from vitrt.kernels.rest_attention import rest_attention
 
 _MODULE = "flash_attn.cute"
+_TILE_ROWS = 192  # query rows of a block on Hopper, for heads of at most _TILE_HEAD_DIM
+_TILE_HEAD_DIM = 96
 
 
 class FlashAttention4:
@@ -16,17 +25,25 @@ class FlashAttention4:
 
     The first call for each head size and dtype compiles for some seconds; segment lengths do not
     matter. The public function allocates its output and enters autograd, so we call the one below
-    it.
+    it. On Hopper, where that saves a wave of blocks, it computes whole tiles of query rows only and
+    our own kernel the rest.
     """
 
     name = "fa4"
     capturable = True  # once compiled: graph capture must follow one eager call
     applies_rotary = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, head_dim: int) -> None:
         from flash_attn.cute import interface
 
         self._attend = interface._flash_attn_fwd
+        self._processors = processors(device)
+        self._cuts = is_hopper(device) and head_dim <= _TILE_HEAD_DIM
+
+    def whole_rows(self, lengths: Sequence[int], heads: int) -> NDArray[np.int32] | None:
+        if not self._cuts:
+            return None
+        return cut_last_wave(lengths, heads, tile_rows=_TILE_ROWS, processors=self._processors)
 
     def __call__(
         self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
@@ -34,17 +51,19 @@ class FlashAttention4:
         if out is None:
             out = qkv.new_empty(attention_shape(qkv))
         q, k, v = qkv.unbind(1)
+        cut = segments.cut
         self._attend(
             q,
             k,
             v,
             cu_seqlens_q=segments.cu_seqlens,
             cu_seqlens_k=segments.cu_seqlens,
+            seqused_q=None if cut is None else cut.whole,  # blocks past it end, and write nothing
             max_seqlen_q=segments.max_seqlen,
             max_seqlen_k=segments.max_seqlen,
             out=out.view(q.shape),
         )
-        return out
+        return out if cut is None else rest_attention(qkv, cut, out)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -54,11 +73,11 @@ def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     # Compute capability 12 is left out: there the package runs its Ampere kernels, untested by us.
     return not_nvidia(
         device, (9, 0), (12, 0), "a Hopper or Blackwell GPU (compute capability 9 to 11)"
-    ) or (wrong_shape(dtype, head_dim, HALF_PRECISION, 128))
+    ) or wrong_shape(dtype, head_dim, HALF_PRECISION, 128)
 
 
 def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    return FlashAttention4()
+    return FlashAttention4(device, head_dim)
 
 
 SPEC = BackendSpec("fa4", _load, _unavailable)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vitrt.attention.registry import AttentionChoice
+from vitrt.attention.rests import whole_rows
 from vitrt.engine.feed import PatchFeed
 from vitrt.layers.cache import ByteCache
 from vitrt.models.device_plan import DevicePlan, PlanLayout, pack_plan, view_plan
-from vitrt.models.plan import ForwardPlan
+from vitrt.models.plan import ForwardPlan, IntArray
 from vitrt.models.tower import TowerOutput, VisionTower
 
 _PACKED_CACHE_BYTES = 64 << 20  # page-locked where the device is a GPU
@@ -71,8 +72,10 @@ class EagerRunner:
         *,
         merged: bool = True,
     ) -> TowerOutput:
-        """Features of the batch, in tensors of their own. `keep_hidden`: layers to return hidden
-        states of; without `merged` nothing else.
+        """Features of the batch, in tensors of their own.
+
+        `keep_hidden` names layers to return the hidden states of; without `merged` they are all
+        that is returned.
         """
         return self.run_eager(plan, feed, "graphs are off", keep_hidden, merged=merged)
 
@@ -86,7 +89,8 @@ class EagerRunner:
         merged: bool = True,
     ) -> TowerOutput:
         self.stats.eager[reason] += 1
-        layout = PlanLayout.exact(plan).fed_by(feed.kind)
+        cut = self.whole_rows(plan) is not None
+        layout = PlanLayout.exact(plan).with_cut(cut).fed_by(feed.kind)
         buffer = self.pack(plan, layout, feed).to(self.device, non_blocking=True)
         views = view_plan(buffer, layout, plan, max_seqlen=plan.max_seqlen, padded=False)
         width = self.tower.config.patch_dim
@@ -94,19 +98,29 @@ class EagerRunner:
         feed.write(patches, views.feed, plan.num_patches)
         return self.forward(patches, views, self.attention, keep_hidden, merged=merged)
 
-    def pack(self, plan: ForwardPlan, layout: PlanLayout, feed: PatchFeed) -> Tensor:
-        """The packed plan on the host, ready to be copied; kept, so a grid that returns costs
-        nothing.
+    def whole_rows(self, plan: ForwardPlan) -> IntArray | None:
+        """int32 [S], the query rows that full attention's backend wants to compute of each segment;
+        None: all of them.
         """
-        pinned = self.device.type == "cuda"
+        backend = self.attention.full_for(plan.max_seqlen)
+        return whole_rows(backend, plan.segment_lengths, self.tower.block(0).attn.heads)
+
+    def pack(self, plan: ForwardPlan, layout: PlanLayout, feed: PatchFeed) -> Tensor:
+        """The packed plan on the host, ready to be copied.
+
+        It is kept, so that a grid that returns costs nothing.
+        """
         return self._packed.get(
-            (plan.grids, layout, feed.key),
-            lambda: pack_plan(plan, layout, feed=feed.rows(plan), pinned=pinned),
+            (plan.grids, layout, feed.key), lambda: self._pack(plan, layout, feed.rows(plan))
         )
 
     def pack_unfed(self, plan: ForwardPlan, layout: PlanLayout) -> Tensor:
         """The packed plan without patches to go with it."""
-        return pack_plan(plan, layout, feed=None, pinned=self.device.type == "cuda")
+        return self._pack(plan, layout, None)
+
+    def _pack(self, plan: ForwardPlan, layout: PlanLayout, feed: IntArray | None) -> Tensor:
+        whole = self.whole_rows(plan) if layout.cut else None
+        return pack_plan(plan, layout, feed=feed, pinned=self.device.type == "cuda", whole=whole)
 
     def forward(
         self,
@@ -117,5 +131,5 @@ class EagerRunner:
         *,
         merged: bool = True,
     ) -> TowerOutput:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: adapters are trained on what comes out
             return self.tower(patches, plan, attention, keep_hidden, merged=merged)

@@ -28,7 +28,7 @@ _REST_ROWS = 64  # query rows of an entry of QueryCut.rests, attention.base.REST
 
 @jit()
 def _keys_a_split(length, SPLITS: tl.constexpr, N: tl.constexpr):
-    """Keys of each split but the last: whole blocks, so that a short segment leaves splits empty."""
+    """Keys of each split but the last: whole blocks, so a short segment leaves splits empty."""
     return tl.cdiv(tl.cdiv(length, SPLITS), N) * N
 
 
@@ -204,9 +204,8 @@ def _rest_triton(
     splits = _splits(heads, tiling, qkv.device)
     rows = cut.rests.shape[0] * _REST_ROWS  # room for so many
     items = rows // tiling.block_m * splits * heads
-    scratch = {"dtype": torch.float32, "device": qkv.device}
-    partial = torch.empty(items, tiling.block_m, head_dim, **scratch)
-    level = torch.empty(items, tiling.block_m, **scratch)
+    partial = qkv.new_empty(items, tiling.block_m, head_dim, dtype=torch.float32)
+    level = qkv.new_empty(items, tiling.block_m, dtype=torch.float32)
     _partial_kernel[(programs(items, 2 * tiling.per_processor, qkv.device),)](
         qkv,
         cut.rests,

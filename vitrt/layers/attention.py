@@ -27,6 +27,11 @@ class VisionAttention(nn.Module):
         self.qkv = FusedQKVLinear(width, config.num_heads, parallel=parallel)
         self.proj = RowParallelLinear(width, width, adds_residual=True, parallel=parallel)
 
+    @property
+    def heads(self) -> int:
+        """Heads on this rank."""
+        return self.qkv.output_shape[1]
+
     def forward(
         self, normed: Tensor, rotary: Rotary, segments: Segments, backend: AttentionBackend
     ) -> Tensor:

@@ -15,24 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import TILE_ROWS, Segments
-from vitrt.models.plan import ForwardPlan
+from vitrt.attention.base import TILE_ROWS, QueryCut, Segments
+from vitrt.attention.rests import MOST_RESTS, rest_list
+from vitrt.models.plan import ForwardPlan, IntArray
 
-Feed = Literal[
-    "order", "sources"
-]  # what brings patches into the order of execution; see vitrt/engine/feed.py
+# What brings patches into the order of execution; see vitrt/engine/feed.py.
+Feed = Literal["order", "sources"]
 _FEED_COLUMNS: dict[Feed, int] = {"order": 1, "sources": 3}
-_COUNTS = 4  # patches, segments, tiles, windows in use
-_ALIGNMENT = (
-    4  # int32 values: every field starts on 16 bytes, so that kernels may load it in wide words
-)
+_COUNTS = 5  # patches, segments, tiles, windows, rests in use
+# int32 values: every field starts on 16 bytes, so that kernels may load it in wide words.
+_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PlanLayout:
-    """How many of each a packed plan has room for; a pure function of these numbers, so graphs can
-    share it.
-    """
+    """How many of each a packed plan has room for; where its fields lie follows from that alone."""
 
     patches: int
     segments: int
@@ -40,6 +37,7 @@ class PlanLayout:
     windows: int | None  # None: a tower without windows
     merge_unit: int
     taps: bool  # a tower with a position table
+    cut: bool = False  # the query rows of full attention, see vitrt/attention/rests.py
     feed: Feed | None = None  # last in the buffer: a graph's fields lie the same whatever feeds it
 
     @classmethod
@@ -59,9 +57,8 @@ class PlanLayout:
         cls, patches: int, segments: int, windows: int | None, merge_unit: int, taps: bool
     ) -> PlanLayout:
         """Room for any batch of at most so many patches, segments and windows."""
-        tiles = (
-            patches // TILE_ROWS + segments
-        )  # every segment ends in at most one tile that is not full
+        # Every segment ends in at most one tile that is not full.
+        tiles = patches // TILE_ROWS + segments
         return cls(patches, segments, tiles, windows, merge_unit, taps)
 
     def fits(self, plan: ForwardPlan) -> bool:
@@ -71,6 +68,10 @@ class PlanLayout:
             and need.segments <= self.segments
             and (need.windows or 0) <= (self.windows or 0)
         )
+
+    def with_cut(self, cut: bool) -> PlanLayout:
+        """The same layout with or without room for a cut of the query rows."""
+        return replace(self, cut=cut)
 
     def fed_by(self, feed: Feed | None) -> PlanLayout:
         """The same layout with room for what feeds the patches."""
@@ -102,6 +103,9 @@ def _shapes(layout: PlanLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "positions", (layout.patches, 2)
     yield "segments", (layout.segments + 1,)
     yield "tiles", (layout.tiles, 3)
+    if layout.cut:
+        yield "whole", (layout.segments,)
+        yield "rests", (MOST_RESTS, 3)
     if layout.windows is not None:
         yield "windows", (layout.windows + 1,)
         yield "inverse", (layout.patches // layout.merge_unit,)
@@ -113,13 +117,18 @@ def _shapes(layout: PlanLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def pack_plan(
-    plan: ForwardPlan, layout: PlanLayout, *, feed: np.ndarray | None, pinned: bool
+    plan: ForwardPlan,
+    layout: PlanLayout,
+    *,
+    feed: np.ndarray | None,
+    pinned: bool,
+    whole: IntArray | None = None,
 ) -> Tensor:
     """The plan's arrays at the layout's offsets, int32 [layout.size] on the host.
 
-    `feed` [T, columns] goes with `layout.feed`. What is left over is inert: boundaries repeat their
-    last value, positions and taps are 0, the feed is -1, and the order of padded tokens maps each
-    to itself.
+    `feed` [T, columns] goes with `layout.feed`, `whole` [S] with `layout.cut`. What is left over is
+    inert: boundaries repeat their last value, positions, taps and whole rows are 0, the feed is -1,
+    and the order of padded tokens maps each to itself.
     """
     buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
     values = buffer.numpy()
@@ -129,7 +138,14 @@ def pack_plan(
         return values[offset : offset + prod(shape)].reshape(shape)
 
     windows = 0 if plan.windows is None else len(plan.windows) - 1
-    field("counts")[:] = (plan.num_patches, len(plan.segments) - 1, len(plan.tiles), windows)
+    rests = 0
+    if whole is not None:
+        work = rest_list(plan.segments, whole)
+        rests = len(work)
+        field("whole")[: len(whole)] = whole
+        field("rests")[:rests] = work
+    segments = len(plan.segments) - 1
+    field("counts")[:] = (plan.num_patches, segments, len(plan.tiles), windows, rests)
     field("positions")[: plan.num_patches] = plan.positions
     _fill_boundaries(field("segments"), plan.segments)
     field("tiles")[: len(plan.tiles)] = plan.tiles
@@ -179,8 +195,9 @@ class DevicePlan:
 def view_plan(
     buffer: Tensor, layout: PlanLayout, plan: ForwardPlan, *, max_seqlen: int, padded: bool
 ) -> DevicePlan:
-    """Named views of a packed plan on the device. `max_seqlen` bounds the segments for as long as
-    they are used.
+    """Named views of a packed plan on the device.
+
+    `max_seqlen` bounds the segments for as long as the views are used.
     """
 
     def field(name: str) -> Tensor:
@@ -195,6 +212,7 @@ def view_plan(
         tile_count=counts[2:3],
         lengths=plan.segment_lengths,
         max_seqlen=max_seqlen,
+        cut=QueryCut(field("whole"), field("rests"), counts[4:5]) if layout.cut else None,
     )
     window = None
     if plan.windows is not None:
