@@ -347,8 +347,10 @@ def test_quack_on_gpu(kind: Kind, tile: str) -> None:
     product = gemm_quack.compiled(kind, Tile.parse(tile), torch.bfloat16, device)
     for m, n, k in [*GPU_SHAPES, (77, 48, 40), (1297, 3456, 1176)]:
         operands = problem(kind, m, n, k, torch.bfloat16, "cuda")
-        out = torch.full((m, n // 2 if kind == "swiglu" else n), float("nan"), device=device)
-        actual = product(*operands, out.bfloat16())
+        dtype = torch.float32 if kind == "residual" else torch.bfloat16
+        width = n // 2 if kind == "swiglu" else n
+        out = torch.full((m, width), float("nan"), device=device, dtype=dtype)
+        actual = product(*operands, out)
         # tanh.approx and ex2.approx are good to 2^-11, an eighth of bf16's unit roundoff.
         check_on_gpu(kind, actual, operands, roundings=1, slack=2.0**-11)
 
@@ -409,10 +411,12 @@ def check_on_gpu(
     roundings: int,
     slack: float = 0.0,
 ) -> None:
+    """`roundings` to the dtype of x; a sum with the residual stays float32."""
+    x, _, _, residual = operands
     reference = expected(kind, *operands)
-    assert actual.shape == reference.shape and actual.dtype == operands[0].dtype
-    k = operands[0].shape[1]
-    assert relative_error(actual, reference) < tolerance(actual.dtype, k, roundings) + slack
+    wide = x.dtype if residual is None else residual.dtype
+    assert actual.shape == reference.shape and actual.dtype == wide
+    assert relative_error(actual, reference) < tolerance(x.dtype, x.shape[1], roundings) + slack
 
 
 # --- the tuner's selection ------------------------------------------------------------------------

@@ -213,7 +213,11 @@ def test_a_changed_model_cannot_be_saved_or_moved(model: Any, tmp_path: Path) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES[:2])
-def test_on_a_gpu(family: str, graphs: bool, tmp_path: Path) -> None:
+def test_on_a_gpu(
+    family: str, graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers embeds patches by a convolution, for which TF32 is on by default.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = reference_model(tiny_checkpoint(family, tmp_path / family)).cuda()
     width = model.config.vision_config.patch_size**2 * 6
     batches = [

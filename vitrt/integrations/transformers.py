@@ -285,12 +285,8 @@ class _VitrtTower(_StandIn):
             if order is not None:  # transformers leaves these rows in window order
                 hidden = hidden[torch.from_numpy(order).to(hidden.device)]
         levels = [] if out.deepstack is None else list(out.deepstack.unbind(0))
-        # Copies, as tensors made in inference mode cannot take part in anything outside of it.
         return self.output(
-            None if hidden is None else hidden.to(self.dtype, copy=True),
-            out.embeddings.clone(),
-            [level.clone() for level in levels],
-            kwargs,
+            None if hidden is None else hidden.to(self.dtype), out.embeddings, levels, kwargs
         )
 
 
