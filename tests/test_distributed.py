@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import parallel_program
-from tests.checkpoints import CONFIGS
+from tests.checkpoints import CONFIGS, tiny_checkpoint
 from tests.ranks import ROOT, run_ranks
 from vitrt import ParallelContext, VisionEncoder
 from vitrt.config import VisionConfig
@@ -182,6 +182,22 @@ def test_each_rank_reads_only_its_slices(family: str, size: int, folders: dict[s
     if size > 1:
         assert 0.75 * checkpoint.num_bytes < split < checkpoint.num_bytes
         assert asked < (1 / size + 0.2) * checkpoint.num_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_may_hold_padding_alone(family: str, tmp_path: Path):
+    """130 units padded to 256: of 4 ranks the third has 2 of them and the fourth none."""
+    checkpoint = open_checkpoint(tiny_checkpoint(family, tmp_path, intermediate_size=130))
+    for rank in range(4):
+        with torch.device("meta"):
+            tower = build_tower(checkpoint.vision_config(), context(rank, 4))
+        tower = tower.to_empty(device="cpu")
+        for parameter in tower.parameters():
+            parameter.data.fill_(torch.nan)
+        load_weights(tower, checkpoint)
+        assert not any(parameter.isnan().any() for parameter in tower.parameters())
+        down = tower.block(0).mlp.down.weight
+        assert down.count_nonzero() == down.shape[0] * (64, 64, 2, 0)[rank]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()))

@@ -140,10 +140,11 @@ class StoredTensor:
         first, stop, _ = columns.indices(width)
         row_bytes = self._info.nbytes // rows
         item = row_bytes // width
-        buffer = torch.empty(rows, max(stop - first, 0) * item, dtype=torch.uint8)
-        for row, target in enumerate(buffer.numpy()):
-            self._read_into(target, row * row_bytes + first * item)
-        return buffer.view(FLOAT_DTYPES[self._info.dtype])
+        part = torch.empty(rows, max(stop - first, 0), dtype=FLOAT_DTYPES[self._info.dtype])
+        if part.numel():  # a rank may have nothing but padding
+            for row, target in enumerate(part.view(torch.uint8).numpy()):
+                self._read_into(target, row * row_bytes + first * item)
+        return part
 
     def _read(self, start: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8)
