@@ -8,7 +8,7 @@ every GPU of the host.)
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 # all). scripts/bench_parallel.py measures them.
 _ONE_SHOT_BYTES = {2: 16 << 20, 3: 64 << 10, 4: 64 << 10}
 _TWO_SHOT_BYTES = {2: 16 << 20, 3: 16 << 20, 4: 16 << 20, 8: 16 << 20}
+_DTYPES = (torch.bfloat16, torch.float32)  # that the ops know
 
 
 class SymmetricMemory:
@@ -65,13 +66,19 @@ class SymmetricMemory:
         totals = [self.all_reduce(p.fill_(rank + 1)).clone() for p in partials if p is not None]
         return all(bool((total == size * (size + 1) // 2).all()) for total in totals)
 
+    def way(self, nbytes: int) -> Literal["one-shot", "two-shot"] | None:
+        """How a message of so many bytes travels; None: not through here."""
+        # The ops take 16 bytes at a time from every rank's part.
+        if nbytes > self._limit or nbytes == 0 or nbytes % (16 * self._group.size()):
+            return None
+        return "one-shot" if nbytes <= self._one_shot else "two-shot"
+
     def buffer(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
         """Where to put a message that this is the fastest way for; None for another. Valid until
         the next call for the same `use`.
         """
         nbytes = shape[0] * shape[1] * dtype.itemsize
-        # The ops take 16 bytes at a time from every rank's part.
-        if nbytes > self._limit or nbytes == 0 or nbytes % (16 * self._group.size()):
+        if dtype not in _DTYPES or self.way(nbytes) is None:
             return None
         buffer = self._buffers.get(use)
         if buffer is None or nbytes > buffer.numel():
@@ -85,6 +92,6 @@ class SymmetricMemory:
     def all_reduce(self, partial: Tensor) -> Tensor:
         """The sum of all ranks' `partial`, which `buffer` gave. It may lie in the buffer."""
         ops, name = torch.ops.symm_mem, self._group.group_name
-        if partial.nbytes <= self._one_shot:
+        if self.way(partial.nbytes) == "one-shot":
             return cast(Tensor, ops.one_shot_all_reduce(partial, "sum", name))
         return cast(Tensor, ops.two_shot_all_reduce_(partial, "sum", name))
