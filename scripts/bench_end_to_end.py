@@ -125,8 +125,7 @@ def decode_rate(
 
 def device_rate(encoder: VisionEncoder, prepared: Sequence[PreparedImage]) -> float:
     """Images per second of upload and forward, in the batches that vitrt packs."""
-    patches = [t * h * w for t, h, w in (image.grid_thw for image in prepared)]
-    batches = pack(patches, encoder.max_batch_tokens)
+    batches = pack([image.num_patches for image in prepared], encoder.max_batch_tokens)
     for batch in (*batches[:2], *batches[-1:]):
         encoder.encode_prepared([prepared[i] for i in batch])
     synchronize(encoder.device)

@@ -137,11 +137,8 @@ class VisionConfig:
 def _vision_part(data: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The model type and the vision keys of a config.json, whole or vision only."""
     named = data.get("model_type")
-    model_type = named.removesuffix("_vision") if isinstance(named, str) else named
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"model_type {named!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
-        )
+    model_type = str(named).removesuffix("_vision")
+    _check_model_type(model_type, named)
     if "vision_config" in data:
         vision = data["vision_config"]
         if not isinstance(vision, Mapping):
@@ -159,7 +156,8 @@ def _vision_part(data: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     )
 
 
-def _check_model_type(model_type: Any, named: Any) -> None:
+def _check_model_type(model_type: str, named: object) -> None:
+    """ValueError, by the name that the config gives, for a family that has no tower here."""
     if model_type not in MODEL_TYPES:
         supported = ", ".join(MODEL_TYPES)
         raise ValueError(f"model_type {named!r} is not supported; supported are {supported}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,10 @@ class PreparedImage:
 
     pixels: np.ndarray  # uint8 [F, H, W, 3], C-contiguous; F = 1 for an image
     grid_thw: tuple[int, int, int]  # patches: frames (after temporal merging), rows, columns
+
+    @property
+    def num_patches(self) -> int:
+        return prod(self.grid_thw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,11 +192,12 @@ def resolve(
         choice = AttentionChoice(backend, backend)
     logger.info(
         "attention: %s in full layers, %s in window layers",
-        _label(choice.full),
-        _label(choice.window),
+        label(choice.full),
+        label(choice.window),
     )
     return choice
 
 
-def _label(backend: AttentionBackend) -> str:
+def label(backend: AttentionBackend) -> str:
+    """What a log or a report calls a backend: "auto" with what it chooses from."""
     return repr(backend) if isinstance(backend, AutoBackend) else backend.name

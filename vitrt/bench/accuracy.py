@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from vitrt.bench.peers import Output
 from vitrt.flops import Grid
+
+FLOAT32_BOUND = 1e-5
+RATIO_BOUND = 1.05  # of the error that transformers itself has in the same dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +25,20 @@ class Errors:
     deepstack: tuple[float, ...]
 
     @property
+    def values(self) -> tuple[float, ...]:
+        """The embeddings' error, then each deepstack level's."""
+        return self.embeddings, *self.deepstack
+
+    @property
     def worst(self) -> float:
-        return max((self.embeddings, *self.deepstack))
+        return max(self.values)
+
+    def ratio_to(self, others: Errors) -> float:
+        """The largest quotient of an error and the other's; infinite where there is none."""
+        if len(self.deepstack) != len(others.deepstack):
+            return math.inf
+        pairs = zip(self.values, others.values, strict=True)
+        return max(ours / theirs if 0 < theirs < math.inf else math.inf for ours, theirs in pairs)
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

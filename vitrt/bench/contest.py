@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitrt.attention import AttentionBackend, AutoBackend
+from vitrt.attention.registry import label
 from vitrt.bench.ablate import ablate
 from vitrt.bench.accuracy import compare, float32_reference
 from vitrt.bench.options import BenchConfig
@@ -206,9 +206,6 @@ class ModelBench:
 
 
 def _attention_label(encoder: VisionEncoder) -> str:
-    def label(backend: AttentionBackend) -> str:
-        return repr(backend) if isinstance(backend, AutoBackend) else backend.name
-
     choice = encoder.attention
     if encoder.config.window_size is None:
         return label(choice.full)

@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from vitrt.bench.ablate import Ablation
-from vitrt.bench.accuracy import Errors
+from vitrt.bench.accuracy import FLOAT32_BOUND, RATIO_BOUND, Errors
 from vitrt.bench.options import BenchConfig
 from vitrt.bench.profiling import Profile
 from vitrt.bench.timing import Ceilings, Timing
 from vitrt.bench.towers import Source
 from vitrt.bench.workloads import Workload
 from vitrt.engine.runner import RunnerStats
-
-FLOAT32_BOUND = 1e-5  # relative L2
-RATIO_BOUND = 1.05  # of transformers' own error in the same dtype
 
 
 @dataclass(slots=True)
@@ -43,14 +40,7 @@ class Row:
     def error_ratio(self) -> float | None:
         """The worst of vitrt's errors over transformers' own; None in float32."""
         ours, theirs = self.errors.get("vitrt"), self.reference_errors
-        if ours is None or theirs is None:
-            return None
-        if len(ours.deepstack) != len(theirs.deepstack):
-            return float("inf")
-        pairs = zip(
-            (ours.embeddings, *ours.deepstack), (theirs.embeddings, *theirs.deepstack), strict=True
-        )
-        return max(a / b if b > 0 else float("inf") for a, b in pairs)
+        return None if ours is None or theirs is None else ours.ratio_to(theirs)
 
     @property
     def agrees(self) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from vitrt.attention.registry import usable
 from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.placement import resolve_device, resolve_dtype
-from vitrt.flops import count_flops, count_parameters
+from vitrt.flops import count_flops, count_parameters, count_patches, count_tokens
 from vitrt.image import ImageProcessor
 from vitrt.weights import Checkpoint
 
@@ -43,10 +42,9 @@ def image_costs(checkpoint: Checkpoint, runtime: RuntimeConfig) -> list[ImageCos
     costs = []
     for height, width in SIZES:
         grid = processor.grid(height, width)
-        patches = grid[1] * grid[2]
-        resized = grid[1] * config.patch_size, grid[2] * config.patch_size
+        resized = processor.resized(height, width)
+        patches, tokens = count_patches([grid]), count_tokens(config, [grid])
         flops = count_flops(config, [grid]).total
-        tokens = patches // config.merge_unit
         costs.append(ImageCost(height, width, resized, patches, tokens, flops))
     return costs
 
@@ -83,9 +81,9 @@ def describe(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
 
 
 def _special(config: VisionConfig) -> str:
-    layers: tuple[Any, ...] = config.deepstack_visual_indexes
-    if layers:
-        return f", and deepstack from layers {', '.join(map(str, layers))}"
+    if config.deepstack_visual_indexes:
+        layers = ", ".join(map(str, config.deepstack_visual_indexes))
+        return f", and deepstack from layers {layers}"
     if config.window_size is not None:
         full = ", ".join(map(str, config.fullatt_block_indexes))
         return f"; windows of {config.window_size} pixels except in layers {full}"

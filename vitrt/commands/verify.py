@@ -26,7 +26,6 @@ from vitrt.commands.sample_images import sample_images
 from vitrt.commands.verify_table import Row, Verification, dtype_name
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.batching import patches
 from vitrt.engine.placement import resolve_device, resolve_dtype
 from vitrt.image import PreparedImage, patches_reference
 from vitrt.images.decode import describe
@@ -67,7 +66,7 @@ def verify(
     with full_precision(), torch.inference_mode():
         encoder = VisionEncoder.from_checkpoint(checkpoint, replace(runtime, dtype="float32"))
         samples = _samples(checkpoint, encoder, images)
-        sizes = [patches(sample.prepared) for sample in samples]
+        sizes = [sample.prepared.num_patches for sample in samples]
         batches = [[samples[n] for n in part] for part in pack(sizes, encoder.max_batch_tokens)]
         del encoder
         differing = sum(not sample.equal for sample in samples)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from vitrt.bench.accuracy import Errors
-
-FLOAT32_BOUND = 1e-5  # relative L2
-RATIO_BOUND = 1.05  # of the error that transformers itself has in the same dtype
+from vitrt.bench.accuracy import FLOAT32_BOUND, RATIO_BOUND, Errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +25,7 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """The worst quotient of an error and transformers' own; None without either."""
-        if self.errors is None or self.peer is None:
-            return None
-        pairs = zip(columns(self.errors), columns(self.peer), strict=True)
-        return max(ours / theirs if 0 < theirs < math.inf else math.inf for ours, theirs in pairs)
+        return None if self.errors is None or self.peer is None else self.errors.ratio_to(self.peer)
 
     @property
     def within(self) -> bool:
@@ -64,11 +55,6 @@ class Verification:
     @property
     def passed(self) -> bool:
         return all(row.within for row in self.rows)
-
-
-def columns(errors: Errors) -> tuple[float, ...]:
-    """The embeddings' error, then each deepstack level's."""
-    return errors.embeddings, *errors.deepstack
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -102,7 +88,7 @@ def _line(row: Row) -> str:
     start = f"{dtype_name(row.dtype):10}{row.name:14}{graphs:7}"
     if row.errors is None:
         return f"{start}{row.note}"
-    errors = "".join(f"{error:>13.2e}" for error in columns(row.errors))
+    errors = "".join(f"{error:>13.2e}" for error in row.errors.values)
     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
     bound = f"{FLOAT32_BOUND:g}" if row.ratio is None else f"x {RATIO_BOUND:g}"
     verdict = f"{bound} {'ok' if row.within else 'OVER'}" if row.ours else ""

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from typing import TYPE_CHECKING
 
 from vitrt.features import ImageFeatures
@@ -18,17 +17,17 @@ if TYPE_CHECKING:
     from vitrt.engine.dense import AnyEncoder
 
 _MAX_WORKERS = 16
-_WINDOW_BATCHES = 2  # batches decoded ahead of the one on the device
 
 
 def default_workers() -> int:
     """Decoding threads: as many as this process may use cores, within reason."""
+    return min(usable_cores(), _MAX_WORKERS)
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on, which may be fewer than the machine has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, _MAX_WORKERS)
-
-
-def patches(image: PreparedImage) -> int:
-    return prod(image.grid_thw)
+    return cores or 1
 
 
 def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[ImageFeatures]:
@@ -37,7 +36,7 @@ def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[I
         return []
     prepared = _prepare_all(encoder, images)
     features: list[ImageFeatures | None] = [None] * len(images)
-    for batch in pack([patches(image) for image in prepared], encoder.max_batch_tokens):
+    for batch in pack([image.num_patches for image in prepared], encoder.max_batch_tokens):
         outputs = encoder.encode_prepared([prepared[index] for index in batch])
         for index, output in zip(batch, outputs, strict=True):
             features[index] = output
@@ -66,6 +65,7 @@ def stream_in_order(
     """
     source = iter(images)
     workers = workers or default_workers()
+    budget = encoder.max_batch_tokens
     with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
         waiting: deque[Future[PreparedImage]] = deque()
         held: deque[PreparedImage] = deque()
@@ -76,11 +76,11 @@ def stream_in_order(
                     waiting.append(pool.submit(encoder.processor.prepare, image))
                 if not waiting and not held:
                     return
-                while waiting and sum(map(patches, held)) < encoder.max_batch_tokens:
+                while waiting and sum(image.num_patches for image in held) < budget:
                     held.append(waiting.popleft().result())
                     for image in itertools.islice(source, 1):
                         waiting.append(pool.submit(encoder.processor.prepare, image))
-                first = pack([patches(image) for image in held], encoder.max_batch_tokens)[0]
+                first = pack([image.num_patches for image in held], budget)[0]
                 batch = [held.popleft() for _ in first]
                 yield from encoder.encode_prepared(batch)
         finally:

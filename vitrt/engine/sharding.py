@@ -26,15 +26,13 @@ from torch import Tensor
 
 from vitrt.engine.batching import default_workers
 from vitrt.features import ImageFeatures
-from vitrt.flops import count_flops
+from vitrt.flops import Grid, count_flops
 from vitrt.image import PreparedImage
 from vitrt.images.decode import ImageError, ImageInput, describe
 from vitrt.packing import pack
 
 if TYPE_CHECKING:
     from vitrt.encoder import VisionEncoder
-
-Grid = tuple[int, int, int]  # frames, rows, columns in patches
 
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -90,7 +88,7 @@ def encode_sharded(encoder: VisionEncoder, images: Sequence[ImageInput]) -> list
     pieces = _plan(encoder, images)[encoder.parallel.dp_rank]
     prepared = _prepare(encoder, images, pieces)
     features: list[PieceFeatures] = []
-    for batch in pack([prod(image.grid_thw) for image in prepared], encoder.max_batch_tokens):
+    for batch in pack([image.num_patches for image in prepared], encoder.max_batch_tokens):
         outputs = encoder.encode_prepared([prepared[index] for index in batch])
         features += map(PieceFeatures, (pieces[index] for index in batch), outputs)
     return features

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Protocol
 
 import torch
@@ -95,7 +94,7 @@ class DeviceStage:
             if lacks_memory:
                 self._lower_budget(part)
                 waiting = [item for other in (part, *parts) for item in other]
-                sizes = [prod(image.grid_thw) for _, image in waiting]
+                sizes = [image.num_patches for _, image in waiting]
                 parts = [[waiting[n] for n in group] for group in pack(sizes, self.budget)]
                 if self._copies is not None:
                     torch.cuda.empty_cache()  # what the failed batch was given in other sizes
@@ -161,7 +160,7 @@ class DeviceStage:
             assert isinstance(error, ValueError)
             return error
         frames, height, width = image.pixels.shape[:3]
-        patches = prod(image.grid_thw)
+        patches = image.num_patches
         size = f"{height} x {width}" + (f", {frames} frames" if frames > 1 else "")
         fits = "nothing has fitted yet"
         if self._largest:
@@ -175,7 +174,7 @@ class DeviceStage:
 
 
 def patches_of(part: Sequence[Item]) -> int:
-    return sum(prod(image.grid_thw) for _, image in part)
+    return sum(image.num_patches for _, image in part)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

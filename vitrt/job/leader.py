@@ -21,14 +21,13 @@ from vitrt.job.device_stage import is_out_of_memory
 if TYPE_CHECKING:
     from vitrt.engine.dense import AnyEncoder
     from vitrt.features import ImageFeatures
+    from vitrt.flops import Grid
     from vitrt.image import ImageProcessor
 
 logger = logging.getLogger(__name__)
 
 # gloo and NCCL have no exception class for it.
 _DISCONNECTED = ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo")
-
-Grid = tuple[int, int, int]
 
 
 class GroupError(RuntimeError):
@@ -81,7 +80,7 @@ def _run(encoder: AnyEncoder, images: Sequence[PreparedImage]) -> list[ImageFeat
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        patches = sum(t * h * w for t, h, w in (image.grid_thw for image in images))
+        patches = sum(image.num_patches for image in images)
         raise GroupError(
             f"a batch of {len(images)} images with {patches} patches does not fit on "
             f"{encoder.device} (tp = {encoder.parallel.tp_size}): lower --max-batch-tokens (now "

@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Literal, Protocol
 
 from vitrt.engine.batching import default_workers
 from vitrt.image import PreparedImage
 from vitrt.job.decode_ahead import DEFAULT_AHEAD_BYTES, DecodeAhead
-from vitrt.job.device_stage import DeviceStage, Encoder, Item, Refused
+from vitrt.job.device_stage import DeviceStage, Encoder, Item, Refused, patches_of
 from vitrt.job.done import DoneIndex
 from vitrt.job.listing import Source
 from vitrt.job.progress import Progress
@@ -167,10 +166,10 @@ def _batches(
             skip(decoded.source, decoded.error_class, decoded.message)
             continue
         pending.append((decoded.source, decoded.image))
-        patches += prod(decoded.image.grid_thw)
+        patches += decoded.image.num_patches
         while patches >= _LOOK_AHEAD * stage.budget or len(pending) >= _MOST_IMAGES:
             batch = take_batch(pending, stage.budget)
-            patches -= sum(prod(image.grid_thw) for _, image in batch)
+            patches -= patches_of(batch)
             yield batch
     while pending:
         yield take_batch(pending, stage.budget)
@@ -181,12 +180,12 @@ def take_batch(pending: list[Item], budget: int) -> list[Item]:
 
     The oldest always goes, so none waits for ever; one over the budget goes alone.
     """
-    room = budget - prod(pending[0][1].grid_thw)
+    room = budget - pending[0][1].num_patches
     batch, left = [pending[0]], []
     for item in pending[1:]:
-        patches = prod(item[1].grid_thw)
-        if patches <= room:
-            room -= patches
+        _, image = item
+        if image.num_patches <= room:
+            room -= image.num_patches
             batch.append(item)
         else:
             left.append(item)

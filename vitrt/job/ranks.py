@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vitrt.distributed import AllReduce, ParallelContext
-from vitrt.engine.batching import default_workers
+from vitrt.engine.batching import default_workers, usable_cores
 from vitrt.job.pipeline import Stop
 from vitrt.job.watchdog import Watchdog
 from vitrt.job.work_queue import SharedWork
@@ -74,5 +74,4 @@ def open_job(tp: int, *, device: str, stop: Stop, all_reduce: AllReduce = "auto"
 def _share_of_cores(tp: int) -> int:
     """Decoding threads of one of the ranks on this host that decode."""
     decoding = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // tp, 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(min(default_workers(), (cores or 1) // decoding), 1)
+    return max(min(default_workers(), usable_cores() // decoding), 1)

@@ -37,7 +37,7 @@ class RotaryPosMixin:
     rotary_head_dim: int
     _tables: tuple[Tensor, Tensor] | None = None
 
-    def __init_rotary__(self, head_dim: int) -> None:
+    def init_rotary(self, head_dim: int) -> None:
         self.rotary_head_dim = head_dim
         self.position_ids_cache: ByteCache[tuple[int, int, int], NDArray[np.int32]] = ByteCache(
             _CACHE_BYTES

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class TensorSlice(Protocol):
-    """A tensor on disk: indexing reads just that part (what safetensors' `get_slice` returns)."""
+    """A tensor on disk, of which indexing reads just that part."""
 
     def get_shape(self) -> list[int]: ...
 

@@ -115,7 +115,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.__init_rotary__(config.head_dim)
+        self.init_rotary(config.head_dim)
         self.frames: ByteCache[tuple[int, int], FramePlan] = ByteCache(_FRAME_CACHE_BYTES)
         self.plans: ByteCache[tuple[Grid, ...], ForwardPlan] = ByteCache(_PLAN_CACHE_BYTES)
 
