@@ -23,7 +23,7 @@ from vitrt.kernels.rest_attention import (
     rest_attention_ref,
 )
 
-SMALL = RestTiling(16, 32, 4, 2, 8)  # 8 splits of the keys for the interpreter's 2 heads
+SMALL = RestTiling(32, 32, 4, 2, 4)  # 4 splits of the keys for the interpreter's 2 heads
 
 
 def make_cut(
@@ -61,10 +61,8 @@ def assert_rests(qkv: Tensor, out: Tensor, lengths: list[int], rests: list[int])
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 72, 80, 128])
-@pytest.mark.parametrize(
-    ("lengths", "rests"), [([1], [1]), ([70, 5, 33], [9, 0, 33]), ([290, 3], [17, 1])], ids=str
-)
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 80, 128])
+@pytest.mark.parametrize(("lengths", "rests"), [([1], [1]), ([70, 5, 33], [9, 0, 33])], ids=str)
 def test_kernels_equal_dense(head_dim: int, lengths: list[int], rests: list[int]) -> None:
     qkv, out = poisoned(lengths, 6, 2, head_dim)
     _rest_triton(qkv, make_cut(lengths, rests, room=2), out, SMALL)
@@ -72,16 +70,16 @@ def test_kernels_equal_dense(head_dim: int, lengths: list[int], rests: list[int]
 
 
 @interpreted
-@pytest.mark.parametrize("tiling", VARIANTS, ids=str)
-def test_every_tiling(tiling: RestTiling) -> None:
+@pytest.mark.parametrize("tiling", sorted({(v.block_m, v.block_n) for v in VARIANTS}), ids=str)
+def test_every_block_size(tiling: tuple[int, int]) -> None:
     lengths, rests = [200, 64, 7], [100, 0, 5]
     qkv, out = poisoned(lengths, 2, 1, 72)
-    _rest_triton(qkv, make_cut(lengths, rests), out, tiling)
+    _rest_triton(qkv, make_cut(lengths, rests), out, RestTiling(*tiling, 4, 2, 2))
     assert_rests(qkv, out, lengths, rests)
 
 
 @interpreted
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 255, 256, 257, 300])
+@pytest.mark.parametrize("length", [1, 32, 33, 255, 257])
 def test_splits_around_whole_blocks(length: int) -> None:
     """Empty splits, splits of one key, and the last block of each split full or not."""
     qkv, out = poisoned([length, 40], 3, 2, 24)
@@ -90,7 +88,7 @@ def test_splits_around_whole_blocks(length: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("rest", [1, 16, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize("rest", [1, 16, 17, 64, 129])
 def test_blocks_of_query_rows(rest: int) -> None:
     qkv, out = poisoned([130], 3, 1, 16)
     _rest_triton(qkv, make_cut([130], [rest]), out, SMALL)
@@ -98,7 +96,7 @@ def test_blocks_of_query_rows(rest: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("per_processor", [1, 4, 64])
+@pytest.mark.parametrize("per_processor", [1, 16])
 def test_any_number_of_splits(per_processor: int) -> None:
     qkv, out = poisoned([150], 0, 3, 24)
     _rest_triton(qkv, make_cut([150], [20]), out, RestTiling(16, 16, 4, 2, per_processor))

@@ -178,10 +178,11 @@ VARIANTS = (
     RestTiling(64, 64, 4, 2, 2),
     RestTiling(64, 64, 4, 3, 2),
     RestTiling(64, 64, 4, 2, 4),
+    RestTiling(64, 32, 4, 3, 4),
     RestTiling(64, 128, 4, 2, 2),
     RestTiling(32, 64, 4, 2, 2),
+    RestTiling(32, 64, 4, 3, 4),
     RestTiling(32, 64, 2, 3, 4),
-    RestTiling(16, 64, 4, 3, 2),
     RestTiling(16, 64, 4, 3, 4),
     RestTiling(16, 128, 4, 2, 2),
 )
