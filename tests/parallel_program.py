@@ -53,22 +53,33 @@ def _cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.cpu()
 
 
+VARIANTS = {
+    "cpu": [("auto", "", 100)],
+    # The last one records sums that run beside products.
+    "cuda": [("auto", "", 8192), ("nccl", "-nccl", 8192), ("nccl", "-overlap", 100)],
+}  # how sums travel, what files are called, from how many rows on blocks overlap
+
+
 def main() -> None:
     out, device, sizes, *folders = sys.argv[1:]
-    if device == "cpu":
-        # Then blocks overlap in the longer batches here, and not in the shortest.
-        distributed.OVERLAP_ROWS = 100
+    joined: list[ParallelContext] = []
     for tp in map(int, sizes.split(",")):
-        for method in ("auto", "nccl") if device == "cuda" else ("auto",):
+        for method, suffix, distributed.OVERLAP_ROWS in VARIANTS[device]:
             parallel = ParallelContext.from_env(tp, device=device, all_reduce=method)  # type: ignore[arg-type]
             rank = parallel.dp_rank * tp + parallel.tp_rank
             for folder in map(Path, folders):
                 encoder = VisionEncoder.from_pretrained(folder, device=device, parallel=parallel)
-                name = f"{folder.name}-tp{tp}-{rank}" + ("" if method == "auto" else f"-{method}")
-                torch.save(run(encoder), Path(out) / f"{name}.pt")
+                torch.save(run(encoder), Path(out) / f"{folder.name}-tp{tp}-{rank}{suffix}.pt")
                 del encoder
                 gc.collect()  # recorded graphs keep a communicator from closing
-            parallel.close()
+            print(f"rank {rank}: tp {tp} {method}{suffix} is done", flush=True)
+            if device == "cpu":
+                parallel.close()  # and join again
+            else:
+                joined.append(parallel)
+    for parallel in joined[:1]:
+        torch.cuda.synchronize()
+        parallel.close()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def start_ranks(ranks: int, *arguments: str) -> subprocess.Popen[str]:
     """`python ARGUMENTS` (a script, or -m MODULE) as so many ranks of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr", "127.0.0.1"]  # a host's own name may resolve to nothing
     return subprocess.Popen(
         [*command, "--nproc-per-node", str(ranks), *arguments],
         cwd=ROOT,

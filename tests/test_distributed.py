@@ -274,29 +274,55 @@ def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_gpus_equal_one(ranks: int, folders: dict[str, Path], tmp_path: Path):
-    """bf16 with graphs, sums by either method: no further from float32 than one GPU is, plus 5%."""
-    if gpus() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
+@pytest.fixture(scope="module")
+def on_gpus(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything in one job: tp = 4 and tp = 2 x dp = 2 on 4 GPUs, else tp = 2 on 2."""
+    if gpus() < 2:
+        pytest.skip("needs 2 GPUs")
+    ranks, sizes = (4, "4,2") if gpus() >= 4 else (2, "2")
+    out = tmp_path_factory.mktemp("gpus")
     program = str(ROOT / "tests/parallel_program.py")
-    code, output = run_ranks(
-        ranks, program, str(tmp_path), "cuda", str(ranks), *map(str, folders.values())
-    )
+    code, output = run_ranks(ranks, program, str(out), "cuda", sizes, *map(str, folders.values()))
     assert code == 0, output
-    for family, folder in folders.items():
-        single = parallel_program.run(VisionEncoder.from_pretrained(folder, device="cuda"))
-        exact = parallel_program.run(VisionEncoder.from_pretrained(folder, device="cpu"))
-        for rank in range(ranks):
-            for suffix in ("", "-nccl"):
-                actual = torch.load(tmp_path / f"{family}-tp{ranks}-{rank}{suffix}.pt")
-                assert actual["hits"] > 0, "no graph was replayed"
-                for ours, one, truth in zip(
-                    actual["called"], single["called"], exact["called"], strict=True
-                ):
-                    if truth is not None:
-                        assert relative_l2(ours, truth) <= 1.05 * relative_l2(one, truth) + 1e-3
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_gpus_equal_one(
+    family: str, tp: int, folders: dict[str, Path], alone: dict[str, Any], on_gpus: Path
+):
+    """bf16 with graphs, sums by each method: no further from float32 than one GPU is, plus 5%."""
+    if gpus() < tp:
+        pytest.skip(f"needs {tp} GPUs")
+    single = parallel_program.run(VisionEncoder.from_pretrained(folders[family], device="cuda"))
+    exact = alone[family]
+    for rank in range(4 if gpus() >= 4 else 2):
+        for _, suffix, _ in parallel_program.VARIANTS["cuda"]:
+            actual = torch.load(on_gpus / f"{family}-tp{tp}-{rank}{suffix}.pt")
+            assert actual["hits"] > 0, "no graph was replayed"
+            triples = [*zip(actual["called"], single["called"], exact["called"], strict=True)]
+            for every in zip(*(r["encoded"] for r in (actual, single, exact)), strict=True):
+                triples += zip(*(features[1:] for features in every), strict=True)
+            for ours, one, truth in triples:
+                if truth is not None:
+                    assert relative_l2(ours, truth) <= 1.05 * relative_l2(one, truth) + 1e-3
+
+
+def test_the_benchmark_of_several_gpus_walks_through(tmp_path: Path):
+    """Its ranks meet in every collective; on CPUs there is no symmetric memory to time."""
+    found = tmp_path / "found.json"
+    script = str(ROOT / "scripts/bench_parallel.py")
+    steps = ("--seconds", "120", "2:nccl", "2:symmetric", "messages")
+    code, output = run_ranks(2, script, "--tiny", "--json", str(found), *steps)
+    assert code == 0, output
+    results = json.loads(found.read_text())
+    assert [(row["tp"], row["sums"], row["right"]) for row in results["rows"]] == [
+        (1, "-", True),
+        (2, "nccl", True),
+    ]
+    assert "2:symmetric cannot be had" in output and len(results["lists_per_second"]) == 2
 
 
 def test_the_program_uses_several_sizes():

@@ -1,5 +1,7 @@
-"""The torchrun environment as one object: which tensor-parallel and data-parallel rank this process
-is, and how the ranks of a tensor-parallel group sum what each of them computed.
+"""The torchrun environment as one object.
+
+Which tensor-parallel and data-parallel rank this process is, and how the ranks of a tensor-parallel
+group sum what each of them computed.
 
 The world is `dp_size` groups of `tp_size` neighbouring ranks; each group holds one copy of a tower.
 """
