@@ -1,8 +1,8 @@
 """Sums over memory that all GPUs of a group can reach, through PyTorch's symmetric memory.
 
 A sum is one kernel here, which reads and writes the peers' buffers over NVLink: for messages of a
-few megabytes that is faster than NCCL. (NVLink multicast is never used here: a fault in it takes down
-every GPU of the host. NCCL's own use of it is NCCL_NVLS_ENABLE's affair.)
+few megabytes that is faster than NCCL. NVLink multicast is never used here, since a fault in it
+takes down every GPU of the host. (NCCL's own use of it is for NCCL_NVLS_ENABLE to say.)
 """
 
 from __future__ import annotations
