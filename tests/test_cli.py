@@ -74,6 +74,17 @@ def test_encode_writes_what_the_encoder_returns(
             assert error <= TOLERANCE
 
 
+def test_verbose_says_how_forwards_ran(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    for options in ([], ["--layers", "0"]):
+        command = ("encode", tiny_qwen3_vl, photos, "--device", "cpu", *options)
+        quiet = vitrt(*command, "--output", tmp_path / f"quiet{len(options)}")
+        assert quiet.code == 0 and "forwards:" not in quiet.err
+        done = vitrt(*command, "--output", tmp_path / f"verbose{len(options)}", "--verbose")
+        assert re.search(r"forwards: 0 graph replays, \d+ eager \(graphs are off\)", done.err)
+
+
 def test_encode_again_does_nothing_and_skipping_is_exit_code_3(
     tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
 ) -> None:

@@ -1,1 +1,1 @@
-"""What the smaller subcommands do."""
+"""What the subcommands do, and what they share at a terminal."""

@@ -1,4 +1,4 @@
-"""What a command has in common with its terminal: log lines and Ctrl-C."""
+"""What commands have in common at a terminal: exit codes, log lines and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from vitrt.job.pipeline import Stop
 from vitrt.job.progress import write_json
 
-INTERRUPTED = 130  # exit code
+# Exit codes.
+OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 
 
 @contextmanager

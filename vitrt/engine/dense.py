@@ -18,6 +18,7 @@ from vitrt.image import PreparedImage
 
 if TYPE_CHECKING:
     from vitrt.encoder import VisionEncoder
+    from vitrt.engine.runner import RunnerStats
 
 AnyEncoder: TypeAlias = "VisionEncoder | DenseEncoder"
 
@@ -93,3 +94,6 @@ class DenseEncoder:
 
     def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         return self._encoder.encode_prepared(images, layers=self.layers, merged=self.merged)
+
+    def stats(self) -> RunnerStats:
+        return self._encoder.stats()

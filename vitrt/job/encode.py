@@ -19,6 +19,7 @@ from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.dense import AnyEncoder, DenseEncoder, check_layers
 from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.engine.runner import RunnerStats
 from vitrt.job.done import DoneIndex
 from vitrt.job.leader import Leader, follow, leading
 from vitrt.job.listing import InputError, Inputs, Source, any_image
@@ -155,12 +156,27 @@ def encode_folder(
             "interrupted": outcome.interrupted,
             "dropped": outcome.dropped,
         }
+        _log_statistics(encoder.stats())
         reports = ranks.gather(report)
         if ranks.rank == 0 and len(reports) == ranks.size:
             dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
             compact(output, dropped)
             flush_folder(output)
     return Summary.of(reports)
+
+
+def _log_statistics(stats: RunnerStats) -> None:
+    """How forwards ran, for `--verbose`."""
+    eager = ", ".join(f"{count} eager ({reason})" for reason, count in stats.eager.items())
+    logger.debug("forwards: %d graph replays, %s", stats.hits.total(), eager or "none eager")
+    if stats.captures:
+        logger.debug(
+            "graphs: %d recorded, %d evicted, %.0f MiB, %.1f%% of the replayed rows padding",
+            stats.captures,
+            stats.evictions,
+            stats.graph_bytes / 2**20,
+            100 * stats.padding_share,
+        )
 
 
 def follow_leader(

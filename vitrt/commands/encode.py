@@ -1,0 +1,170 @@
+"""`vitrt encode` at its terminal: arguments, progress, the closing line, the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitrt.commands.arguments import (
+    DEFAULTS,
+    add_runtime,
+    layer_list,
+    open_model,
+    runtime_config,
+)
+from vitrt.commands.console import FAILED, INTERRUPTED, OK, SKIPPED, graceful_interrupts
+
+if TYPE_CHECKING:
+    from vitrt.job.encode import Summary
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run` reads."""
+    parser.description = (
+        "Encode images into a folder of safetensors shards. Running the same command again "
+        "encodes what is missing or has changed. Exit codes: 0 all encoded, 1 an error, 3 some "
+        "images skipped (see errors-*.jsonl), 130 interrupted."
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a folder, an image, or @list.txt"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    add_runtime(parser)
+    parser.add_argument("--attention", default=DEFAULTS.attention, help="a backend of vitrt info")
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=DEFAULTS.cuda_graphs
+    )
+    parser.add_argument("--resize", choices=("pillow", "torch"), default=DEFAULTS.resize)
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="patches of one forward")
+    parser.add_argument("--workers", type=int, metavar="N", help="decoding threads")
+    # Defaults of the options below are EncodeOptions'; None stands for them.
+    parser.add_argument("--shard-mib", type=float, metavar="N", help="size of a shard")
+    parser.add_argument("--pool", choices=("none", "mean"), help="mean: one row an image")
+    parser.add_argument(
+        "--layers",
+        type=layer_list,
+        metavar="N,N,...",
+        help="also keep the hidden states after these layers, from 0 or, as in --layers=-1, from "
+        "the last",
+    )
+    parser.add_argument(
+        "--merged",
+        action=argparse.BooleanOptionalAction,
+        help="--no-merged: keep hidden states only, and run no layer past the last of --layers",
+    )
+    parser.add_argument("--on-error", choices=("skip", "fail"), help="what a bad image does")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=None,
+        help="first remove the features that the folder holds",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        metavar="N",
+        help="refuse larger images before decoding them (0: none; default: Pillow's limit)",
+    )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share a model")
+    parser.add_argument(
+        "--all-reduce",
+        choices=("auto", "nccl", "symmetric"),
+        default="auto",
+        help="how GPUs that share a model add up their parts",
+    )
+    parser.add_argument("--log-json", action="store_true", help="log as JSON lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode, or follow the rank that leads; the exit code."""
+    from vitrt.job.encode import EncodeOptions, encode_folder, follow_leader
+    from vitrt.job.leader import GroupError
+    from vitrt.job.listing import Inputs
+    from vitrt.job.pipeline import Stop
+    from vitrt.job.progress import Progress, Reporter, Style
+    from vitrt.job.ranks import open_job
+    from vitrt.job.watchdog import PeerFailedError
+
+    names = ("workers", "shard_mib", "pool", "on_error", "overwrite", "layers", "merged")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = EncodeOptions(**chosen)
+    runtime = runtime_config(
+        args,
+        attention=args.attention,
+        cuda_graphs=args.cuda_graphs,
+        resize=args.resize,
+        max_batch_tokens=args.max_batch_tokens,
+    )
+    inputs = Inputs(args.inputs)
+    _limit_image_size(args.max_image_pixels)
+    progress, stop = Progress(), Stop()
+    try:
+        with (
+            graceful_interrupts(stop),
+            open_job(args.tp, device=args.device, stop=stop, all_reduce=args.all_reduce) as job,
+        ):
+            if not job.is_first and not args.verbose:
+                logging.getLogger("vitrt").setLevel(logging.WARNING)
+            if job.follows:
+                follow_leader(open_model(args), runtime, options, job.parallel)
+                return OK
+            if options.workers is None:
+                options = replace(options, workers=job.workers)
+            style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
+            with Reporter(progress, style):
+                summary = encode_folder(
+                    open_model(args),
+                    runtime,
+                    inputs,
+                    args.output,
+                    options,
+                    progress=progress,
+                    stop=stop,
+                    ranks=job.shared,
+                    parallel=job.parallel,
+                )
+            # What the first rank says stands for all of them, so torchrun sees one exit code.
+            return _conclude(summary, args.output, as_json=args.log_json) if job.is_first else OK
+    except PeerFailedError:
+        return FAILED  # which rank and why was said when it was noticed
+    except GroupError as error:
+        logger.error("%s", error)
+        return FAILED
+
+
+def _conclude(summary: Summary, output: Path, *, as_json: bool) -> int:
+    from vitrt.job.progress import write_json
+
+    state = summary.state
+    code = INTERRUPTED if summary.interrupted else SKIPPED if state.skipped else OK
+    if as_json:
+        write_json("end", {**asdict(state), "exit_code": code})
+        return code
+    text = f"{state.images} images ({state.tokens} tokens) encoded into {output}"
+    if state.resumed:
+        text += f", {state.resumed} were there already"
+    if state.skipped:
+        text += f", {state.skipped} skipped: see {output}/errors-*.jsonl"
+    if summary.interrupted:
+        text += "; interrupted, the same command carries on"
+    sys.stdout.write(text + "\n")
+    return code
+
+
+def _limit_image_size(pixels: int | None) -> None:
+    from PIL import Image
+
+    if pixels is None:
+        return
+    if pixels < 0:
+        raise ValueError(f"--max-image-pixels must not be negative, got {pixels}")
+    # Pillow warns past its limit and refuses past twice its limit.
+    Image.MAX_IMAGE_PIXELS = max(pixels // 2, 1) if pixels else None
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
