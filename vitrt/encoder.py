@@ -22,7 +22,7 @@ from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.engine.batching import encode_in_order, stream_in_order
 from vitrt.engine.dense import DenseEncoder, check_layers, to_raster
 from vitrt.engine.feed import PixelsFeed, ValuesFeed
-from vitrt.engine.placement import budget_from_memory, resolve_device, resolve_dtype
+from vitrt.engine.placement import budget_from_memory, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.runner import EagerRunner, RunnerStats
 from vitrt.engine.sharding import encode_together
 from vitrt.engine.upload import PixelUploader
@@ -65,7 +65,7 @@ class VisionEncoder:
         self.dtype = dtype
         self.parallel = parallel
         self.name = name
-        self.processor = _processor(preprocessor, runtime)
+        self.processor = ImageProcessor.from_configs(preprocessor, runtime)
         self.attention = resolve(
             runtime.attention, device=device, dtype=dtype, head_dim=self.config.head_dim
         )
@@ -126,7 +126,7 @@ class VisionEncoder:
         )
         runtime = RuntimeConfig(
             device=str(device),
-            dtype=_dtype_name(dtype),
+            dtype=dtype_name(dtype),
             attention=attention,
             cuda_graphs=cuda_graphs,
             min_pixels=min_pixels,
@@ -302,21 +302,6 @@ class VisionEncoder:
         return GraphRunner(
             *arguments, limit_bytes=limit, max_patches=largest, parallel=self.parallel
         )
-
-
-def _processor(preprocessor: PreprocessorConfig, runtime: RuntimeConfig) -> ImageProcessor:
-    return ImageProcessor(
-        patch_size=preprocessor.patch_size,
-        merge_size=preprocessor.merge_size,
-        temporal_patch_size=preprocessor.temporal_patch_size,
-        min_pixels=runtime.min_pixels or preprocessor.min_pixels,
-        max_pixels=runtime.max_pixels or preprocessor.max_pixels,
-        resize=runtime.resize,
-    )
-
-
-def _dtype_name(dtype: str | torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:

@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 from PIL import Image
 
+from vitrt.config import PreprocessorConfig, RuntimeConfig
 from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe
 from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
 
@@ -73,6 +74,20 @@ class ImageProcessor:
             )
         if self.resize not in RESIZE_NAMES:
             raise ValueError(f"resize is {self.resize!r}; it must be one of {RESIZE_NAMES}")
+
+    @classmethod
+    def from_configs(
+        cls, preprocessor: PreprocessorConfig, runtime: RuntimeConfig
+    ) -> ImageProcessor:
+        """What the checkpoint says, under the pixel limits that the user chose, if any."""
+        return cls(
+            patch_size=preprocessor.patch_size,
+            merge_size=preprocessor.merge_size,
+            temporal_patch_size=preprocessor.temporal_patch_size,
+            min_pixels=runtime.min_pixels or preprocessor.min_pixels,
+            max_pixels=runtime.max_pixels or preprocessor.max_pixels,
+            resize=runtime.resize,
+        )
 
     @property
     def factor(self) -> int:

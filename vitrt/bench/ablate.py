@@ -20,6 +20,7 @@ from vitrt.attention.registry import AttentionChoice
 from vitrt.bench.timing import measure
 from vitrt.bench.workloads import Workload
 from vitrt.encoder import VisionEncoder
+from vitrt.engine.placement import dtype_name
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import padded_width
 from vitrt.weights import open_checkpoint
@@ -179,7 +180,7 @@ def _unpadded(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
     runtime = replace(
         encoder.runtime,
         device=str(encoder.device),
-        dtype=str(encoder.dtype).removeprefix("torch."),
+        dtype=dtype_name(encoder.dtype),
         cuda_graphs=False,
     )
     with mock.patch("vitrt.layers.mlp.padded_width", lambda width, tp_size: width):

@@ -15,6 +15,7 @@ from vitrt.bench.options import PEER_NAMES
 from vitrt.bench.profiling import GROUP_NAMES, Profile
 from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
+from vitrt.engine.placement import dtype_name
 from vitrt.engine.runner import RunnerStats
 
 TOP_KERNELS = 8
@@ -46,7 +47,7 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     return {
         "format": "vitrt.bench.v1",
         "machine": machine(result.device),
-        "dtype": str(result.dtype).removeprefix("torch."),
+        "dtype": dtype_name(result.dtype),
         "options": options,
         "ceilings": [asdict(ceiling) for ceiling in result.ceilings],
         "ceiling_tflops": result.tflops,
@@ -114,11 +115,13 @@ def to_text(result: BenchResult) -> str:
 
 def _lines(result: BenchResult) -> Iterator[str]:
     found = machine(result.device)
-    dtype = str(result.dtype).removeprefix("torch.")
     for model in result.models:
         yield from _extra_lines(model)
     yield ""
-    yield ", ".join(f"{key} {value}" for key, value in found.items()) + f", {dtype}"
+    yield (
+        ", ".join(f"{key} {value}" for key, value in found.items())
+        + f", {dtype_name(result.dtype)}"
+    )
     products = " / ".join(f"{ceiling.tflops:.4g}" for ceiling in result.ceilings)
     copies = " / ".join(f"{ceiling.copy_tb_s:.3g}" for ceiling in result.ceilings)
     yield f"ceilings before / after: product {products} TFLOP/s, copy {copies} TB/s"

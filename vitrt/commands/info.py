@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vitrt.attention.registry import usable
 from vitrt.config import RuntimeConfig, VisionConfig
-from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.engine.placement import dtype_name, resolve_device, resolve_dtype
 from vitrt.flops import count_flops, count_parameters, count_patches, count_tokens
 from vitrt.image import ImageProcessor
 from vitrt.weights import Checkpoint
@@ -31,14 +31,7 @@ class ImageCost:
 def image_costs(checkpoint: Checkpoint, runtime: RuntimeConfig) -> list[ImageCost]:
     """The cost of an image of each common size, under the pixel limits that hold."""
     config = checkpoint.vision_config()
-    preprocessor = checkpoint.preprocessor_config()
-    processor = ImageProcessor(
-        patch_size=preprocessor.patch_size,
-        merge_size=preprocessor.merge_size,
-        temporal_patch_size=preprocessor.temporal_patch_size,
-        min_pixels=runtime.min_pixels or preprocessor.min_pixels,
-        max_pixels=runtime.max_pixels or preprocessor.max_pixels,
-    )
+    processor = ImageProcessor.from_configs(checkpoint.preprocessor_config(), runtime)
     costs = []
     for height, width in SIZES:
         grid = processor.grid(height, width)
@@ -75,7 +68,7 @@ def describe(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
     yield ""
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(runtime.dtype, device)
-    yield f"attention on {device} in {str(dtype).removeprefix('torch.')}"
+    yield f"attention on {device} in {dtype_name(dtype)}"
     for name, reason in usable(device, dtype, config.head_dim):
         yield f"  {name:<8} {'usable' if reason is None else 'no: ' + reason}"
 

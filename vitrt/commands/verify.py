@@ -23,10 +23,10 @@ from vitrt.bench.accuracy import Errors, compare, full_precision
 from vitrt.bench.peers import Output
 from vitrt.bench.towers import Source, build_tower
 from vitrt.commands.sample_images import sample_images
-from vitrt.commands.verify_table import Row, Verification, dtype_name
+from vitrt.commands.verify_table import Row, Verification
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.engine.placement import dtype_name, resolve_device, resolve_dtype
 from vitrt.image import PreparedImage, patches_reference
 from vitrt.images.decode import describe
 from vitrt.job.listing import Inputs

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vitrt.bench.accuracy import FLOAT32_BOUND, RATIO_BOUND, Errors
+from vitrt.engine.placement import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,6 @@ class Verification:
     @property
     def passed(self) -> bool:
         return all(row.within for row in self.rows)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def report(result: Verification) -> Iterator[str]:

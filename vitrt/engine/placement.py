@@ -56,6 +56,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype as configs, manifests and people call it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def budget_from_memory(tower: VisionTower, device: torch.device, dtype: torch.dtype) -> int:
     """Patches per forward that fit in part of the device's free memory."""
     if device.type != "cuda":

@@ -18,7 +18,7 @@ from vitrt.config import RuntimeConfig
 from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.dense import AnyEncoder, DenseEncoder, check_layers
-from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.engine.placement import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.runner import RunnerStats
 from vitrt.job.done import DoneIndex
 from vitrt.job.leader import Leader, follow, leading
@@ -255,7 +255,7 @@ def run_identity(
         model=checkpoint.name,
         model_type=checkpoint.vision_config().model_type,
         weights=fingerprint(checkpoint),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         min_pixels=runtime.min_pixels or preprocessor.min_pixels,
         max_pixels=runtime.max_pixels or preprocessor.max_pixels,
         resize=runtime.resize,
