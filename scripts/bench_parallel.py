@@ -190,7 +190,7 @@ class Bench:
         tower = build_tower(source, device=self.setup.device, dtype=self.setup.dtype)
         save_checkpoint(tower, source, self.folder)
         pixels = self.pixel_values(self.setup.accuracy, source.config.patch_dim)
-        grids = torch.tensor(self.setup.accuracy)
+        grids = torch.tensor(self.setup.accuracy, device=self.setup.device)
         with torch.inference_mode():
             rounded = outputs(tower(pixels, grid_thw=grids))
             exact = outputs(float32_copy(tower, source.config)(pixels.float(), grid_thw=grids))
