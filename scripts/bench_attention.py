@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Every attention backend that can run here on full attention, and what "auto" makes of it.
+
+    python scripts/bench_attention.py --json attention.json
+
+Backends take turns on the same inputs, replayed from CUDA graphs, so that a clock that drifts
+drifts for all; figures are medians of the turns. "auto" gets the segments as the encoder would give
+them to it, cut where the backend it takes asks for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrt.attention.base import AttentionBackend, QueryCut, Rotary, Segments, tile_list
+from vitrt.attention.registry import AttentionChoice, get_backend, resolve, usable
+from vitrt.attention.rests import rest_list, whole_rows
+from vitrt.kernels.flash_attention import flash_attention_ref
+
+HEADS = 16
+SHAPES = {
+    "1x1296": (1296,),
+    "32x1296": (1296,) * 32,
+    "1x3080": (3080,),
+    "16x3080": (3080,) * 16,
+    "1x16384": (16384,),
+    "mixed16": tuple((2 * (8 + i)) * (2 * (20 - i)) for i in range(16)),
+}
+TURNS = 15
+TURN_MS = 2.0  # a turn repeats its calls for about as long
+BOUND = 4e-3  # relative L2 error of bf16 attention
+
+
+@dataclass
+class Turn:
+    """One backend's calls as a graph, and the milliseconds it took each time."""
+
+    replay: Callable[[], None]
+    calls: int
+    times: list[float]
+
+    def take(self) -> None:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        self.times.append(start.elapsed_time(stop) / self.calls)
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.times)
+
+
+def on_gpu(values: object) -> Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=np.int32), device="cuda")
+
+
+def segments_for(backend: AttentionBackend, lengths: Sequence[int], *, cut: bool) -> Segments:
+    """Segments of these lengths as a plan packs them."""
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tiles = tile_list(bounds)
+    segments = Segments(
+        cu_seqlens=on_gpu(bounds),
+        count=on_gpu([len(lengths)]),
+        tiles=on_gpu(tiles),
+        tile_count=on_gpu([len(tiles)]),
+        lengths=tuple(lengths),
+        max_seqlen=max(lengths),
+    )
+    whole = whole_rows(backend, lengths, HEADS) if cut else None
+    if whole is None:
+        return segments
+    rests = rest_list(bounds, whole)
+    return replace(segments, cut=QueryCut(on_gpu(whole), on_gpu(rests), on_gpu([len(rests)])))
+
+
+def inputs(tokens: int, head_dim: int) -> list[Tensor]:
+    """Several batches, so that none of them stays in a cache between calls."""
+    count = max(2, min(6, (256 << 20) // (tokens * 3 * HEADS * head_dim * 2)))
+    shape = (tokens, 3, HEADS, head_dim)
+    return [torch.randn(shape, device="cuda").bfloat16() for _ in range(count)]
+
+
+def prepare(backend: AttentionBackend, batches: Sequence[Tensor], segments: Segments) -> Turn:
+    rotary = Rotary(*(torch.empty(0, device="cuda"),) * 3)  # q and k arrive rotated
+    out = torch.empty_like(batches[0][:, 0]).flatten(1)
+
+    def once(batch: Tensor) -> None:
+        backend(batch, segments, rotary, out)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for batch in batches:
+            once(batch)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        once(batches[0])
+        stop.record()
+        torch.cuda.synchronize()
+        calls = max(1, min(40, round(TURN_MS / start.elapsed_time(stop))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in range(calls):
+                once(batches[call % len(batches)])
+    torch.cuda.synchronize()
+    return Turn(graph.replay, calls, [])
+
+
+def error(backend: AttentionBackend, batch: Tensor, segments: Segments) -> float:
+    rotary = Rotary(*(torch.empty(0, device="cuda"),) * 3)
+    expected = torch.empty(len(batch), batch[0, 0].numel(), device="cuda")
+    flash_attention_ref(batch, segments, expected)
+    out = torch.full_like(expected, torch.nan, dtype=batch.dtype)
+    out = backend(batch, segments, rotary, out).float()
+    return float((out.float() - expected).norm() / expected.norm())
+
+
+def bench(head_dim: int, name: str, lengths: Sequence[int]) -> dict[str, Any]:
+    where = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": head_dim}
+    names = [n for n, reason in usable(**where) if reason is None and n != "window"]
+    choice: AttentionChoice = resolve("auto", **where)
+    auto = choice.full_for(max(lengths))
+    backends = {n: get_backend(n, **where) for n in names} | {"auto": auto}
+    batches = inputs(sum(lengths), head_dim)
+    flops = 4 * HEADS * head_dim * sum(n * n for n in lengths)
+    row: dict[str, Any] = {"head_dim": head_dim, "shape": name, "auto_takes": auto.name}
+    turns: dict[str, Turn] = {}
+    errors: dict[str, float] = {}
+    for backend_name, backend in backends.items():
+        segments = segments_for(backend, lengths, cut=backend_name == "auto")
+        turns[backend_name] = prepare(backend, batches, segments)
+        errors[backend_name] = error(backend, batches[0], segments)
+        if backend_name == "auto":
+            row["rows_cut"] = (
+                0 if segments.cut is None else sum(lengths) - int(segments.cut.whole.sum())
+            )
+    for number in range(TURNS):
+        order = list(turns.values())
+        for turn in order if number % 2 else reversed(order):
+            turn.take()
+    row["milliseconds"] = {n: turn.ms for n, turn in turns.items()}
+    row["tflops"] = {n: flops / turn.ms / 1e9 for n, turn in turns.items()}
+    row["errors"] = errors
+    best = min(turns[n].ms for n in names)
+    row["auto_over_best"] = turns["auto"].ms / best
+    if "triton" in turns and "sdpa" in turns:
+        row["triton_over_varlen"] = turns["sdpa"].ms / turns["triton"].ms
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    figures = "  ".join(f"{n} {value:5.0f}" for n, value in row["tflops"].items())
+    wrong = [n for n, value in row["errors"].items() if not value < BOUND]
+    cut = f", {row['rows_cut']} rows cut" if row["rows_cut"] else ""
+    print(
+        f"{row['head_dim']:3} {row['shape']:8} {figures}   auto takes {row['auto_takes']}{cut}: "
+        f"{row['auto_over_best']:.3f} of the best's time; triton over torch's varlen "
+        f"{row.get('triton_over_varlen', float('nan')):.2f}x"
+        + (f"  WRONG: {', '.join(wrong)}" if wrong else ""),
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--head-dims", type=int, nargs="*", default=[72, 80])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("attention is timed on a CUDA device, and there is none")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; TFLOP/s, {HEADS} heads, bf16"
+    )
+    rows = []
+    for head_dim in args.head_dims:
+        for shape in args.shapes:
+            rows.append(bench(head_dim, shape, SHAPES[shape]))
+            show(rows[-1])
+            torch.cuda.empty_cache()
+    if args.json is not None:
+        found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if any(not e < BOUND for row in rows for e in row["errors"].values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
