@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Turn:
 
     replay: Callable[[], None]
     calls: int
-    times: list[float]
+    reads: tuple[object, ...]  # what the graph reads: it does not keep its memory
+    times: list[float] = field(default_factory=list)
 
     def take(self) -> None:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -102,6 +103,7 @@ def prepare(backend: AttentionBackend, batches: Sequence[Tensor], segments: Segm
         backend(batch, segments, rotary)  # into memory of its own: torch's varlen would copy
 
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for batch in batches:
             once(batch)
@@ -116,7 +118,7 @@ def prepare(backend: AttentionBackend, batches: Sequence[Tensor], segments: Segm
             for call in range(calls):
                 once(batches[call % len(batches)])
     torch.cuda.synchronize()
-    return Turn(graph.replay, calls, [])
+    return Turn(graph.replay, calls, (batches, segments, rotary))
 
 
 def error(backend: AttentionBackend, batch: Tensor, segments: Segments) -> float:

@@ -75,16 +75,21 @@ def test_pooled(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path) -> None:
 
 
 def test_out_of_memory(
-    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_qwen3_vl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A budget far over what the device is allowed to give: the run completes all the same."""
+    photos = tmp_path / "in"
+    for index in range(60):
+        width, height = 300 + 35 * (index % 11), 250 + 65 * (index % 7)
+        photo(photos / f"{index:02}.png", index, width, height)
     encode(tiny_qwen3_vl, photos, tmp_path / "wanted")
     torch.cuda.empty_cache()
-    taken = torch.cuda.memory_allocated()
+    taken = torch.cuda.memory_reserved()
     total = torch.cuda.get_device_properties(0).total_memory
     try:
-        # A patch takes about 10 KiB here; all 60 images in one batch have some 3000.
-        torch.cuda.set_per_process_memory_fraction((taken + (24 << 20)) / total)
+        # A patch takes about 10 KiB here, so that one image fits and all of them, some 50,000
+        # patches, do not. (The allocator takes memory by 20 MiB.)
+        torch.cuda.set_per_process_memory_fraction((taken + (192 << 20)) / total)
         encode(tiny_qwen3_vl, photos, tmp_path / "out", budget=100_000)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
