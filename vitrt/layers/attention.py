@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from vitrt.attention.base import AttentionBackend, Rotary, Segments
+from vitrt.attention.base import AttentionBackend, Rotary, Segments, attention_shape
 from vitrt.config import VisionConfig
 from vitrt.distributed import ParallelContext
 from vitrt.kernels.rope import rope_
@@ -33,17 +33,32 @@ class VisionAttention(nn.Module):
         return self.qkv.output_shape[1]
 
     def forward(
-        self, normed: Tensor, rotary: Rotary, segments: Segments, backend: AttentionBackend
+        self,
+        normed: Tensor,
+        rotary: Rotary,
+        segments: Segments,
+        backend: AttentionBackend,
+        spare: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, H * Dh], before the output product."""
+        """[T, D] -> [T, H * Dh], before the output product.
+
+        The result takes `spare` where it fits, which may be `normed`.
+        """
         qkv = self.qkv(normed)
         if not backend.applies_rotary:
             rope_(qkv, rotary)
-        return backend(qkv, segments, rotary)
+        if spare is not None and spare.shape != attention_shape(qkv):
+            spare = None  # a rank that has some of the heads
+        return backend(qkv, segments, rotary, spare)
 
-    def add_norm_(self, residual: Tensor, attended: Tensor, norm: Norm) -> Tensor:
-        """residual += proj(attended) in place; returns its norm, all [T, D]."""
-        return self.proj.add_norm_(residual, attended, norm)
+    def add_norm_(
+        self, residual: Tensor, attended: Tensor, norm: Norm, spare: Tensor | None = None
+    ) -> Tensor:
+        """residual += proj(attended) in place; returns its norm, all [T, D].
+
+        The result may take `spare`, which may be `attended`.
+        """
+        return self.proj.add_norm_(residual, attended, norm, spare)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv.weight_slots(f"{prefix}qkv.")

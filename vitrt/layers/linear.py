@@ -198,26 +198,35 @@ class RowParallelLinear(Linear):
             return linear(x, self.weight, self.bias, out=out)
         return torch.add(self._sum(x, "alone"), self.bias, out=out)
 
-    def _sum(self, x: Tensor, use: str) -> Tensor:
-        """[T, N] without the bias, over all ranks; valid until the next product for `use`."""
+    def _sum(self, x: Tensor, use: str, out: Tensor | None = None) -> Tensor:
+        """[T, N] without the bias, over all ranks; valid until the next product for `use`.
+
+        It may take `out`, which is not `x`.
+        """
         partial = self.parallel.partial_out(use, x.shape[0], self.weight.shape[0], x.dtype)
-        return self.parallel.all_reduce(linear(x, self.weight, None, out=partial))
+        product = linear(x, self.weight, None, out=out if partial is None else partial)
+        return self.parallel.all_reduce(product)
 
     def start(self, x: Tensor, out: Tensor) -> dist.Work:
         """Put the sum without the bias into `out` [T, N], beside what is launched next."""
         linear(x, self.weight, None, out=out)
         return self.parallel.start_all_reduce(out)
 
-    def add_norm_(self, residual: Tensor, x: Tensor, norm: Norm) -> Tensor:
+    def add_norm_(
+        self, residual: Tensor, x: Tensor, norm: Norm, spare: Tensor | None = None
+    ) -> Tensor:
         """Add this layer's output to `residual` [T, N] in place; returns its norm [T, N].
 
         The residual rides in the product's epilogue where that is measured faster, else in the
-        norm's one pass.
+        norm's one pass. The norm takes `spare` [T, N] where given, which may be `x`.
         """
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
-            return norm(linear(x, self.weight, self.bias, residual=residual, out=residual))
+            linear(x, self.weight, self.bias, residual=residual, out=residual)
+            return norm(residual, spare)
+        read = spare is not None and spare.data_ptr() == x.data_ptr()
         # The norm may stay where the sum is: mergers, which run between blocks, use another place.
-        return norm.add_(residual, self._sum(x, "block"), self.bias)
+        total = self._sum(x, "block", None if read else spare)
+        return norm.add_(residual, total, self.bias, spare)
 
     def prepare(self) -> None:
         if self.parallel.tp_size == 1:

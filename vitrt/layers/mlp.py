@@ -32,9 +32,14 @@ class MLP(nn.Module):
         self.up = up
         self.down = down
 
-    def add_norm_(self, residual: Tensor, normed: Tensor, norm: Norm) -> Tensor:
-        """residual += MLP(normed) in place; returns its norm, all [T, D]."""
-        return self.down.add_norm_(residual, self.up(normed), norm)
+    def add_norm_(
+        self, residual: Tensor, normed: Tensor, norm: Norm, spare: Tensor | None = None
+    ) -> Tensor:
+        """residual += MLP(normed) in place; returns its norm, all [T, D].
+
+        The result may take `spare`, which may be `normed`.
+        """
+        return self.down.add_norm_(residual, self.up(normed), norm, spare)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.up.weight_slots(prefix + self.up_name)

@@ -20,10 +20,19 @@ EPS = 1e-6  # every norm of both families
 class Norm(Protocol):
     """What a block asks of its norms."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
 
-    def add_(self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None) -> Tensor:
-        """residual += delta + delta_bias in place; returns its norm [T, D], all in one pass."""
+    def add_(
+        self,
+        residual: Tensor,
+        delta: Tensor,
+        delta_bias: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """residual += delta + delta_bias in place; returns its norm [T, D], all in one pass.
+
+        The norm is written to `out`, else over `delta`.
+        """
         ...
 
 
@@ -34,12 +43,19 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, EPS)
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, EPS, out=out)
 
-    def add_(self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None) -> Tensor:
+    def add_(
+        self,
+        residual: Tensor,
+        delta: Tensor,
+        delta_bias: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        out = delta if out is None else out
         return add_rms_norm(
-            delta, delta_bias, residual, self.weight, EPS, sum_out=residual, out=delta
+            delta, delta_bias, residual, self.weight, EPS, sum_out=residual, out=out
         )[1]
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
@@ -54,12 +70,19 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, EPS)
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, EPS, out=out)
 
-    def add_(self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None) -> Tensor:
+    def add_(
+        self,
+        residual: Tensor,
+        delta: Tensor,
+        delta_bias: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        out = delta if out is None else out
         return add_layer_norm(
-            delta, delta_bias, residual, self.weight, self.bias, EPS, sum_out=residual, out=delta
+            delta, delta_bias, residual, self.weight, self.bias, EPS, sum_out=residual, out=out
         )[1]
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

@@ -72,11 +72,14 @@ class VisionBlock(nn.Module):
         The hidden states are float32 whatever the products run in: rounding them after each of two
         adds a layer is most of the error of a tower in bfloat16.
         """
-        attended = self.attn(normed, rotary, segments, backend)
+        # Nobody reads a norm again behind the product it goes into: its memory takes attention's
+        # result and the norms that follow. (Functions for CPUs would only copy theirs into it.)
+        spare = normed if normed.is_cuda else None
+        attended = self.attn(normed, rotary, segments, backend, spare)
         if self.attn.proj.parallel.overlaps(len(residual)):
             return self._in_halves(residual, attended, next_norm)
-        normed = self.attn.add_norm_(residual, attended, self.norm2)
-        return self.mlp.add_norm_(residual, normed, next_norm)
+        normed = self.attn.add_norm_(residual, attended, self.norm2, spare)
+        return self.mlp.add_norm_(residual, normed, next_norm, spare)
 
     def _in_halves(self, residual: Tensor, attended: Tensor, next_norm: Norm) -> Tensor:
         """The block from its output product on, in two halves of the rows, which do not meet there.
