@@ -346,7 +346,7 @@ class Bench:
                 }
                 taken = "nccl"
                 if auto.symmetric is not None:
-                    taken = auto.symmetric.way(message.nbytes) or "nccl"
+                    taken = "two-shot" if auto.symmetric.takes(message.nbytes) else "nccl"
                 row = "".join(f"{value:10.1f}" for value in times.values())
                 best = min(times, key=times.__getitem__)
                 size = message.nbytes / 2**20
