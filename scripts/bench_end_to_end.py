@@ -233,7 +233,8 @@ def main() -> int:
     print(f"the whole command               {rates.whole:9.1f} images/s")
     if args.json is not None:
         found = asdict(rates) | {"of_device": rates.of_device, "of_lower": rates.of_lower}
-        asked = {"images": args.images, "size": args.size, "pool": args.pool, "model": args.model}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        asked = {"device": device, "images": args.images, "size": args.size, "pool": args.pool, "model": args.model}
         args.json.write_text(json.dumps(asked | {"workers": args.workers} | found, indent=1) + "\n")
     return 0
 

@@ -21,13 +21,22 @@ pytestmark = pytest.mark.gpu
 
 
 def encode(
-    model: Path, folder: Path, output: Path, pool: str = "none", budget: int = 512
+    model: Path,
+    folder: Path,
+    output: Path,
+    pool: str = "none",
+    budget: int = 512,
+    max_pixels: int | None = None,
 ) -> Progress:
     progress = Progress()
     encode_folder(
         open_checkpoint(model),
         RuntimeConfig(
-            device="cuda", dtype="float32", max_batch_tokens=budget, cuda_graphs=budget < 1000
+            device="cuda",
+            dtype="float32",
+            max_pixels=max_pixels,
+            max_batch_tokens=budget,
+            cuda_graphs=budget < 1000,
         ),
         Inputs([folder]),
         output,
@@ -82,7 +91,7 @@ def test_out_of_memory(
     for index in range(60):
         width, height = 300 + 35 * (index % 11), 250 + 65 * (index % 7)
         photo(photos / f"{index:02}.png", index, width, height)
-    encode(tiny_qwen3_vl, photos, tmp_path / "wanted")
+    encode(tiny_qwen3_vl, photos, tmp_path / "wanted", max_pixels=1 << 20)
     torch.cuda.empty_cache()
     taken = torch.cuda.memory_reserved()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -90,7 +99,7 @@ def test_out_of_memory(
         # A patch takes about 10 KiB here, so that one image fits and all of them, some 50,000
         # patches, do not. (The allocator takes memory by 20 MiB.)
         torch.cuda.set_per_process_memory_fraction((taken + (192 << 20)) / total)
-        encode(tiny_qwen3_vl, photos, tmp_path / "out", budget=100_000)
+        encode(tiny_qwen3_vl, photos, tmp_path / "out", budget=100_000, max_pixels=1 << 20)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of device memory" in caplog.text
