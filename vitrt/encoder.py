@@ -150,7 +150,7 @@ class VisionEncoder:
         tower = tower.to(dtype).to_empty(device=device).eval()
         load_weights(tower, checkpoint)
         tower.prepare()
-        return cls(
+        encoder = cls(
             tower,
             preprocessor,
             runtime,
@@ -159,6 +159,9 @@ class VisionEncoder:
             parallel=parallel,
             name=checkpoint.name,
         )
+        if device.type == "cuda":
+            encoder._load_kernels()
+        return encoder
 
     # Encoding
 
@@ -279,6 +282,21 @@ class VisionEncoder:
         if isinstance(self.runner, GraphRunner):
             with self._on_device():
                 self.runner.warmup(buckets)
+
+    def _load_kernels(self) -> None:
+        """Run a small and a larger black image, which "auto" may give to different backends.
+
+        What a forward compiles and loads at first use costs seconds, and no later call has to wait
+        for it.
+        """
+        merge, patch = self.config.spatial_merge_size, self.config.patch_size
+        for side in (merge, 16 * merge):
+            plan = self.tower.plan([(1, side, side)])
+            with self._on_device():
+                pixels = torch.zeros(3 * (side * patch) ** 2, dtype=torch.uint8, device=self.device)
+                feed = PixelsFeed(pixels, [1], self.table, self.config)
+                self.runner.run_eager(plan, feed, "to load kernels")
+        self.runner.stats.eager.clear()
 
     def stats(self) -> RunnerStats:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
