@@ -234,7 +234,13 @@ def main() -> int:
     if args.json is not None:
         found = asdict(rates) | {"of_device": rates.of_device, "of_lower": rates.of_lower}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        asked = {"device": device, "images": args.images, "size": args.size, "pool": args.pool, "model": args.model}
+        asked = {
+            "device": device,
+            "images": args.images,
+            "size": args.size,
+            "pool": args.pool,
+            "model": args.model,
+        }
         args.json.write_text(json.dumps(asked | {"workers": args.workers} | found, indent=1) + "\n")
     return 0
 

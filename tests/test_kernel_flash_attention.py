@@ -15,6 +15,7 @@ import torch
 from tests.interpreter import interpreted
 from tests.test_attention import dense_reference, make_segments
 from vitrt.attention import TILE_ROWS, Segments, tile_list
+from vitrt.kernels.attention_block import split_head
 from vitrt.kernels.flash_attention import (
     _TILE_ROWS,
     VARIANTS,
@@ -22,7 +23,6 @@ from vitrt.kernels.flash_attention import (
     _flash_triton,
     flash_attention,
     flash_attention_ref,
-    split_head,
 )
 
 SMALL = FlashTiling(64, 32, 4, 2, 1)

@@ -1,10 +1,7 @@
 """Variable-length attention for full layers, over the packed qkv without copying it.
 
 Shapes: T patches, H heads, Dh head size, C entries of the work list, M query rows and N key rows of
-a block.
-
-The head is split into two powers of two, MAIN + TAIL: 80 = 64 + 16 costs nothing over the true
-size, 72 costs 80. Padding it to 128 would cost 1.6 times the matrix products.
+a block. Heads are split in MAIN + TAIL, see attention_block.py.
 """
 
 from __future__ import annotations
@@ -16,28 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl, use_triton
+from vitrt.kernels.attention_block import attend, split_head, store_rows
+from vitrt.kernels.dispatch import jit, pow2_ceil, tl, use_triton
 from vitrt.kernels.persistent import is_hopper, programs
 
 if TYPE_CHECKING:  # attention imports kernels, never the other way round
     from vitrt.attention.base import Segments
 
 _TILE_ROWS = 128  # query rows of an entry of Segments.tiles, attention.base.TILE_ROWS
-
-
-@jit()
-def _load_rows(
-    at, rows_left, STRIDE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
-    WIDTH: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, WIDTH] at columns FIRST.. of a head; zero beyond the head and beyond `rows_left`."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = FIRST + tl.arange(0, WIDTH)[None, :]
-    pointers = at + row * STRIDE + column
-    if FIRST + WIDTH > D:
-        return tl.load(pointers, mask=(row < rows_left) & (column < D), other=0.0)
-    else:
-        return tl.load(pointers, mask=row < rows_left, other=0.0)
 
 
 # The work list lies anywhere in a packed plan: its alignment must not cost another compilation.
@@ -72,54 +55,14 @@ def _flash_kernel(
             queries = qkv + first.to(tl.int64) * STRIDE + head * D
             keys = qkv + start.to(tl.int64) * STRIDE + (H + head) * D
             values = keys + H * D
-            q = _load_rows(queries, end - first, STRIDE, M, 0, MAIN, D)
-            if TAIL:
-                q_tail = _load_rows(queries, end - first, STRIDE, M, MAIN, TAIL, D)
-                acc_tail = tl.zeros([M, TAIL], tl.float32)
-            acc = tl.zeros([M, MAIN], tl.float32)
-            # The running softmax: its maximum (base 2, scaled) and its sum. The maximum is finite
-            # from the start, so that it never makes inf - inf.
-            peak = tl.full([M], -1e30, tl.float32)
-            total = tl.zeros([M], tl.float32)
-            length = end - start
-            for at in tl.range(0, length, N, num_stages=STAGES):
-                left = length - at
-                k = _load_rows(keys, left, STRIDE, N, 0, MAIN, D)
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                if TAIL:
-                    k_tail = _load_rows(keys, left, STRIDE, N, MAIN, TAIL, D)
-                    scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-                # The last block stays in the loop: with a masked copy of the body after it,
-                # Triton 3.6 compiled wrong results on Hopper.
-                if left < N:
-                    scores = tl.where(tl.arange(0, N)[None, :] < left, scores, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-                weights = tl.exp2(scores * scale - new_peak[:, None])
-                shrink = tl.exp2(peak - new_peak)
-                total = total * shrink + tl.sum(weights, 1)
-                peak = new_peak
-                weights = weights.to(q.dtype)
-                v = _load_rows(values, left, STRIDE, N, 0, MAIN, D)
-                acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
-                if TAIL:
-                    v_tail = _load_rows(values, left, STRIDE, N, MAIN, TAIL, D)
-                    acc_tail = tl.dot(
-                        weights, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION
-                    )
-                keys += N * STRIDE
-                values += N * STRIDE
-            inverse = 1.0 / total[:, None]
-            row = tl.arange(0, M)[:, None]
-            column = tl.arange(0, MAIN)[None, :]
+            result, result_tail, _ = attend(
+                queries, end - first, keys, values, end - start, scale, STRIDE, D, MAIN, TAIL, M, N,
+                STAGES, PRECISION,
+            )  # fmt: skip
             target = out + first.to(tl.int64) * (H * D) + head * D
-            live = (row < end - first) & (column < D)
-            result = (acc * inverse).to(out.dtype.element_ty)
-            tl.store(target + row * (H * D) + column, result, mask=live)
+            store_rows(target, result, end - first, H * D, M, 0, MAIN, D)
             if TAIL:
-                column = MAIN + tl.arange(0, TAIL)[None, :]
-                live = (row < end - first) & (column < D)
-                result = (acc_tail * inverse).to(out.dtype.element_ty)
-                tl.store(target + row * (H * D) + column, result, mask=live)
+                store_rows(target, result_tail, end - first, H * D, M, MAIN, TAIL, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +86,6 @@ VARIANTS = (
     FlashTiling(64, 64, 4, 3, 4, 128),
     FlashTiling(64, 64, 4, 2, 3, 168),
 )
-
-
-def split_head(head_dim: int) -> tuple[int, int]:
-    """(MAIN, TAIL): powers of two of at least 16 that cover the head; TAIL is 0 where MAIN does."""
-    main = max(16, pow2_floor(head_dim))
-    return main, max(16, pow2_ceil(head_dim - main)) if head_dim > main else 0
 
 
 def _tiling(qkv: Tensor) -> FlashTiling:

@@ -4,7 +4,7 @@ A kernel that works in tiles of many query rows takes a whole wave of blocks for
 of an image. These rows alone are decoding's problem: little to compute, all keys to read.
 
 Shapes: T patches, H heads, Dh head size, R entries of the work list, of at most 64 query rows each,
-M query rows and N key rows of a block. Heads are split in MAIN + TAIL as in flash_attention.py.
+M query rows and N key rows of a block. Heads are split in MAIN + TAIL, see attention_block.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vitrt.kernels.attention_block import attend, split_head, store_rows
 from vitrt.kernels.dispatch import jit, pow2_floor, tl, use_triton
-from vitrt.kernels.flash_attention import _load_rows, split_head
 from vitrt.kernels.persistent import processors, programs
 
 if TYPE_CHECKING:  # attention imports kernels, never the other way round
@@ -30,17 +30,6 @@ _REST_ROWS = 64  # query rows of an entry of QueryCut.rests, attention.base.REST
 def _keys_a_split(length, SPLITS: tl.constexpr, N: tl.constexpr):
     """Keys of each split but the last: whole blocks, so a short segment leaves splits empty."""
     return tl.cdiv(tl.cdiv(length, SPLITS), N) * N
-
-
-@jit()
-def _store_rows(
-    at, values, rows_left, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
-    """Write [ROWS, WIDTH] to columns FIRST.. of rows of D values, up to `rows_left`."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = FIRST + tl.arange(0, WIDTH)[None, :]
-    tl.store(at + row * D + column, values, mask=(row < rows_left) & (column < D))
 
 
 # The work list lies anywhere in a packed plan: its alignment must not cost another compilation.
@@ -74,49 +63,16 @@ def _partial_kernel(
             queries = qkv + first.to(tl.int64) * STRIDE + head * D
             keys = qkv + start.to(tl.int64) * STRIDE + (H + head) * D
             values = keys + H * D
-            q = _load_rows(queries, end - first, STRIDE, M, 0, MAIN, D)
-            if TAIL:
-                q_tail = _load_rows(queries, end - first, STRIDE, M, MAIN, TAIL, D)
-                acc_tail = tl.zeros([M, TAIL], tl.float32)
-            acc = tl.zeros([M, MAIN], tl.float32)
-            # The running softmax: its maximum (base 2, scaled) and its sum. The maximum is finite
-            # from the start, so that it never makes inf - inf.
-            peak = tl.full([M], -1e30, tl.float32)
-            total = tl.zeros([M], tl.float32)
-            length = tl.minimum(end - start, span)
-            for at in tl.range(0, length, N, num_stages=STAGES):
-                left = length - at
-                k = _load_rows(keys, left, STRIDE, N, 0, MAIN, D)
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                if TAIL:
-                    k_tail = _load_rows(keys, left, STRIDE, N, MAIN, TAIL, D)
-                    scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-                # In the loop, as in flash_attention.py: Triton 3.6 compiled a masked copy of the
-                # body behind it to wrong results on Hopper.
-                if left < N:
-                    scores = tl.where(tl.arange(0, N)[None, :] < left, scores, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-                weights = tl.exp2(scores * scale - new_peak[:, None])
-                shrink = tl.exp2(peak - new_peak)
-                total = total * shrink + tl.sum(weights, 1)
-                peak = new_peak
-                weights = weights.to(q.dtype)
-                v = _load_rows(values, left, STRIDE, N, 0, MAIN, D)
-                acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
-                if TAIL:
-                    v_tail = _load_rows(values, left, STRIDE, N, MAIN, TAIL, D)
-                    acc_tail = tl.dot(
-                        weights, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION
-                    )
-                keys += N * STRIDE
-                values += N * STRIDE
-            inverse = 1.0 / total[:, None]
+            result, result_tail, levels = attend(
+                queries, end - first, keys, values, tl.minimum(end - start, span), scale, STRIDE, D,
+                MAIN, TAIL, M, N, STAGES, PRECISION,
+            )  # fmt: skip
             target = partial + item * (M * D)
-            _store_rows(target, acc * inverse, end - first, M, 0, MAIN, D)
+            store_rows(target, result, end - first, D, M, 0, MAIN, D)
             if TAIL:
-                _store_rows(target, acc_tail * inverse, end - first, M, MAIN, TAIL, D)
+                store_rows(target, result_tail, end - first, D, M, MAIN, TAIL, D)
             row = tl.arange(0, M)
-            tl.store(level + item * M + row, peak + tl.log2(total), mask=row < end - first)
+            tl.store(level + item * M + row, levels, mask=row < end - first)
 
 
 @jit(do_not_specialize_on_alignment=["rests", "count"])

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vitrt.kernels.attention_block import split_head
 from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl, use_triton
-from vitrt.kernels.flash_attention import flash_attention_ref, split_head
+from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.persistent import is_hopper, programs
 from vitrt.kernels.rope import rope_ref
 
