@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
 import types
@@ -267,6 +269,27 @@ def test_a_run_prints_its_tables_and_writes_them_as_json(
         if not torch.cuda.is_available():
             assert "CUDA" in row["failures"]["fa3"]
     assert single["timings"]["vitrt"]["wall_ms"] > 0 and single["plan_ms"] > 0
+
+
+def test_an_interrupted_run_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args, **options)
+
+    monkeypatch.setattr("vitrt.bench.contest.measure", interrupted)
+    file = tmp_path / "bench.json"
+    options = ("--workloads", "1x224,mixed16", "--peers", "none", "--json", str(file))
+    assert bench("qwen2.5-vl-7b", *options) == 130
+    assert "interrupted" in capsys.readouterr().out
+    report = json.loads(file.read_text())
+    first, second = report["models"][0]["workloads"]
+    assert report["interrupted"] and first["timings"]["vitrt"] and not second["timings"]
 
 
 def test_a_wrong_output_fails_the_run(

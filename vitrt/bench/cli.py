@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -69,7 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run and print; 1 where vitrt failed or disagrees, else 0. ValueError for bad arguments."""
+    """Run and print; 1 where vitrt failed or disagrees, 130 where interrupted, else 0.
+
+    An interrupted run (Ctrl-C, SIGTERM) prints and writes what it has. ValueError for bad
+    arguments.
+    """
     # Here, since other commands than `vitrt bench` declare these arguments too.
     from vitrt.bench.report import to_json, to_text
     from vitrt.bench.runs import run_bench
@@ -81,10 +86,16 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
-    result = run_bench(config, progress)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = run_bench(config, progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if args.json is not None:
         args.json.write_text(json.dumps(to_json(result), indent=1) + "\n")
     sys.stdout.write(to_text(result) + "\n")
+    if result.interrupted:
+        return 130
     rows = [row for model in result.models for row in model.rows]
     return 1 if any("vitrt" in row.failures or not row.agrees for row in rows) else 0
 

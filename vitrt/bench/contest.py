@@ -59,7 +59,8 @@ class ModelBench:
         self.peers = config.peers or ()
         self.clock, self.until, self.progress = clock, until, progress
 
-    def run(self) -> ModelResult:
+    def run(self, models: list[ModelResult]) -> None:
+        """Append this model's result to `models`, and fill it figure by figure."""
         config, source = self.config, self.source
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
             tower = build_tower(source, device=self.device, dtype=self.dtype)
@@ -77,16 +78,17 @@ class ModelBench:
                 source.config.patch_size, config.workloads, tiny=bool(config.tiny)
             )
             rows = [Row(w, count_flops(source.config, w.grids).total) for w in workloads]
-            eager = [Vitrt(encoder), *self._peers(tower, rows, compiled=False)]
+            peers = self._peers(tower, rows, compiled=False)
+            compiled = self._peers(tower, rows, compiled=True)
+            labels = {peer.name: peer.label for peer in (*peers, *compiled)}
+            stats = encoder.stats()
+            models.append(ModelResult(source, _attention_label(encoder), rows, stats, labels))
             for row in rows:
-                self._contests(eager, row, tower, reference)
+                self._contests([Vitrt(encoder), *peers], row, tower, reference)
             for row in rows:
                 self._extras(encoder, tower, row)
-            compiled = self._peers(tower, rows, compiled=True)
             for contender in compiled:
                 self._compiled(contender, tower, reference, rows)
-            labels = {peer.name: peer.label for peer in (*eager[1:], *compiled)}
-            return ModelResult(source, _attention_label(encoder), rows, encoder.stats(), labels)
 
     def _peers(self, tower: nn.Module, rows: list[Row], *, compiled: bool) -> list[Contender]:
         found = []

@@ -52,6 +52,7 @@ def to_json(result: BenchResult) -> dict[str, Any]:
         "ceilings": [asdict(ceiling) for ceiling in result.ceilings],
         "ceiling_tflops": result.tflops,
         "seconds": result.seconds,
+        "interrupted": result.interrupted,
         "models": [_model_json(model, result.tflops) for model in result.models],
     }
 
@@ -128,7 +129,7 @@ def _lines(result: BenchResult) -> Iterator[str]:
     for model in result.models:
         yield ""
         yield from _model_lines(model, result.tflops)
-    yield f"took {result.seconds:.0f} s"
+    yield f"took {result.seconds:.0f} s" + (", interrupted" if result.interrupted else "")
 
 
 def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
@@ -173,13 +174,13 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
     ours = milliseconds("vitrt")
     line = f"{row.workload.name + (' wall' if wall else ''):<17}{row.flops / ceiling / 1e9:>8.3g}"
     if ours is None:
-        line += f"{'failed':>10}{'-':>9}{'-':>8}"
+        line += f"{_missing(row, 'vitrt'):>10}{'-':>9}{'-':>8}"
     else:
         tflops = row.tflops(ours)
         line += f"{ours:>10.4g}{tflops:>9.4g}{tflops / ceiling:>8.1%}"
     for name in peers:
         theirs = milliseconds(name)
-        text = "failed" if theirs is None else f"{theirs:.4g}"
+        text = _missing(row, name) if theirs is None else f"{theirs:.4g}"
         times = f"{theirs / ours:.2f}" if theirs and ours else "-"
         line += f"{text:>13}{times:>6}"
     error = row.errors.get("vitrt")
@@ -188,6 +189,10 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
     ratio = row.error_ratio
     line += f"{error.embeddings:>10.2e}" + (f"{'':>7}" if ratio is None else f"{ratio:>7.3f}")
     return line.rstrip() if row.agrees else line + "  DISAGREES"
+
+
+def _missing(row: Row, name: str) -> str:
+    return "failed" if name in row.failures else "-"
 
 
 def _host_lines(model: ModelResult) -> Iterator[str]:

@@ -68,6 +68,7 @@ class BenchResult:
     ceilings: list[Ceilings] = field(default_factory=list)
     models: list[ModelResult] = field(default_factory=list)
     seconds: float = 0.0
+    interrupted: bool = False  # then it holds what was measured until then
 
     @property
     def tflops(self) -> float:

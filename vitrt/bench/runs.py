@@ -17,7 +17,10 @@ from vitrt.engine.placement import resolve_device, resolve_dtype
 
 
 def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResult:
-    """The whole benchmark; `progress` is told one line about each measurement."""
+    """The whole benchmark; `progress` is told one line about each measurement.
+
+    KeyboardInterrupt ends it early; the result then holds what was measured.
+    """
     clock, device = Clock(config.time_limit), resolve_device(config.device)
     result = BenchResult(config, device, resolve_dtype(config.dtype, device))
     config = _settled(config, device)
@@ -25,14 +28,17 @@ def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResu
     for source in sources:
         build_workloads(source.config.patch_size, config.workloads)  # a wrong name ends it here
     result.ceilings.append(measure_ceilings(device, result.dtype))
-    for index, source in enumerate(sources):
-        # Each model may spend its share of what is left.
-        share = clock.spent + clock.left / (len(sources) - index)
-        bench = ModelBench(config, source, device, result.dtype, clock, share, progress)
-        result.models.append(bench.run())
-        del bench
-        release(device)
-    result.ceilings.append(measure_ceilings(device, result.dtype))
+    try:
+        for index, source in enumerate(sources):
+            # Each model may spend its share of what is left.
+            share = clock.spent + clock.left / (len(sources) - index)
+            bench = ModelBench(config, source, device, result.dtype, clock, share, progress)
+            bench.run(result.models)
+            del bench
+            release(device)
+        result.ceilings.append(measure_ceilings(device, result.dtype))
+    except KeyboardInterrupt:
+        result.interrupted = True
     result.seconds = clock.spent
     return result
 
