@@ -119,7 +119,7 @@ def test_options_reach_the_run(
         "--output", tmp_path / "out", "--dtype", "bfloat16", "--attention", "sdpa",
         "--device", "cpu",
         "--max-pixels", 8192, "--min-pixels", 4096, "--max-batch-tokens", 16, "--workers", 1,
-        "--shard-mib", 0.001, "--no-cuda-graphs", "--resize", "torch",
+        "--shard-mib", 0.001, "--no-cuda-graphs", "--warmup", "--resize", "torch",
     )  # fmt: skip
     assert done.code == 0, done.err
     store = FeatureStore(tmp_path / "out")

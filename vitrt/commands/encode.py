@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", default=DEFAULTS.attention, help="a backend of vitrt info")
     parser.add_argument(
         "--cuda-graphs", action=argparse.BooleanOptionalAction, default=DEFAULTS.cuda_graphs
+    )
+    parser.add_argument(
+        "--warmup",
+        action="store_true",
+        default=None,
+        help="record CUDA graphs of all sizes before the first image",
     )
     parser.add_argument("--resize", choices=("pillow", "torch"), default=DEFAULTS.resize)
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="patches of one forward")
@@ -92,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
     from vitrt.job.ranks import open_job
     from vitrt.job.watchdog import PeerFailedError
 
-    names = ("workers", "shard_mib", "pool", "on_error", "overwrite", "layers", "merged")
-    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options = EncodeOptions(**chosen)
+    names = {field.name for field in fields(EncodeOptions)}
+    options = EncodeOptions(
+        **{name: value for name, value in vars(args).items() if name in names and value is not None}
+    )
     runtime = runtime_config(
         args,
         attention=args.attention,

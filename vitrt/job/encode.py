@@ -57,6 +57,7 @@ class EncodeOptions:
     overwrite: bool = False
     layers: tuple[int, ...] = ()  # also keep the hidden states after these
     merged: bool = True  # False: keep nothing else
+    warmup: bool = False  # record CUDA graphs of all sizes before the first image
 
     def __post_init__(self) -> None:
         if self.pool == "mean" and self.layers:
@@ -196,6 +197,8 @@ def _load(
     parallel: ParallelContext,
 ) -> AnyEncoder:
     encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
+    if options.warmup:
+        encoder.warmup()
     if options.layers or not options.merged:
         return DenseEncoder(encoder, options.layers, merged=options.merged)
     return encoder
