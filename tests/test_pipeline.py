@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -156,6 +157,19 @@ def test_no_thread_outlives_a_run(tmp_path: Path) -> None:
         (tmp_path / "in/000.png").write_bytes(b"")
         encode(tmp_path / "in", tmp_path / "out", options=PipelineOptions(on_error="fail"))
     assert threading.active_count() == before
+
+
+def test_a_finished_run_lets_go_of_its_encoder(tmp_path: Path) -> None:
+    """Of several GPUs, whose process group can only be left when its recorded graphs are gone."""
+    encoder = FakeEncoder()
+    dropped = weakref.ref(encoder)
+    stop, progress = Stop(), Progress()
+    encode(
+        photos(tmp_path / "in", 3), tmp_path / "out", encoder=encoder, stop=stop, progress=progress
+    )
+    del encoder
+    assert dropped() is None
+    assert not stop.requested and progress.snapshot().images == 3
 
 
 def test_out_of_memory_splits_and_lowers_the_budget(

@@ -8,6 +8,7 @@ The world is `dp_size` groups of `tp_size` neighbouring ranks; each group holds 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -185,6 +186,7 @@ class ParallelContext:
         recorded graphs to be freed.
         """
         if self.owns_process_group and dist.is_initialized():
+            gc.collect()  # of dropped encoders that an exception, say, still refers to in a cycle
             dist.destroy_process_group()
 
 

@@ -121,9 +121,12 @@ def encode_sources(
             raise SkippedImageError(message)
 
     stage = DeviceStage(encoder, pool=options.pool)
+    # Not the encoder: `stop` and `progress` outlive it, and keep what decodes. NCCL cannot be left
+    # while there are recorded graphs.
+    processor = encoder.processor
     decoding = DecodeAhead(
         _not_done(sources, done, progress),
-        lambda source: encoder.processor.prepare(source.path, name=source.id),
+        lambda source: processor.prepare(source.path, name=source.id),
         workers=options.workers or default_workers(),
         max_bytes=options.ahead_bytes,
     )
