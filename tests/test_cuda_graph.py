@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tests.checkpoints import tiny_checkpoint
 from vitrt import VisionEncoder
+from vitrt.attention import AttentionChoice
 from vitrt.cuda_graph import GraphRunner, default_buckets
+from vitrt.engine.feed import ValuesFeed
 from vitrt.models.device_plan import PlanLayout, pack_plan, view_plan
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
@@ -80,6 +82,54 @@ def test_a_plan_that_does_not_fit_is_refused(folder: Path):
 def test_graphs_asked_for_without_a_gpu_are_refused(folder: Path):
     with pytest.raises(ValueError, match="cuda_graphs=True needs a CUDA device"):
         VisionEncoder.from_pretrained(folder, device="cpu", cuda_graphs=True)
+
+
+def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
+    """What loads the static inputs; only recording needs a GPU."""
+    return GraphRunner(
+        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=0
+    )
+
+
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_inference_mode_may_come_and_go(folder: Path, first_inside: bool):
+    """What lasts from one call to the next can be written in either mode."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    plan = encoder.tower.plan([(1, 4, 4)])
+    layout = runner._layout(runner._key(plan))
+    kept: list[Tensor] = []
+
+    class Keeping:
+        """Has memory of its own, as the sums of several GPUs do."""
+
+        name, capturable, applies_rotary = "keeping", True, False
+
+        def __call__(self, qkv: Tensor, segments, rotary, out: Tensor | None = None) -> Tensor:
+            if not kept:
+                kept.append(qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]))
+            return kept[0].copy_(qkv[:, 2].flatten(1))
+
+    choice = AttentionChoice(Keeping(), Keeping())
+    for inside in (first_inside, not first_inside):
+        with torch.inference_mode(inside):
+            patches, buffer = runner._static(64)
+            feed = ValuesFeed(torch.randn(16, patches.shape[1]), reordered=plan.order is not None)
+            runner._load(plan, layout, feed, patches, buffer)
+            views = view_plan(buffer, layout, plan, max_seqlen=64, padded=True)
+            output = runner.forward(patches, views, choice)
+    assert not output.embeddings.is_inference()
+
+
+def test_static_inputs_keep_no_history(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    plan = encoder.tower.plan([(1, 4, 4)])
+    patches, buffer = runner._static(64)
+    values = torch.randn(16, encoder.config.patch_dim, requires_grad=True)
+    feed = ValuesFeed(values, reordered=plan.order is not None)
+    runner._load(plan, runner._layout(runner._key(plan)), feed, patches, buffer)
+    assert not runner._static(64)[0].requires_grad
 
 
 # On a GPU

@@ -247,14 +247,13 @@ class GraphRunner(EagerRunner):
     def _static(self, bucket: int) -> tuple[Tensor, Tensor]:
         """The static inputs, sized for the largest bucket; smaller ones use their front."""
         if self._patches is None or self._plan_buffer is None:
-            largest = self.buckets[-1]
-            self._patches = torch.zeros(
-                largest, self.tower.config.patch_dim, dtype=self.dtype, device=self.device
-            )
+            largest, width = self.buckets[-1], self.tower.config.patch_dim
             most = max(largest // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
             roomiest = GraphKey(largest, most, "", cut=True)
             size = self._layout(roomiest).fed_by("sources").size
-            self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
+            with torch.inference_mode(False):  # else only callers inside it could write them
+                self._patches = torch.zeros(largest, width, dtype=self.dtype, device=self.device)
+                self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self._patches[:bucket], self._plan_buffer
 
     def _load(

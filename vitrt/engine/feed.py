@@ -42,7 +42,8 @@ class ValuesFeed:
     key = "values"
 
     def __init__(self, pixel_values: Tensor, *, reordered: bool) -> None:
-        self.pixel_values = pixel_values
+        # Or a graph's static input, which they are copied into, would keep their history.
+        self.pixel_values = pixel_values.detach()
         self.kind: Feed | None = "order" if reordered else None
 
     def rows(self, plan: ForwardPlan) -> IntArray | None:
