@@ -162,6 +162,22 @@ def test_eager_forwards_with_a_cut_are_the_same(encoder: VisionEncoder, grids: A
     assert backend.heads == {encoder.config.num_heads}
 
 
+@pytest.mark.parametrize("cut", [1156, None])
+def test_kernels_of_a_cut_are_loaded_with_the_model(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch, cut: int | None
+) -> None:
+    backend = Cutting()
+    monkeypatch.setattr(
+        backend,
+        "whole_rows",
+        lambda lengths, heads: np.array([1152]) if list(lengths) == [cut] else None,
+    )
+    encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
+    encoder._load_kernels()
+    assert bool(backend.cuts) == (cut is not None)
+    assert not encoder.stats().eager
+
+
 @pytest.mark.parametrize("grids", [[(1, 8, 8)], [(1, 2, 6)] * 5], ids=str)
 def test_what_is_not_cut_has_no_rests(encoder: VisionEncoder, grids: Any) -> None:
     """Whole tiles, and more segments than this backend wants to cut."""

@@ -284,13 +284,16 @@ class VisionEncoder:
                 self.runner.warmup(buckets)
 
     def _load_kernels(self) -> None:
-        """Run a small and a larger black image, which "auto" may give to different backends.
+        """Run a small and a larger black image, which "auto" may give to different backends, and
+        one whose last query rows go to a kernel of their own, if any do.
 
         What a forward compiles and loads at first use costs seconds, and no later call has to wait
         for it.
         """
         merge, patch = self.config.spatial_merge_size, self.config.patch_size
-        for side in (merge, 16 * merge):
+        larger = range(16 * merge, 64 * merge, merge)
+        cut = [side for side in larger if self.runner.cuts(side * side)]
+        for side in (merge, larger[0], *cut[:1]):
             plan = self.tower.plan([(1, side, side)])
             with self._on_device():
                 pixels = torch.zeros(3 * (side * patch) ** 2, dtype=torch.uint8, device=self.device)

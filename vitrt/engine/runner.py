@@ -102,8 +102,15 @@ class EagerRunner:
         """int32 [S], the query rows that full attention's backend wants to compute of each segment;
         None: all of them.
         """
-        backend = self.attention.full_for(plan.max_seqlen)
-        return whole_rows(backend, plan.segment_lengths, self.tower.block(0).attn.heads)
+        return self._whole_rows(plan.segment_lengths)
+
+    def cuts(self, patches: int) -> bool:
+        """Whether that backend takes rows away from one image of so many patches."""
+        return self._whole_rows((patches,)) is not None
+
+    def _whole_rows(self, lengths: Sequence[int]) -> IntArray | None:
+        backend = self.attention.full_for(max(lengths))
+        return whole_rows(backend, lengths, self.tower.block(0).attn.heads)
 
     def pack(self, plan: ForwardPlan, layout: PlanLayout, feed: PatchFeed) -> Tensor:
         """The packed plan on the host, ready to be copied.
