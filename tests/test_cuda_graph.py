@@ -132,6 +132,32 @@ def test_static_inputs_keep_no_history(folder: Path):
     assert not runner._static(64)[0].requires_grad
 
 
+def test_warmup_takes_numbers_of_patches(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
+    recorded: list[int] = []
+    monkeypatch.setattr(runner, "_record", lambda key, plan, feed: recorded.append(key.bucket))
+    runner.warmup([1001, 64])
+    assert set(recorded) == {64, 1024} and recorded == sorted(recorded, reverse=True)
+    for patches in (0, -64, 4097):
+        with pytest.raises(ValueError, match=rf"no graph holds {patches} patches; .* up to 4096"):
+            runner.warmup([64, patches])
+
+
+def test_callers_on_several_streams_take_turns(folder: Path):
+    class Stream:
+        def __init__(self) -> None:
+            self.waited_for: list[Stream] = []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waited_for.append(other)
+
+    runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
+    first, second = Stream(), Stream()
+    for stream in (first, first, second, first):
+        runner._take_turns(stream)
+    assert second.waited_for == [first] and first.waited_for == [second]
+
+
 # On a GPU
 
 DTYPE = torch.bfloat16

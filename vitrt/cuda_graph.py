@@ -102,6 +102,7 @@ class GraphRunner(EagerRunner):
         self._patches: Tensor | None = None  # static inputs, shared by all buckets
         self._plan_buffer: Tensor | None = None
         self._lock = threading.RLock()  # one forward at a time: the static buffers are shared
+        self._stream: torch.cuda.Stream | None = None  # that used them last
 
     def run(
         self,
@@ -127,9 +128,13 @@ class GraphRunner(EagerRunner):
             return self._replay(key, recording, plan, feed)
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
-        """Record these buckets (default: all) now, the largest first."""
+        """Record these buckets (default: all) now, the largest first.
+
+        A number between two buckets is the larger one's. ValueError for one that no bucket holds.
+        """
+        chosen = {self._bucket_of(patches) for patches in buckets or self.buckets}
         with self._lock:
-            for bucket in sorted(buckets or self.buckets, reverse=True):
+            for bucket in sorted(chosen, reverse=True):
                 for plan in self._warmup_plans(bucket):
                     key = self._key(plan)
                     if key not in self._recordings and key not in self._too_large:
@@ -148,8 +153,15 @@ class GraphRunner(EagerRunner):
             return "more segments than the bucket holds"
         return None
 
+    def _bucket_of(self, patches: int) -> int:
+        if not 0 < patches <= self.buckets[-1]:
+            raise ValueError(
+                f"no graph holds {patches} patches; buckets go up to {self.buckets[-1]}"
+            )
+        return next(bucket for bucket in self.buckets if bucket >= patches)
+
     def _key(self, plan: ForwardPlan) -> GraphKey:
-        bucket = next(bucket for bucket in self.buckets if bucket >= plan.num_patches)
+        bucket = self._bucket_of(plan.num_patches)
         segments, most = _FEWEST_SEGMENTS, max(bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
         while segments < min(len(plan.segments) - 1, most):
             segments = min(segments * 8, most)
@@ -265,6 +277,8 @@ class GraphRunner(EagerRunner):
         buffer: Tensor,
     ) -> None:
         """Copy a batch into the static inputs."""
+        if self.device.type == "cuda":
+            self._take_turns(torch.cuda.current_stream(self.device))
         if feed is None:
             packed = self.pack_unfed(plan, layout)
             buffer[: packed.numel()].copy_(packed, non_blocking=True)
@@ -277,6 +291,14 @@ class GraphRunner(EagerRunner):
             offset, shape = layout.fields()["feed"]
             rows = buffer[offset : offset + shape[0] * shape[1]].view(shape)
         feed.write(patches, rows, plan.num_patches)
+
+    def _take_turns(self, stream: torch.cuda.Stream) -> None:
+        """Let `stream` wait for the one of the caller before: the lock is let go when a replay is
+        launched, not when it has read the static inputs.
+        """
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _replay(
         self, key: GraphKey, recording: _Recording, plan: ForwardPlan, feed: PatchFeed

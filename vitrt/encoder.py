@@ -277,7 +277,8 @@ class VisionEncoder:
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
         """Record CUDA graphs now instead of during requests, of all buckets or of `buckets`.
 
-        A bucket is a number of patches. Does nothing where the encoder uses no graphs.
+        A bucket is a number of patches; ValueError for one that graphs do not go up to. Does
+        nothing where the encoder uses no graphs.
         """
         if isinstance(self.runner, GraphRunner):
             with self._on_device():
