@@ -5,17 +5,22 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from tests.checkpoints import tiny_checkpoint
 from vitrt import VisionEncoder
-from vitrt.attention import AttentionChoice
 from vitrt.cuda_graph import GraphRunner, default_buckets
 from vitrt.engine.feed import ValuesFeed
+from vitrt.engine.graph_pieces import _Recorder
 from vitrt.models.device_plan import PlanLayout, pack_plan, view_plan
+from vitrt.symmetric_memory import SymmetricMemory
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 
@@ -91,34 +96,29 @@ def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
     )
 
 
-@pytest.mark.parametrize("first_inside", [True, False])
-def test_inference_mode_may_come_and_go(folder: Path, first_inside: bool):
-    """What lasts from one call to the next can be written in either mode."""
+def test_memory_made_in_inference_mode_can_be_written_outside(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What lasts from one call to the next: static inputs, results of splits, buffers of sums."""
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     runner = cpu_runner(encoder)
     plan = encoder.tower.plan([(1, 4, 4)])
-    layout = runner._layout(runner._key(plan))
-    kept: list[Tensor] = []
+    monkeypatch.setattr(symm_mem, "empty", torch.empty)
+    monkeypatch.setattr(symm_mem, "rendezvous", lambda buffer, group: None)
+    group = cast("dist.ProcessGroup", SimpleNamespace(size=lambda: 2))
+    symmetric = SymmetricMemory(group, encoder.device, always=True)
+    recorder = _Recorder(None)
 
-    class Keeping:
-        """Has memory of its own, as the sums of several GPUs do."""
+    def places() -> tuple[Tensor, ...]:
+        summed = symmetric.buffer("block", (16, 64), torch.float32)
+        assert summed is not None
+        return *runner._static(64), recorder.out_for(torch.zeros(16, 3, 2, 8)), summed
 
-        name, capturable, applies_rotary = "keeping", True, False
-
-        def __call__(self, qkv: Tensor, segments, rotary, out: Tensor | None = None) -> Tensor:
-            if not kept:
-                kept.append(qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]))
-            return kept[0].copy_(qkv[:, 2].flatten(1))
-
-    choice = AttentionChoice(Keeping(), Keeping())
-    for inside in (first_inside, not first_inside):
-        with torch.inference_mode(inside):
-            patches, buffer = runner._static(64)
-            feed = ValuesFeed(torch.randn(16, patches.shape[1]), reordered=plan.order is not None)
-            runner._load(plan, layout, feed, patches, buffer)
-            views = view_plan(buffer, layout, plan, max_seqlen=64, padded=True)
-            output = runner.forward(patches, views, choice)
-    assert not output.embeddings.is_inference()
+    with torch.inference_mode():
+        first = [place.data_ptr() for place in places()]
+    assert [place.zero_().data_ptr() for place in places()] == first
+    feed = ValuesFeed(torch.randn(16, encoder.config.patch_dim), reordered=plan.order is not None)
+    runner._load(plan, runner._layout(runner._key(plan)), feed, *runner._static(64))
 
 
 def test_static_inputs_keep_no_history(folder: Path):

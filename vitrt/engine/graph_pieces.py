@@ -95,7 +95,8 @@ class _Recorder:
         """Where splits write, zeroed once: backends do not write padding, which must be finite."""
         shape = attention_shape(qkv)
         if shape not in self.outs:
-            self.outs[shape] = torch.zeros(shape, dtype=qkv.dtype, device=qkv.device)
+            with torch.inference_mode(False):  # replays outside of it write there too
+                self.outs[shape] = torch.zeros(shape, dtype=qkv.dtype, device=qkv.device)
         return self.outs[shape]
 
 

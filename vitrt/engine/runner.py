@@ -138,7 +138,5 @@ class EagerRunner:
         *,
         merged: bool = True,
     ) -> TowerOutput:
-        # Not inference mode, the caller's neither: adapters are trained on what comes out, and what
-        # a forward keeps for the next ones, which may run outside of it, must stay writable.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():  # not inference mode: adapters are trained on what comes out
             return self.tower(patches, plan, attention, keep_hidden, merged=merged)
