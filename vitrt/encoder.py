@@ -285,14 +285,13 @@ class VisionEncoder:
                 self.runner.warmup(buckets)
 
     def _load_kernels(self) -> None:
-        """Run a small and a larger black image, which "auto" may give to different backends, and
-        one whose last query rows go to a kernel of their own, if any do.
+        """Run black images that between them use every kernel, so that no call waits for one.
 
-        What a forward compiles and loads at first use costs seconds, and no later call has to wait
-        for it.
+        What a forward compiles and loads at first use costs seconds. A small image and a larger one
+        may go to different backends; of one the last query rows go to a kernel of their own.
         """
         merge, patch = self.config.spatial_merge_size, self.config.patch_size
-        larger = range(16 * merge, 64 * merge, merge)
+        larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
         cut = [side for side in larger if self.runner.cuts(side * side)]
         for side in (merge, larger[0], *cut[:1]):
             plan = self.tower.plan([(1, side, side)])

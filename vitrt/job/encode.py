@@ -197,10 +197,10 @@ def _load(
     parallel: ParallelContext,
 ) -> AnyEncoder:
     encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
+    if options.layers or not options.merged:
+        return DenseEncoder(encoder, options.layers, merged=options.merged)  # uses no graphs
     if options.warmup:
         encoder.warmup()
-    if options.layers or not options.merged:
-        return DenseEncoder(encoder, options.layers, merged=options.merged)
     return encoder
 
 
