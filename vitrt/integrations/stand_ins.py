@@ -1,0 +1,108 @@
+"""What takes the place of a transformers model's `visual`: vitrt's tower, or features as they are.
+
+Shapes: T patches, M merged tokens, O output width, L deepstack levels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrt.encoder import VisionEncoder
+
+
+class StandIn(nn.Module):
+    """In the place of a model's `visual`, whose module it keeps aside, unregistered."""
+
+    def __init__(self, original: Any, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self._kept = (original,)  # in a tuple, so that it is no submodule
+        self.config = original.config
+        self.spatial_merge_size: int = original.spatial_merge_size
+        self.spatial_merge_unit: int = original.spatial_merge_unit
+        self.patch_size: int = original.patch_size
+        self.dtype = dtype
+        self.device = device
+
+    @property
+    def original(self) -> Any:
+        return self._kept[0]
+
+    def output(
+        self, hidden: Tensor | None, embeddings: Tensor, deepstack: Sequence[Tensor], kwargs: Any
+    ) -> Any:
+        """The output object of the original's own class, or a tuple where that is asked for."""
+        family = sys.modules[type(self.original).__module__]
+        fields: dict[str, Any] = {"last_hidden_state": hidden, "pooler_output": embeddings}
+        kind = getattr(family, "BaseModelOutputWithDeepstackFeatures", None)
+        if kind is None:
+            kind = family.BaseModelOutputWithPooling
+        else:
+            fields["deepstack_features"] = list(deepstack)
+        output = kind(**fields)
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (moved.device, moved.dtype) != (self.device, self.dtype):
+            raise ValueError(
+                f"the visual tower is vitrt's, on {self.device} in {self.dtype}: restore(model) "
+                f"before moving it to {moved.device} in {moved.dtype}"
+            )
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise ValueError("the visual tower is vitrt's: restore(model) before saving the model")
+
+
+class VitrtTower(StandIn):
+    """Pixels in, vitrt's features out."""
+
+    def __init__(
+        self,
+        original: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        encoder: VisionEncoder,
+        last_hidden_state: bool,
+    ) -> None:
+        super().__init__(original, dtype, device)
+        self.encoder = encoder
+        self.return_hidden = last_hidden_state
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """pixel_values [T, P], grid_thw [images, 3] -> [M, O] and [M, O] a deepstack level."""
+        rows = grid_thw.tolist()
+        out = self.encoder(hidden_states, rows, return_hidden=self.return_hidden)
+        hidden = out.hidden
+        if hidden is not None:
+            order = self.encoder.tower.plan(rows).patch_order
+            if order is not None:  # transformers leaves these rows in window order
+                hidden = hidden[torch.from_numpy(order).to(hidden.device)]
+        levels = [] if out.deepstack is None else list(out.deepstack.unbind(0))
+        return self.output(
+            None if hidden is None else hidden.to(self.dtype), out.embeddings, levels, kwargs
+        )
+
+
+class FeatureTower(StandIn):
+    """Carried features in, the same features out."""
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """[T, O * (1 + L) / merge^2] as `feature_inputs` lays them out -> [M, O] each."""
+        width = self.config.out_hidden_size
+        levels = len(getattr(self.config, "deepstack_visual_indexes", ()))
+        patches = int(grid_thw.prod(-1).sum())
+        wanted = (patches, width * (1 + levels) // self.spatial_merge_unit)
+        if tuple(hidden_states.shape) != wanted:
+            raise ValueError(
+                f"features of shape {tuple(hidden_states.shape)} do not fit grid_thw "
+                f"{grid_thw.tolist()}: this model takes {wanted}, as made by feature_inputs from "
+                f"{width} values and {levels} deepstack levels a token"
+            )
+        embeddings, *deepstack = hidden_states.reshape(-1, width * (1 + levels)).split(width, dim=1)
+        return self.output(None, embeddings, deepstack, kwargs)
