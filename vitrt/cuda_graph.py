@@ -236,10 +236,11 @@ class GraphRunner(EagerRunner):
         self._recordings[key] = recording
         self.stats.captures += 1
         logger.debug("recorded a graph of %s", key)
-        return self._within_limit(key, recording)
+        self._evict()
+        return self._recordings.get(key)
 
-    def _within_limit(self, key: GraphKey, newest: _Recording) -> _Recording | None:
-        """Evict the least recently used until the rest fits; `newest` too if it alone does not."""
+    def _evict(self) -> None:
+        """Drop the least recently used until the rest fits, the newest too if it alone does not."""
         assert self._pool is not None
         while self._graph_bytes() > self.limit_bytes:
             oldest, _ = self._recordings.popitem(last=False)
@@ -249,7 +250,6 @@ class GraphRunner(EagerRunner):
                 self._too_large.add(oldest)
                 break
         self.stats.graph_bytes = self._graph_bytes()
-        return self._recordings.get(key)
 
     def _graph_bytes(self) -> int:
         if self._pool is None:
