@@ -120,9 +120,10 @@ class _Preference:
 
 # The first row that applies. Measured on an H200 at 16 heads of 72 and 80 in bf16, in TFLOP/s: FA4
 # leads FA3 from about 1000 patches a segment (1 x 1296: 307 and 317 against 246 and 266; 16 x 3080:
-# 423 and 514 against 411 and 464; 1 x 16384: 479 and 533 against 441 and 492), they are level at
-# 480 to 784, and FA3 leads below (162 x 256: 134 and 157 against 93 and 112). Rows for other GPUs
-# follow from what the packages are made for, not from measurements.
+# 423 and 514 against 411 and 464; 1 x 16384: 479 and 533 against 441 and 492; only at 32 x
+# 1296 it is 2% behind), they are level at 480 to 784, and FA3 leads below (162 x 256: 134 and 157
+# against 93 and 112). Rows for other GPUs follow from what the packages are made for, not from
+# measurements.
 _PREFERENCES = (
     _Preference((10, 0), 128, (("fa4", 256), ("triton", 0), ("sdpa", 0))),
     _Preference((9, 0), 128, (("fa4", 768), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0))),
