@@ -39,7 +39,7 @@ class ImageFeatures:
 
     def pooled(self) -> Tensor:
         """[out_hidden] float32: the mean of the embeddings over the tokens."""
-        return self._tokens().float().mean(dim=0)
+        return self._tokens().mean(dim=0, dtype=torch.float32)
 
     def _tokens(self) -> Tensor:
         if not self.merged:

@@ -46,7 +46,7 @@ class Encoded:
     features: list[ImageFeatures]  # on the host; pooled ones have one row, float32
     seconds: float = 0.0  # on the device; known after `wait`
     events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None = None
-    on_device: list[ImageFeatures] | None = None  # kept until they were copied
+    on_device: list[ImageFeatures] | Tensor | None = None  # kept until it was copied
 
     def wait(self) -> None:
         """Until the features are there."""
@@ -108,7 +108,9 @@ class DeviceStage:
         if self._copies is None:
             started = time.perf_counter()
             features = self._encoder.encode_prepared(images)
-            encoded = Encoded(sources, self._pooled(features))
+            if self._pool:
+                features = _pooled(features, _pooled_rows(features))
+            encoded = Encoded(sources, features)
             encoded.seconds = time.perf_counter() - started
         else:
             encoded = self._run_on_gpu(sources, images, self._copies)
@@ -121,25 +123,21 @@ class DeviceStage:
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         compute = torch.cuda.current_stream(self._encoder.device)
         started.record(compute)
-        features = self._pooled(self._encoder.encode_prepared(images))
+        features = self._encoder.encode_prepared(images)
+        rows = _pooled_rows(features) if self._pool else None
         ended.record(compute)
         copied = torch.cuda.Event()
         copies.wait_event(ended)
         with torch.cuda.stream(copies):
-            encoded = Encoded(sources, [_to_host(feature) for feature in features])
+            if rows is None:
+                encoded = Encoded(sources, [_to_host(feature) for feature in features])
+                encoded.on_device = features
+            else:
+                encoded = Encoded(sources, _pooled(features, _copy(rows)))
+                encoded.on_device = rows
             copied.record(copies)
         encoded.events = started, ended, copied
-        encoded.on_device = features
         return encoded
-
-    def _pooled(self, features: list[ImageFeatures]) -> list[ImageFeatures]:
-        if not self._pool:
-            return features
-        rows = torch.stack([feature.pooled() for feature in features])
-        return [
-            ImageFeatures(row[None], None, feature.grid_thw, feature.merge_size)
-            for row, feature in zip(rows, features, strict=True)
-        ]
 
     def _lower_budget(self, part: Sequence[Item]) -> None:
         patches = patches_of(part)
@@ -189,6 +187,19 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory",
     )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _pooled_rows(features: Sequence[ImageFeatures]) -> Tensor:
+    """[images, out_hidden] float32."""
+    return torch.stack([feature.pooled() for feature in features])
+
+
+def _pooled(features: Sequence[ImageFeatures], rows: Tensor) -> list[ImageFeatures]:
+    """`features` with their one row each instead of the tokens."""
+    return [
+        ImageFeatures(row, None, feature.grid_thw, feature.merge_size)
+        for row, feature in zip(rows.split(1), features, strict=True)
+    ]
 
 
 def _to_host(features: ImageFeatures) -> ImageFeatures:
