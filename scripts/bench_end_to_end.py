@@ -235,7 +235,7 @@ def main() -> int:
         found = asdict(rates) | {"of_device": rates.of_device, "of_lower": rates.of_lower}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         asked = {
-            "device": device,
+            "device_name": device,
             "images": args.images,
             "size": args.size,
             "pool": args.pool,
