@@ -87,26 +87,22 @@ def pixel_sources(plan: ForwardPlan, frames: Sequence[int], config: VisionConfig
     second frame that it holds (0 in a still, whose only frame it holds twice).
     """
     size, channels = config.patch_size, config.in_channels
-    sources = np.empty((plan.num_patches, 3), dtype=np.int64)
-    base = first = 0
+    frames_of_segments = []  # a still's or a clip's first frame, row bytes, bytes to the second
+    base = 0
     for (t, h, w), count in zip(plan.grids, frames, strict=True):
         row_bytes = w * size * channels
         frame_bytes = h * size * row_bytes
-        part = sources[first : first + t * h * w]
-        positions = plan.positions[first : first + t * h * w].astype(np.int64)
-        part[:, 0] = (
-            base + positions[:, 0] * (size * row_bytes) + positions[:, 1] * (size * channels)
-        )
-        if count > 1:
-            frame = np.repeat(np.arange(t) * config.temporal_patch_size * frame_bytes, h * w)
-            part[:, 0] += frame
-        part[:, 1] = row_bytes
-        part[:, 2] = frame_bytes if count > 1 else 0
+        step = config.temporal_patch_size * frame_bytes
+        second = frame_bytes if count > 1 else 0
+        frames_of_segments += [(base + index * step, row_bytes, second) for index in range(t)]
         base += count * frame_bytes
-        first += t * h * w
     if base > np.iinfo(np.int32).max:
         raise ValueError(
             f"a batch holds {base} bytes of pixels; at most {np.iinfo(np.int32).max} go through at "
             "once: lower max_batch_tokens or max_pixels"
         )
-    return sources.astype(np.int32)
+    segments = np.array(frames_of_segments, dtype=np.int32)
+    sources = np.repeat(segments, plan.segment_lengths, axis=0)
+    row, column = plan.positions.T
+    sources[:, 0] += row * (sources[:, 1] * size) + column * (size * channels)
+    return sources
