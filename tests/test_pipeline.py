@@ -25,6 +25,7 @@ from tests.folders import (
     photos,
 )
 from vitrt import FeatureStore, ImageFeatures
+from vitrt.engine.batching import default_workers
 from vitrt.image import PreparedImage
 from vitrt.job.decode_ahead import DecodeAhead
 from vitrt.job.device_stage import (
@@ -50,6 +51,13 @@ def item(name: str, *grid: int) -> tuple[Source, PreparedImage]:
 
 def names(batch: Sequence[tuple[Source, PreparedImage]]) -> str:
     return "".join(source.id for source, _ in batch)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 3), (16, 12), (128, 16)]
+)
+def test_some_cores_are_left_to_what_feeds_the_device(cores: int, workers: int):
+    assert default_workers(cores) == workers
 
 
 def test_look_ahead_fills_batches_and_starves_nobody() -> None:

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 _MAX_WORKERS = 16
 
 
-def default_workers() -> int:
-    """Decoding threads: as many as this process may use cores, within reason."""
-    return min(usable_cores(), _MAX_WORKERS)
+def default_workers(cores: int | None = None) -> int:
+    """Decoding threads: three for four `cores` (None: those this process may use), within reason.
+
+    The thread that launches, which they would keep from its core, is worth more than the fourth:
+    on 16 cores, 448 x 448 JPEGs go 5% faster with 12 of them than with 16.
+    """
+    cores = usable_cores() if cores is None else cores
+    return min(max(cores - cores // 4, 1), _MAX_WORKERS)
 
 
 def usable_cores() -> int:
@@ -45,7 +50,7 @@ def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[I
 
 
 def _prepare_all(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[PreparedImage]:
-    workers = min(default_workers(), len(images))
+    workers = min(usable_cores(), _MAX_WORKERS, len(images))  # nothing else is to be done meanwhile
     if workers == 1:
         return [encoder.processor.prepare(image) for image in images]
     with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:

@@ -50,7 +50,7 @@ _SAMPLE_BYTES = 2048  # at each end of a tensor, that a fingerprint looks at
 class EncodeOptions:
     """What the user chose for a run over a folder. The CLI takes its defaults from these fields."""
 
-    workers: int | None = None  # decoding threads; None: one for each core
+    workers: int | None = None  # decoding threads; None: as cores permit
     shard_mib: float = DEFAULT_SHARD_MIB
     pool: Literal["none", "mean"] = "none"
     on_error: Literal["skip", "fail"] = "skip"

@@ -50,7 +50,7 @@ class SkippedImageError(ValueError):
 class PipelineOptions:
     """How to run; nothing here changes what is written for an image."""
 
-    workers: int | None = None  # decoding threads; None: one for each core
+    workers: int | None = None  # decoding threads; None: as cores permit
     on_error: Literal["skip", "fail"] = "skip"
     pool: bool = False
     ahead_bytes: int = DEFAULT_AHEAD_BYTES

@@ -74,4 +74,4 @@ def open_job(tp: int, *, device: str, stop: Stop, all_reduce: AllReduce = "auto"
 def _share_of_cores(tp: int) -> int:
     """Decoding threads of one of the ranks on this host that decode."""
     decoding = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // tp, 1)
-    return max(min(default_workers(), usable_cores() // decoding), 1)
+    return default_workers(usable_cores() // decoding)
