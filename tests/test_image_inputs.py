@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 from transformers.image_utils import load_image
 
 from vitrt.image import ImageProcessor, patches_reference
+from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import resize_pillow, resize_torch
 
 LEVELS = np.tile(np.arange(256, dtype=np.float32), (3, 1))
@@ -210,7 +211,26 @@ def test_pillow_keeps_its_global_settings() -> None:
 
 def test_the_two_resizes_differ_by_little() -> None:
     image = photo(333, 777)
-    ours, other = resize_pillow(image, (112, 252)), resize_torch(np.asarray(image), (112, 252))
+    ours = np.asarray(resize_pillow(image, (112, 252)))
+    other = resize_torch(np.asarray(image), (112, 252))
     difference = np.abs(ours.astype(int) - other.astype(int))
     assert 0 < difference.max() <= 2
     assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (448, 448), (2400, 2300)])  # the last in pieces
+def test_pixels_are_what_numpy_makes_of_the_image(size: tuple[int, int]) -> None:
+    height, width = size
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    frames = np.zeros((2, height, width, 3), dtype=np.uint8)
+    copy_pixels(image, frames[1])
+    np.testing.assert_array_equal(frames[1], np.asarray(image))
+    assert not frames[0].any()
+
+
+def test_pixels_of_a_file_that_was_closed() -> None:
+    with Image.open(io.BytesIO(encoded(photo(), "PNG"))) as image:
+        image.load()
+    out = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    copy_pixels(image, out)
+    np.testing.assert_array_equal(out, np.asarray(image))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vitrt.config import PreprocessorConfig, RuntimeConfig
 from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe
+from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
 
 __all__ = [
@@ -141,16 +142,23 @@ class ImageProcessor:
         rows = grid_t * self.temporal_patch_size if is_clip else 1
         pixels = np.empty((rows, *size, 3), dtype=np.uint8)
         for index, frame in enumerate(frames):
-            pixels[index] = self._resize_frame(frame, size)
+            self._resize_frame(frame, pixels[index])
         pixels[len(frames) :] = pixels[len(frames) - 1]
         grid_thw = (grid_t, size[0] // self.patch_size, size[1] // self.patch_size)
         return PreparedImage(pixels, grid_thw)
 
-    def _resize_frame(self, frame: Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        if self.resize == "torch":
-            return resize_torch(np.asarray(frame), size)
-        image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
-        return resize_pillow(image, size)
+    def _resize_frame(self, frame: Image.Image | np.ndarray, out: np.ndarray) -> None:
+        """Write the frame into `out`, uint8 [H, W, 3], at the size of that."""
+        height, width = out.shape[:2]
+        if self.resize == "pillow":
+            image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+            copy_pixels(resize_pillow(image, (height, width)), out)
+            return
+        if isinstance(frame, Image.Image):
+            array = np.empty((frame.height, frame.width, 3), dtype=np.uint8)
+            copy_pixels(frame, array)
+            frame = array
+        out[...] = resize_torch(frame, (height, width))
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Resize) -> np.ndarray:

@@ -53,16 +53,13 @@ def smart_resize(
     return new_height, new_width
 
 
-def resize_pillow(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """RGB image -> uint8 [H, W, 3] of `size` (height, width), Pillow's antialiased bicubic.
-
-    The array shares Pillow's bytes and is read-only.
-    """
+def resize_pillow(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """RGB image -> one of `size` (height, width), by Pillow's antialiased bicubic."""
     height, width = size
-    if image.size != (width, height):
-        # No reducing_gap: its shrink-first shortcut changes pixels.
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    if image.size == (width, height):
+        return image
+    # No reducing_gap: its shrink-first shortcut changes pixels.
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def resize_torch(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
