@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitrt import VisionEncoder
 from vitrt.bench.timing import synchronize
 from vitrt.bench.towers import build_tower, resolve, save_checkpoint
+from vitrt.engine.batching import usable_cores
 from vitrt.image import PreparedImage
 from vitrt.packing import pack
 
@@ -166,7 +167,7 @@ def measure(args: argparse.Namespace, work: Path) -> Rates:
         model = save_checkpoint(tower, source, work / "model")
         del tower
     width, height = args.size
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     paths = make_images(work / "images", args.images, width, height, cores)
     size = sum(path.stat().st_size for path in paths)
     print(f"{len(paths)} JPEGs of about {width} x {height}, {size / len(paths) / 1e3:.0f} kB each")
@@ -224,7 +225,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         rates = measure(args, Path(work))
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     print(f"decode and resize, {cores:2} threads   {rates.decode:9.1f} images/s")
     print(f"the same, {cores:2} processes          {rates.decode_processes:9.1f} images/s")
     print(f"device only                     {rates.device:9.1f} images/s")

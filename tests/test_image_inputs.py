@@ -228,6 +228,13 @@ def test_pixels_are_what_numpy_makes_of_the_image(size: tuple[int, int]) -> None
     assert not frames[0].any()
 
 
+def test_pixels_are_not_copied_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, out = Image.new("RGB", (64, 32), (1, 2, 3)), np.empty((32, 64, 3), dtype=np.uint8)
+    monkeypatch.delattr(Image.Image, "tobytes")  # which would hold the GIL
+    copy_pixels(image, out)
+    assert (out == (1, 2, 3)).all()
+
+
 def test_pixels_of_a_file_that_was_closed() -> None:
     with Image.open(io.BytesIO(encoded(photo(), "PNG"))) as image:
         image.load()

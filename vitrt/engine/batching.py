@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vitrt.features import ImageFeatures
 from vitrt.image import ImageInput, PreparedImage
@@ -15,6 +15,8 @@ from vitrt.packing import pack
 
 if TYPE_CHECKING:
     from vitrt.engine.dense import AnyEncoder
+
+T = TypeVar("T")
 
 _MAX_WORKERS = 16
 
@@ -39,7 +41,7 @@ def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[I
     """Features of all images in input order."""
     if not images:
         return []
-    prepared = _prepare_all(encoder, images)
+    prepared = prepare_all(encoder.processor.prepare, images)
     features: list[ImageFeatures | None] = [None] * len(images)
     for batch in pack([image.num_patches for image in prepared], encoder.max_batch_tokens):
         outputs = encoder.encode_prepared([prepared[index] for index in batch])
@@ -49,12 +51,13 @@ def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[I
     return [feature for feature in features if feature is not None]
 
 
-def _prepare_all(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[PreparedImage]:
-    workers = min(usable_cores(), _MAX_WORKERS, len(images))  # nothing else is to be done meanwhile
-    if workers == 1:
-        return [encoder.processor.prepare(image) for image in images]
+def prepare_all(prepare: Callable[[T], PreparedImage], items: Sequence[T]) -> list[PreparedImage]:
+    """`prepare` of every item, in order, by threads on all cores: nothing else is to be done."""
+    workers = min(usable_cores(), _MAX_WORKERS, len(items))
+    if workers <= 1:
+        return [prepare(item) for item in items]
     with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
-        return list(pool.map(encoder.processor.prepare, images))
+        return list(pool.map(prepare, items))
 
 
 def stream_in_order(

@@ -13,7 +13,6 @@ import io
 import itertools
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from vitrt.engine.batching import default_workers
+from vitrt.engine.batching import prepare_all
 from vitrt.features import ImageFeatures
 from vitrt.flops import Grid, count_flops
 from vitrt.image import PreparedImage
@@ -173,11 +172,7 @@ def _prepare(
             return encoder.processor.prepare(frames, name=describe(image))
         return encoder.processor.prepare(image)
 
-    workers = min(default_workers(), len(pieces))
-    if workers <= 1:
-        return [prepare(piece) for piece in pieces]
-    with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
-        return list(pool.map(prepare, pieces))
+    return prepare_all(prepare, pieces)
 
 
 # Exchange
