@@ -188,6 +188,19 @@ def test_import_leaves_transformers_and_the_gpu_alone() -> None:
         assert f"'{name}'" in out
 
 
+def test_loading_and_encoding_import_no_compiler(tiny_qwen2_5_vl: Path) -> None:
+    """torch brings its compiler and sympy in from many a side door, for half a second and more."""
+    out = run(
+        "import sys, torch; before = set(sys.modules)\n"
+        "from PIL import Image; from vitrt import VisionEncoder\n"
+        f"encoder = VisionEncoder.from_pretrained({str(tiny_qwen2_5_vl)!r}, device='cpu')\n"
+        "encoder.encode([Image.new('RGB', (64, 64))])\n"
+        "heavy = {'sympy', 'torch._dynamo', 'torch._inductor', 'transformers'}\n"
+        "print(sorted(heavy & (set(sys.modules) - before)))"
+    )
+    assert out.strip() == "[]", out
+
+
 def test_import_takes_little_longer_than_torch() -> None:
     code = (
         "from time import perf_counter as now\n"

@@ -147,11 +147,11 @@ class VisionEncoder:
         preprocessor = checkpoint.preprocessor_config()
         with torch.device("meta"):
             tower = build_tower(checkpoint.vision_config(), parallel)
-        tower = tower.to(dtype).to_empty(device=device).eval()
+        tower.place(lambda meta: torch.empty(meta.shape, dtype=dtype, device=device))
         load_weights(tower, checkpoint)
         tower.prepare()
         encoder = cls(
-            tower,
+            tower.eval(),
             preprocessor,
             runtime,
             device=device,

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
 from vitrt.attention.rests import cut_last_wave
+from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.persistent import is_hopper, processors
 from vitrt.kernels.rest_attention import rest_attention
 
@@ -23,10 +24,10 @@ _TILE_HEAD_DIM = 96
 class FlashAttention4:
     """FlashAttention-4's variable-length forward over strided views of the packed qkv.
 
-    The first call for each head size and dtype compiles for some seconds; segment lengths do not
-    matter. The public function allocates its output and enters autograd, so we call the one below
-    it. On Hopper, where that saves a wave of blocks, it computes whole tiles of query rows only and
-    our own kernel the rest.
+    The first call for each head size and dtype compiles for some seconds, or loads what an earlier
+    process compiled; segment lengths do not matter. The public function allocates its output and
+    enters autograd, so we call the one below it. On Hopper, where that saves a wave of blocks, it
+    computes whole tiles of query rows only and our own kernel the rest.
     """
 
     name = "fa4"
@@ -34,6 +35,7 @@ class FlashAttention4:
     applies_rotary = False
 
     def __init__(self, device: torch.device, head_dim: int) -> None:
+        keep_kernels()
         from flash_attn.cute import interface
 
         self._attend = interface._flash_attn_fwd

@@ -31,7 +31,7 @@ def share_weights(
     """
     first = next(iter(loaded.values()))
     with torch.device("meta"):
-        tower = build_tower(config).to(first.dtype)
+        tower = build_tower(config)
     slots = {slot.name: slot for slot in tower.weight_slots()}
     _check_names({name: slot.shape for name, slot in slots.items()}, loaded)
     sources = {
@@ -40,15 +40,17 @@ def share_weights(
         if slot.identical is not None and loaded[name].is_contiguous()
     }
     added = 0
-    for module in tower.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            source = sources.get(id(parameter))
-            if source is None:
-                data = torch.empty_like(parameter, device=first.device)
-                added += data.nbytes
-            else:
-                data = source.view(parameter.shape)
-            setattr(module, name, nn.Parameter(data, requires_grad=False))
+
+    def memory(meta: nn.Parameter) -> Tensor:
+        nonlocal added
+        source = sources.get(id(meta))
+        if source is not None:
+            return source.view(meta.shape)
+        own = torch.empty(meta.shape, dtype=first.dtype, device=first.device)
+        added += own.nbytes
+        return own
+
+    tower.place(memory)
     shared = tuple(name for name, slot in slots.items() if id(slot.identical) in sources)
     copied = {name: tensor.nbytes for name, tensor in loaded.items() if name not in set(shared)}
     with torch.no_grad():

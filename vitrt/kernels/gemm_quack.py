@@ -1,7 +1,7 @@
 """Matrix products with everything in the epilogue, by quack-kernels (CuTe DSL) on Hopper.
 
 A kernel is compiled for a kind, a tile and a dtype, never for a shape: about two seconds once, then
-quack keeps it on disk (`QUACK_CACHE_DIR`, by default under the system's temporary folder).
+quack keeps it on disk (disk_cache.py says where).
 `FusedProduct` holds the finished launch plan, so that a call costs the host about what cuBLAS does;
 nothing in it synchronises, so a graph can capture it.
 
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.gemm_table import Kind, Tile
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def _unavailable(capability: tuple[int, int]) -> str | None:
     if not version.startswith(RELEASES):
         needed = f"quack-kernels {version} is installed, {RELEASES}x is needed"
         return f"{needed}: pip install 'vitrt[hopper]'"
+    keep_kernels()
     try:
         import vitrt.kernels.gemm_epilogues  # noqa: F401
     except Exception as error:  # whatever a mismatched CUTLASS raises: cuBLAS still works

@@ -6,7 +6,7 @@ L deepstack levels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -197,6 +197,15 @@ class VisionTower(RotaryPosMixin, nn.Module):
         raise NotImplementedError
 
     # Weights
+
+    def place(self, memory: Callable[[nn.Parameter], Tensor]) -> None:
+        """Replace every parameter by the memory that is given for it, which need not be filled.
+
+        (`nn.Module.to_empty` would import sympy for it, for half a second and more.)
+        """
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(memory(parameter), requires_grad=False))
 
     def prepare(self) -> None:
         """Compile the kernels of all products, once a shape."""
