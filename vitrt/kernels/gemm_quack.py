@@ -30,6 +30,7 @@ RELEASES = "0.6."  # of quack-kernels: its launch plans are no stable interface
 
 _PACKAGES = ("quack", "cutlass", "tvm_ffi")
 _DTYPES = (torch.bfloat16, torch.float16)
+_COMPILED = 0.5  # seconds
 _ALIGNMENT = 8  # elements: a row starts on 16 bytes, which TMA asks for
 
 _compile_lock = threading.Lock()
@@ -118,7 +119,9 @@ def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -
             with torch.cuda.device(device):
                 _compiled[key] = FusedProduct(kind, compile_and_launch(kind, tile, dtype, device))
             seconds = time.perf_counter() - started
-            logger.info("product %s %s %s ready in %.1f s", kind, tile, dtype, seconds)
+            # Loaded from disk it takes milliseconds, which nobody waits for.
+            level = logging.INFO if seconds > _COMPILED else logging.DEBUG
+            logger.log(level, "product %s %s %s ready in %.1f s", kind, tile, dtype, seconds)
         return _compiled[key]
 
 
