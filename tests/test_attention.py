@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -192,14 +195,24 @@ class Fake(SdpaBackend):
         self.name = name
 
 
-def pretend_hopper(monkeypatch: pytest.MonkeyPatch, installed: set[str], broken: str = "") -> None:
+def pretend_hopper(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: set[str],
+    broken: str = "",
+    most_window: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     def spec(name: str) -> BackendSpec:
         def load(*_: object) -> Fake:
             if name == broken:
                 raise ImportError("undefined symbol: _ZN2at4_ops")
             return Fake(name)
 
-        return BackendSpec(name, load, lambda *_: None if name in installed else "not installed")
+        return BackendSpec(
+            name,
+            load,
+            lambda *_: None if name in installed else "not installed",
+            most_window=most_window.get(name),
+        )
 
     names = [name for name in _SPECS if name != "window"]
     specs = {name: spec(name) for name in names} | {"window": _SPECS["window"]}
@@ -215,6 +228,22 @@ def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.full.capturable
     single = resolve("auto", device="cuda", dtype=torch.float32, head_dim=80)
     assert single.full.name == single.window.name == "sdpa"
+
+
+def test_windows_larger_than_a_kernel_takes_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers of other window sizes than the released ones still run."""
+    ask = partial(resolve, device="cuda", dtype=torch.bfloat16, head_dim=80)
+    pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
+    monkeypatch.setattr("vitrt.attention.window.not_triton", lambda device: None)
+    assert ask("auto", window_patches=64).window.name == "window"
+    large = ask("auto", window_patches=196)
+    assert large.window is large.full
+    pretend_hopper(monkeypatch, {"sdpa", "triton"}, most_window={"triton": 128})
+    assert ask("auto", window_patches=128).window.name == "triton"
+    assert ask("auto", window_patches=196).window.name == "sdpa"
+    assert ask("triton", window_patches=128).window.name == "triton"
+    with pytest.raises(ValueError, match=r"'triton' takes windows of at most 128 .* up to 196"):
+        ask("triton", window_patches=196)
 
 
 def test_auto_falls_back_and_a_named_backend_does_not(

@@ -114,6 +114,13 @@ def test_old_spellings() -> None:
     assert VisionConfig.from_dict(data) == VisionConfig.from_dict(released("qwen2.5-vl-7b"))
 
 
+def test_heads_that_no_kernel_turns_are_refused() -> None:
+    data = released("qwen3-vl-8b")
+    data["vision_config"]["num_heads"] = 96  # of 12
+    with pytest.raises(ValueError, match="heads of 12; the kernels need a multiple of 8"):
+        VisionConfig.from_dict(data)
+
+
 def test_square_sizes_may_be_pairs() -> None:
     data = released("qwen3-vl-8b")
     data["vision_config"]["patch_size"] = [16, 16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from tests.checkpoints import tiny_checkpoint
 from vitrt import VisionEncoder
-from vitrt.cuda_graph import GraphRunner, default_buckets
+from vitrt.cuda_graph import GraphKey, GraphRunner, _Recording, default_buckets
 from vitrt.engine.feed import ValuesFeed
 from vitrt.engine.graph_pieces import _Recorder
+from vitrt.engine.graph_pool import GraphPool
+from vitrt.engine.runner import EagerRunner
 from vitrt.models.device_plan import PlanLayout, pack_plan, view_plan
 from vitrt.symmetric_memory import SymmetricMemory
 
@@ -130,6 +133,42 @@ def test_static_inputs_keep_no_history(folder: Path):
     feed = ValuesFeed(values, reordered=plan.order is not None)
     runner._load(plan, runner._layout(runner._key(plan)), feed, patches, buffer)
     assert not runner._static(64)[0].requires_grad
+
+
+def test_a_recording_too_large_by_itself_costs_no_other(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    runner.limit_bytes = 100
+    pool = SimpleNamespace(nbytes=40)
+
+    def add(bucket: int, nbytes: int) -> GraphKey:
+        key = GraphKey(bucket, 8, "sdpa", cut=False)
+        runner._pool = runner._pool or cast("GraphPool", pool)
+        runner._recordings[key] = cast("_Recording", SimpleNamespace(nbytes=nbytes))
+        runner._evict()
+        return key
+
+    first, second = add(64, 20), add(128, 20)
+    huge = add(192, 61)
+    assert list(runner._recordings) == [first, second] and runner._too_large == {huge}
+    third = add(256, 40)  # fits by itself, so the least recently used goes
+    assert list(runner._recordings) == [second, third] and runner._too_large == {huge}
+    assert runner.stats.graph_bytes == 100
+    pool.nbytes = 90  # what the newest needs of the pool stays there until all are gone
+    add(320, 20)
+    assert not runner._recordings and runner._pool is None and runner.stats.graph_bytes == 0
+
+
+def test_graphs_need_triton(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without it the functions that stand in ask the device for numbers, which no graph may."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    encoder.device = torch.device("cuda")
+    assert isinstance(encoder._make_runner(), GraphRunner)
+    monkeypatch.setattr("vitrt.encoder.HAVE_TRITON", False)
+    assert type(encoder._make_runner()) is EagerRunner
+    encoder.runtime = replace(encoder.runtime, cuda_graphs=True)
+    with pytest.raises(ValueError, match="needs Triton"):
+        encoder._make_runner()
 
 
 def test_warmup_takes_numbers_of_patches(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ import torch
 
 from vitrt import VisionEncoder
 from vitrt.features import ImageFeatures
+from vitrt.integrations.feature_inputs import feature_inputs
 from vitrt.integrations.serving import for_sglang, for_vllm
 
 GRIDS = [(1, 4, 6), (1, 2, 2), (1, 8, 4)]
@@ -65,6 +66,14 @@ def test_videos_carry_their_times() -> None:
 
 def test_input_ids_ride_along() -> None:
     assert for_sglang([features((1, 2, 2))], input_ids=[1, 5, 2])["input_ids"].tolist() == [1, 5, 2]
+
+
+def test_pooled_features_hold_no_tokens() -> None:
+    pooled = ImageFeatures(torch.zeros(1, 8), None, (1, 4, 4))
+    assert pooled.pooled().shape == (8,)
+    for call in (pooled.spatial, pooled.concatenated, lambda: feature_inputs([pooled])):
+        with pytest.raises(ValueError, match=r"1 rows for the 4 merged tokens .* pooled"):
+            call()
 
 
 @pytest.mark.parametrize(

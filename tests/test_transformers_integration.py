@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -256,6 +257,17 @@ def test_placeholders_are_counted(model: Any) -> None:
     text = placeholder_inputs(model.config, [1, token, 2], [blank((1, 4, 4))])
     assert text["input_ids"].tolist() == [[1, token, token, token, token, 2]]
     assert text["mm_token_type_ids"].tolist() == [[0, 1, 1, 1, 1, 0]]
+
+
+def test_placeholders_may_come_as_a_tokenizer_gives_them(model: Any) -> None:
+    ids = [1, model.config.image_token_id, 2]
+    want = placeholder_inputs(model.config, ids, [blank((1, 4, 4))])
+    for given in (torch.tensor(ids), np.array(ids), tuple(ids)):
+        got = placeholder_inputs(model.config, given, [blank((1, 4, 4))])
+        assert all(torch.equal(got[name], value) for name, value in want.items())
+    for batch in (torch.tensor([ids]), [ids], torch.tensor([1.0])):
+        with pytest.raises(ValueError, match="token ids of one prompt"):
+            placeholder_inputs(model.config, batch)
 
 
 def test_last_hidden_state_can_be_left_out(model: Any) -> None:

@@ -198,10 +198,10 @@ def _check_vision(config: VisionConfig) -> None:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}"
         )
-    if config.head_dim % 4:
+    if config.head_dim % 8:
         raise ValueError(
             f"hidden_size {config.hidden_size} over num_heads {config.num_heads} gives heads of "
-            f"{config.head_dim}; two-dimensional rotary positions need a multiple of 4"
+            f"{config.head_dim}; the kernels need a multiple of 8"
         )
     if config.in_channels != 3:
         raise ValueError(

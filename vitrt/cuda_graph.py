@@ -13,7 +13,6 @@ results are copied from real rows only.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +100,6 @@ class GraphRunner(EagerRunner):
         self._pool: GraphPool | None = None
         self._patches: Tensor | None = None  # static inputs, shared by all buckets
         self._plan_buffer: Tensor | None = None
-        self._lock = threading.RLock()  # one forward at a time: the static buffers are shared
         self._stream: torch.cuda.Stream | None = None  # that used them last
 
     def run(
@@ -112,7 +110,7 @@ class GraphRunner(EagerRunner):
         *,
         merged: bool = True,
     ) -> TowerOutput:
-        with self._lock:
+        with self._lock:  # the static buffers are shared
             reason = self._ineligible(plan, keep_hidden)
             if reason is not None:
                 return self.run_eager(plan, feed, reason, keep_hidden, merged=merged)
@@ -229,9 +227,9 @@ class GraphRunner(EagerRunner):
             logger.warning("no memory to record a graph of %d patches; it runs eagerly", key.bucket)
             self._too_large.add(key)
             return None
-        pieces, grown, own = taken
+        pieces, whole, own = taken
         recording = _Recording(pieces, layout, self.parallel.agree_max(own))
-        pool.nbytes += self.parallel.agree_max(grown)
+        pool.nbytes = self.parallel.agree_max(whole)
         self._pool = pool
         self._recordings[key] = recording
         self.stats.captures += 1
@@ -240,16 +238,21 @@ class GraphRunner(EagerRunner):
         return self._recordings.get(key)
 
     def _evict(self) -> None:
-        """Drop the least recently used until the rest fits, the newest too if it alone does not."""
+        """Drop the newest recording if it does not fit even alone, then the least recently used."""
         assert self._pool is not None
+        newest, recording = next(reversed(self._recordings.items()))
+        if self._pool.nbytes + recording.nbytes > self.limit_bytes:
+            self._too_large.add(newest)
+            self._drop(newest)
         while self._graph_bytes() > self.limit_bytes:
-            oldest, _ = self._recordings.popitem(last=False)
-            self.stats.evictions += 1
-            if not self._recordings:
-                self._pool = None  # no graph holds it any more: the allocator takes it back
-                self._too_large.add(oldest)
-                break
+            self._drop(next(iter(self._recordings)))
         self.stats.graph_bytes = self._graph_bytes()
+
+    def _drop(self, key: GraphKey) -> None:
+        del self._recordings[key]
+        self.stats.evictions += 1
+        if not self._recordings:
+            self._pool = None  # no graph holds it any more: the allocator takes it back
 
     def _graph_bytes(self) -> int:
         if self._pool is None:

@@ -173,7 +173,7 @@ class ParallelContext:
         """The largest of the group's values, on all of its ranks. Blocks the host."""
         if self.tp_size == 1:
             return value
-        box = torch.tensor([value], dtype=torch.int64)
+        box = torch.tensor([value], dtype=torch.int64, device="cpu")
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
         return int(box)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vitrt.attention.registry import resolve
@@ -28,6 +30,8 @@ from vitrt.engine.sharding import encode_together
 from vitrt.engine.upload import PixelUploader
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.image import ImageInput, ImageProcessor, PreparedImage, normalisation_table
+from vitrt.images.decode import describe
+from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.models import build_tower
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import VisionTower
@@ -41,8 +45,9 @@ logger = logging.getLogger(__name__)
 class VisionEncoder:
     """The vision tower of one checkpoint, ready to encode.
 
-    Make one with `from_pretrained`. Methods may be called from several threads; forwards run one at
-    a time.
+    Make one with `from_pretrained`. Methods may be called from several threads; forwards are
+    launched one after the other. Where another thread draws random numbers on the same device, call
+    `warmup` first: torch refuses them while a graph is recorded.
     """
 
     def __init__(
@@ -67,7 +72,11 @@ class VisionEncoder:
         self.name = name
         self.processor = ImageProcessor.from_configs(preprocessor, runtime)
         self.attention = resolve(
-            runtime.attention, device=device, dtype=dtype, head_dim=self.config.head_dim
+            runtime.attention,
+            device=device,
+            dtype=dtype,
+            head_dim=self.config.head_dim,
+            window_patches=tower.window_patches,
         )
         self.runner = self._make_runner()
         table = normalisation_table(
@@ -185,6 +194,7 @@ class VisionEncoder:
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
         and gets all features; see vitrt/engine/sharding.py. They do not exchange hidden states.
         """
+        _check_several(images)
         encoder = self._asked_for(layers, merged)
         if self.parallel.dp_size > 1:
             if encoder is not self:
@@ -203,7 +213,11 @@ class VisionEncoder:
         layers: Iterable[int] = (),
         merged: bool = True,
     ) -> Iterator[ImageFeatures]:
-        """`encode` in bounded memory: `workers` threads decode a window ahead of the device."""
+        """`encode` in bounded memory: `workers` threads decode a window ahead of the device.
+
+        What an image, or the iterable itself, raises comes after the features of all before it.
+        """
+        _check_several(images)
         return stream_in_order(self._asked_for(layers, merged), images, workers=workers)
 
     def encode_prepared(
@@ -215,7 +229,7 @@ class VisionEncoder:
             return []
         grids = [image.grid_thw for image in images]
         plan = self.tower.plan(grids)
-        with self._on_device():
+        with self._own_settings():
             return self._encode_pixels(images, plan, keep, merged)
 
     def _asked_for(self, layers: Iterable[int], merged: bool) -> VisionEncoder | DenseEncoder:
@@ -257,8 +271,9 @@ class VisionEncoder:
     ) -> EncoderOutput:
         """Features of patches cut by a transformers processor: the same inputs as its `visual`.
 
-        `pixel_values` is [T, P] in any float dtype, on any device; `grid_thw` [images, 3] is in
-        patches, and on a GPU costs a synchronisation. ValueError where the two do not belong
+        `pixel_values` is [T, P] in any float dtype, on any device; page-locked memory is copied
+        while this returns, so leave it alone until the features are there. `grid_thw` [images, 3]
+        is in patches, and on a GPU costs a synchronisation. ValueError where the two do not belong
         together.
         """
         rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
@@ -266,9 +281,9 @@ class VisionEncoder:
         _check_pixel_values(pixel_values, plan.num_patches, self.config.patch_dim)
         feed = ValuesFeed(pixel_values, reordered=plan.order is not None)
         keep = (self.config.depth - 1,) if return_hidden else ()
-        with self._on_device():
+        with self._own_settings():
             output = self.runner.run(plan, feed, keep)
-        grids = torch.tensor(plan.grids, dtype=torch.int64)
+        grids = torch.tensor(plan.grids, dtype=torch.int64, device="cpu")
         hidden = output.hidden[0] if return_hidden else None
         return EncoderOutput(output.embeddings, output.deepstack, grids, hidden)
 
@@ -281,7 +296,7 @@ class VisionEncoder:
         nothing where the encoder uses no graphs.
         """
         if isinstance(self.runner, GraphRunner):
-            with self._on_device():
+            with self._own_settings():
                 self.runner.warmup(buckets)
 
     def _load_kernels(self) -> None:
@@ -295,7 +310,7 @@ class VisionEncoder:
         cut = [side for side in larger if self.runner.cuts(side * side)]
         for side in (merge, larger[0], *cut[:1]):
             plan = self.tower.plan([(1, side, side)])
-            with self._on_device():
+            with self._own_settings():
                 pixels = torch.zeros(3 * (side * patch) ** 2, dtype=torch.uint8, device=self.device)
                 feed = PixelsFeed(pixels, [1], self.table, self.config)
                 self.runner.run_eager(plan, feed, "to load kernels")
@@ -305,9 +320,16 @@ class VisionEncoder:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
         return self.runner.stats
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device, whichever the tensors lie on."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """The encoder's device, since Triton launches on the current one, and no autocast, which
+        would change products and stay in what is recorded.
+        """
+        kind = self.device.type
+        device = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()
+        autocast = torch.is_autocast_enabled(kind)
+        with device, torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            yield
 
     def _make_runner(self) -> EagerRunner:
         arguments = (self.tower, self.attention, self.device, self.dtype)
@@ -318,6 +340,10 @@ class VisionEncoder:
             )
         if wanted is False or self.device.type != "cuda":
             return EagerRunner(*arguments)
+        if not HAVE_TRITON:
+            if wanted is True:
+                raise ValueError("cuda_graphs=True needs Triton, which is not installed")
+            return EagerRunner(*arguments)  # without it some functions ask the device for a number
         limit = int(self.runtime.graph_memory_mib * (1 << 20))
         largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
         return GraphRunner(
@@ -325,7 +351,18 @@ class VisionEncoder:
         )
 
 
+def _check_several(images: Iterable[ImageInput]) -> None:
+    """ValueError for what is one image: its characters, bytes or rows would be taken for images."""
+    one = isinstance(images, (str, bytes, os.PathLike, Image.Image))
+    if one or (isinstance(images, np.ndarray) and images.ndim < 4):
+        raise ValueError(
+            f"images is one image, {describe(cast(ImageInput, images))}; give a list: [image]"
+        )
+
+
 def _check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:
+    if not isinstance(pixel_values, Tensor):
+        raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; it must be a tensor")
     if tuple(pixel_values.shape) != (patches, patch_dim):
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; grid_thw holds {patches} patches "

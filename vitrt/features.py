@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageFeatures:
-    """Features of one image or clip."""
+    """Features of one image or clip. Pickled, it leaves the rest of its batch behind."""
 
     # [tokens, out_hidden], raster order inside each frame; with merged=False [0, out_hidden].
     embeddings: Tensor
@@ -29,13 +32,14 @@ class ImageFeatures:
     def spatial(self) -> Tensor:
         """The embeddings as a view [t, h / merge, w / merge, out_hidden]."""
         t, h, w = self.grid_thw
-        return self._tokens().view(t, h // self.merge_size, w // self.merge_size, -1)
+        return self._each_token().view(t, h // self.merge_size, w // self.merge_size, -1)
 
     def concatenated(self) -> Tensor:
         """[tokens, out_hidden * (1 + levels)], embeddings first, as vLLM and SGLang take them."""
+        tokens = self._each_token()
         if self.deepstack is None:
-            return self._tokens()
-        return torch.cat([self.embeddings, *self.deepstack.unbind(0)], dim=-1)
+            return tokens
+        return torch.cat([tokens, *self.deepstack.unbind(0)], dim=-1)
 
     def pooled(self) -> Tensor:
         """[out_hidden] float32: the mean of the embeddings over the tokens."""
@@ -49,8 +53,47 @@ class ImageFeatures:
             )
         return self.embeddings
 
+    def _each_token(self) -> Tensor:
+        tokens, whole = self._tokens(), prod(self.grid_thw) // self.merge_size**2
+        if len(tokens) != whole:
+            raise ValueError(
+                f"these features have {len(tokens)} rows for the {whole} merged tokens of grid "
+                f"{self.grid_thw}: they were pooled, and hold no single token any more"
+            )
+        return tokens
 
-@dataclass(frozen=True, slots=True)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageFeatures, tuple(_alone(getattr(self, field.name)) for field in fields(self))
+
+
+def _alone(value: Any) -> Any:
+    """A tensor that is a view of a larger one as its own copy; anything else as it is."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone()
+    return value
+
+
+def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+    """A clip from its runs of frames, in their order; one that was not cut as it is."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def along(dim: int, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present, dim) if present else None
+
+    return ImageFeatures(
+        torch.cat([part.embeddings for part in parts]),
+        along(1, [part.deepstack for part in parts]),
+        (sum(part.grid_thw[0] for part in parts), *first.grid_thw[1:]),
+        first.merge_size,
+        along(1, [part.hidden for part in parts]),
+        first.layers,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EncoderOutput:
     """Features of a whole batch, in the order of its `pixel_values`."""
 

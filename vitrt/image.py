@@ -40,6 +40,20 @@ class PreparedImage:
     def num_patches(self) -> int:
         return prod(self.grid_thw)
 
+    def split(self, most_patches: int) -> list[PreparedImage]:
+        """Runs of its frames with at most so many patches each, or of one frame that has more."""
+        t, h, w = self.grid_thw
+        longest = max(most_patches // (h * w), 1)
+        step = len(self.pixels) // t  # frames of one temporal patch
+        starts = range(0, t, longest)
+        return [
+            PreparedImage(
+                self.pixels[start * step : (start + longest) * step],
+                (min(longest, t - start), h, w),
+            )
+            for start in starts
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class ImageProcessor:

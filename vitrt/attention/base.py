@@ -89,6 +89,11 @@ class BackendSpec:
     # None, or why it cannot run
     unavailable: Callable[[torch.device, torch.dtype, int], str | None]
     windows_only: bool = False  # made for short segments: never used for full-attention layers
+    most_window: int | None = None  # patches of the largest window it takes; None: of any size
+
+    def takes_windows(self, patches: int) -> bool:
+        """Whether windows of at most so many patches go through it; 0: there are none."""
+        return self.most_window is None or patches <= self.most_window
 
 
 def attention_shape(qkv: Tensor) -> torch.Size:

@@ -165,10 +165,35 @@ def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
     return AutoBackend(table) if len(table) > 1 else table[0][1]
 
 
+def _auto_window(
+    full: AttentionBackend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    window_patches: int,
+) -> AttentionBackend:
+    own = window.SPEC
+    if (
+        dtype in HALF_PRECISION
+        and own.takes_windows(window_patches)
+        and own.unavailable(device, dtype, head_dim) is None
+    ):
+        return own.load(device, dtype, head_dim)
+    chosen = full.select(window_patches) if isinstance(full, AutoBackend) else full
+    if _SPECS[chosen.name].takes_windows(window_patches):
+        return full
+    return get_backend("sdpa", device=device, dtype=dtype, head_dim=head_dim)
+
+
 def resolve(
-    name: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int
+    name: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    window_patches: int = 0,
 ) -> AttentionChoice:
-    """The backends to run a tower with.
+    """The backends to run a tower with; `window_patches` bounds its windows, 0 where it has none.
 
     An explicit name serves full and window layers alike, or is a ValueError. "auto" takes the
     fastest that can run, and the window kernel for window layers where Triton compiles for the
@@ -177,9 +202,7 @@ def resolve(
     device = torch.device(device)
     if name == "auto":
         full = _auto_full(device, dtype, head_dim)
-        short = full
-        if window.SPEC.unavailable(device, dtype, head_dim) is None and dtype in HALF_PRECISION:
-            short = window.SPEC.load(device, dtype, head_dim)
+        short = _auto_window(full, device, dtype, head_dim, window_patches)
         choice = AttentionChoice(full, short)
     else:
         spec = _SPECS.get(name)
@@ -190,6 +213,11 @@ def resolve(
                 f"name one of auto, {', '.join(names)}"
             )
         backend = get_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+        if spec is not None and not spec.takes_windows(window_patches):
+            raise ValueError(
+                f"attention backend {name!r} takes windows of at most {spec.most_window} patches, "
+                f"and this tower's have up to {window_patches}; use auto or sdpa"
+            )
         choice = AttentionChoice(backend, backend)
     logger.info(
         "attention: %s in full layers, %s in window layers",

@@ -54,9 +54,11 @@ def _batches(lengths: tuple[int, ...], device: torch.device) -> tuple[_Batch, ..
     for length, of_length in runs.items():
         short = [run for run in of_length if run[1] * length < _ROWS_WORTH_A_CALL]
         if len(short) > 1:
-            spans = [torch.arange(start, start + count * length) for start, count in short]
+            spans = [
+                torch.arange(start, start + count * length, device=device) for start, count in short
+            ]
             count = sum(count for _, count in short)
-            batches.append(_Batch(length, count, 0, torch.cat(spans).to(device)))
+            batches.append(_Batch(length, count, 0, torch.cat(spans)))
             of_length = [run for run in of_length if run[1] * length >= _ROWS_WORTH_A_CALL]
         batches.extend(_Batch(length, count, start, None) for start, count in of_length)
     return tuple(batches)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.base import (
+    TILE_ROWS,
+    AttentionBackend,
+    BackendSpec,
+    Rotary,
+    Segments,
+    attention_shape,
+)
 from vitrt.attention.probe import HALF_PRECISION, not_triton, wrong_shape
 
 
@@ -37,4 +44,5 @@ def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionB
     return TritonBackend()
 
 
-SPEC = BackendSpec("triton", _load, _unavailable)
+# Windows come without tiles, so each must be one.
+SPEC = BackendSpec("triton", _load, _unavailable, most_window=TILE_ROWS)

@@ -37,4 +37,4 @@ def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionB
     return WindowBackend()
 
 
-SPEC = BackendSpec("window", _load, _unavailable, windows_only=True)
+SPEC = BackendSpec("window", _load, _unavailable, windows_only=True, most_window=64)

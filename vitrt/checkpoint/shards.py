@@ -140,14 +140,15 @@ class StoredTensor:
         first, stop, _ = columns.indices(width)
         row_bytes = self._info.nbytes // rows
         item = row_bytes // width
-        part = torch.empty(rows, max(stop - first, 0), dtype=FLOAT_DTYPES[self._info.dtype])
+        dtype = FLOAT_DTYPES[self._info.dtype]
+        part = torch.empty(rows, max(stop - first, 0), dtype=dtype, device="cpu")
         if part.numel():  # a rank may have nothing but padding
             for row, target in enumerate(part.view(torch.uint8).numpy()):
                 self._read_into(target, row * row_bytes + first * item)
         return part
 
     def _read(self, start: int, count: int) -> Tensor:
-        buffer = torch.empty(count, dtype=torch.uint8)
+        buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
         self._read_into(buffer.numpy(), start)
         return buffer.view(FLOAT_DTYPES[self._info.dtype])
 

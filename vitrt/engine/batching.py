@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
-from vitrt.features import ImageFeatures
+import torch
+
+from vitrt.features import ImageFeatures, join
 from vitrt.image import ImageInput, PreparedImage
 from vitrt.packing import pack
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_WORKERS = 16
+_POLL = 0.002  # seconds between looks at the device
+_SLOW = 0.02  # seconds that a source may take for an image while others wait
 
 
 def default_workers(cores: int | None = None) -> int:
@@ -39,16 +43,26 @@ def usable_cores() -> int:
 
 def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[ImageFeatures]:
     """Features of all images in input order."""
-    if not images:
-        return []
     prepared = prepare_all(encoder.processor.prepare, images)
-    features: list[ImageFeatures | None] = [None] * len(images)
+    features: list[ImageFeatures] = []
     for batch in pack([image.num_patches for image in prepared], encoder.max_batch_tokens):
-        outputs = encoder.encode_prepared([prepared[index] for index in batch])
-        for index, output in zip(batch, outputs, strict=True):
-            features[index] = output
-    assert all(feature is not None for feature in features)
-    return [feature for feature in features if feature is not None]
+        features += _encode_batch(encoder, [prepared[index] for index in batch])
+    return features
+
+
+def _encode_batch(encoder: AnyEncoder, batch: Sequence[PreparedImage]) -> list[ImageFeatures]:
+    """Features of a batch; a clip over the budget, which is one by itself, goes in several."""
+    if len(batch) > 1:
+        return encoder.encode_prepared(batch)
+    return [
+        join(
+            [
+                features
+                for part in batch[0].split(encoder.max_batch_tokens)
+                for features in encoder.encode_prepared([part])
+            ]
+        )
+    ]
 
 
 def prepare_all(prepare: Callable[[T], PreparedImage], items: Sequence[T]) -> list[PreparedImage]:
@@ -68,29 +82,107 @@ def stream_in_order(
 ) -> Iterator[ImageFeatures]:
     """Features one after the other, in input order, with a bounded number of images in memory.
 
-    Decoding runs ahead by a window; each time the device is free, what is decoded and next in line
-    goes as one batch.
+    Decoding runs ahead by a window; each time the device runs out of work, what is decoded and next
+    in line goes as one batch. What the source or an image raises comes after the features of all
+    images before it.
     """
-    source = iter(images)
     workers = workers or default_workers()
-    budget = encoder.max_batch_tokens
+    launched = _Launched(encoder.device)
     with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
-        waiting: deque[Future[PreparedImage]] = deque()
-        held: deque[PreparedImage] = deque()
-        ahead = 2 * workers
+        ahead = _LookAhead(images, pool, encoder.processor.prepare, 2 * workers)
         try:
-            while True:
-                for image in itertools.islice(source, max(ahead - len(waiting), 0)):
-                    waiting.append(pool.submit(encoder.processor.prepare, image))
-                if not waiting and not held:
-                    return
-                while waiting and sum(image.num_patches for image in held) < budget:
-                    held.append(waiting.popleft().result())
-                    for image in itertools.islice(source, 1):
-                        waiting.append(pool.submit(encoder.processor.prepare, image))
-                first = pack([image.num_patches for image in held], budget)[0]
-                batch = [held.popleft() for _ in first]
-                yield from encoder.encode_prepared(batch)
+            while batch := ahead.take(encoder.max_batch_tokens, launched.wants_more):
+                features = _encode_batch(encoder, batch)
+                launched.mark()
+                yield from features
         finally:
-            for future in waiting:
-                future.cancel()
+            ahead.cancel()
+
+
+class _LookAhead:
+    """A window of images being decoded, taken from its front a batch at a time.
+
+    The source is asked by the thread that takes. One that has kept a batch waiting (a queue, say,
+    with nothing in it) is from then on asked only while the device has work or nothing is in hand.
+    """
+
+    def __init__(
+        self,
+        images: Iterable[ImageInput],
+        pool: ThreadPoolExecutor,
+        prepare: Callable[[ImageInput], PreparedImage],
+        size: int,
+    ) -> None:
+        self._source = iter(images)
+        self._ended = False
+        self._slow = False
+        self._pool = pool
+        self._prepare = prepare
+        self._size = size
+        self._window: deque[Future[PreparedImage]] = deque()
+
+    def take(self, budget: int, wants_more: Callable[[], bool]) -> list[PreparedImage]:
+        """The next images, of at most `budget` patches together or one that has more.
+
+        None are the end. They are fewer than would fit where the next one is not decoded yet and
+        the device `wants_more`, or where it failed: that is raised by the next call.
+        """
+        batch: list[PreparedImage] = []
+        room = budget
+        while True:
+            in_hand = bool(batch or self._window)
+            if not (in_hand and self._slow and wants_more()):
+                self._fill(in_hand=in_hand)
+            if not self._window:
+                return batch
+            head = self._window[0]
+            if batch:
+                while not head.done():
+                    if wants_more():
+                        return batch
+                    wait([head], timeout=_POLL)
+                if head.exception() is not None or head.result().num_patches > room:
+                    return batch
+            batch.append(head.result())
+            self._window.popleft()
+            room -= batch[-1].num_patches
+
+    def cancel(self) -> None:
+        for future in self._window:
+            future.cancel()
+
+    def _fill(self, *, in_hand: bool) -> None:
+        while not self._ended and len(self._window) < self._size:
+            asked = time.monotonic()
+            try:
+                image = next(self._source)
+            except StopIteration:
+                self._ended = True
+            except Exception as error:  # in its turn, as an image that cannot be decoded
+                self._ended = True
+                failed: Future[PreparedImage] = Future()
+                failed.set_exception(error)
+                self._window.append(failed)
+            else:
+                self._window.append(self._pool.submit(self._prepare, image))
+            self._slow |= in_hand and time.monotonic() - asked > _SLOW
+            if self._slow:
+                return
+            in_hand = True
+
+
+class _Launched:
+    """Follows the batches on a device, so as to keep one of them waiting behind the one it runs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ends: deque[torch.cuda.Event] = deque(maxlen=2)
+
+    def mark(self) -> None:
+        """Everything of one more batch is launched."""
+        if self._device.type == "cuda":
+            self._ends.append(torch.cuda.current_stream(self._device).record_event())
+
+    def wants_more(self) -> bool:
+        """Whether fewer than two batches are left to do; on a CPU they end with their launch."""
+        return len(self._ends) < 2 or self._ends[0].query()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -146,8 +147,11 @@ def record_pieces(
             recorder.begin()
             try:
                 output = forward(replace(attention, full=full, window=window))
-            finally:
-                recorder.end()
+            except BaseException:
+                with suppress(RuntimeError):  # which says less than what went wrong
+                    recorder.end()
+                raise
+            recorder.end()
     finally:
         if collecting:
             gc.enable()

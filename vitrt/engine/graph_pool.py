@@ -14,6 +14,8 @@ import torch
 
 from vitrt.engine.graph_pieces import Pieces
 
+_MOST_OF_A_GRAPH = 32 << 20  # bytes; those of a released tower's forward take about 4 MiB
+
 
 class GraphPool:
     """Records graphs into shared memory and measures it."""
@@ -32,14 +34,26 @@ class GraphPool:
         self.stream.synchronize()
 
     def record(self, record: Callable[[Any, torch.cuda.Stream], Pieces]) -> tuple[Pieces, int, int]:
-        """What `record(handle, stream)` made, by how much the pool grew, its own bytes."""
+        """What `record(handle, stream)` made, the bytes of the pool, and those of the graph itself.
+
+        The latter is what is free before and after, less what the process reserved meanwhile. Other
+        processes take and give back memory too, so no more is believed than a graph can take.
+        """
         torch.cuda.synchronize(self.device)
         free, reserved = self._memory()
         pieces = record(self.handle, self.stream)
         torch.cuda.synchronize(self.device)
         free_after, reserved_after = self._memory()
-        grown = max(reserved_after - reserved, 0)
-        return pieces, grown, max(free - free_after - grown, 0)
+        own = (free - free_after) - (reserved_after - reserved)
+        return pieces, self._pool_bytes(), min(max(own, 0), _MOST_OF_A_GRAPH)
 
     def _memory(self) -> tuple[int, int]:
         return torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
+
+    def _pool_bytes(self) -> int:
+        """What the allocator holds for this pool; other threads' allocations are none of it."""
+        return sum(
+            segment["total_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment["segment_pool_id"]) == tuple(self.handle)
+        )

@@ -5,6 +5,7 @@ Shapes: T patches, P values of one patch.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class EagerRunner:
         self.device = device
         self.dtype = dtype
         self.stats = RunnerStats()
+        self._lock = threading.RLock()  # forwards are launched one after the other
         self._packed: ByteCache[object, Tensor] = ByteCache(_PACKED_CACHE_BYTES)
 
     def run(
@@ -77,7 +79,8 @@ class EagerRunner:
         `keep_hidden` names layers to return the hidden states of; without `merged` they are all
         that is returned.
         """
-        return self.run_eager(plan, feed, "graphs are off", keep_hidden, merged=merged)
+        with self._lock:
+            return self.run_eager(plan, feed, "graphs are off", keep_hidden, merged=merged)
 
     def run_eager(
         self,

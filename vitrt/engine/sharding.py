@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from vitrt.engine.batching import prepare_all
-from vitrt.features import ImageFeatures
+from vitrt.features import ImageFeatures, join
 from vitrt.flops import Grid, count_flops
 from vitrt.image import PreparedImage
 from vitrt.images.decode import ImageError, ImageInput, describe
@@ -121,7 +121,8 @@ def encode_together(encoder: VisionEncoder, images: Sequence[ImageInput]) -> lis
             f"had {counts} of them): it shares one list among the ranks. For a list of its own, "
             "give a rank's encoder no `parallel`, or use encode_prepared or stream"
         )
-    return _join(_share(encoder, own, reports), encoder.config.spatial_merge_size)
+    shared = itertools.groupby(_share(encoder, own, reports), key=lambda part: part.piece.index)
+    return [join([part.features for part in parts]) for _, parts in shared]
 
 
 def _plan(encoder: VisionEncoder, images: Sequence[ImageInput]) -> list[list[Piece]]:
@@ -230,24 +231,3 @@ def _share(
 def _level(features: ImageFeatures, level: int) -> Tensor:
     assert features.deepstack is not None
     return features.deepstack[level]
-
-
-def _join(parts: Sequence[PieceFeatures], merge: int) -> list[ImageFeatures]:
-    """Whole images from their pieces, which follow each other."""
-    images = []
-    for _, group in itertools.groupby(parts, key=lambda part: part.piece.index):
-        pieces = [part.features for part in group]
-        if len(pieces) == 1:
-            images += pieces
-            continue
-        deepstack = [piece.deepstack for piece in pieces if piece.deepstack is not None]
-        frames = sum(piece.grid_thw[0] for piece in pieces)
-        images.append(
-            ImageFeatures(
-                torch.cat([piece.embeddings for piece in pieces]),
-                torch.cat(deepstack, dim=1) if deepstack else None,
-                (frames, *pieces[0].grid_thw[1:]),
-                merge,
-            )
-        )
-    return images

@@ -19,7 +19,8 @@ class PixelUploader:
     def upload(self, images: Sequence[np.ndarray]) -> Tensor:
         """All images' bytes, one after the other, uint8 [bytes] on the device."""
         size = sum(image.nbytes for image in images)
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        pinned = self._stream is not None
+        host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         joined = host.numpy()
         first = 0
         for image in images:

@@ -5,6 +5,7 @@ Shapes: T patches, C width of a token's concatenated features.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def feature_inputs(
 
 def placeholder_inputs(
     config: Any,
-    input_ids: Sequence[int],
+    input_ids: Sequence[int] | Tensor,
     images: Sequence[ImageFeatures] = (),
     videos: Sequence[ImageFeatures] = (),
 ) -> dict[str, Tensor]:
@@ -43,8 +44,9 @@ def placeholder_inputs(
     tokens. For a video it holds one video token (Qwen2.5-VL), or one for each frame of its grid,
     with the timestamps between them (Qwen3-VL). `config` is the model's.
 
-    Raises ValueError where placeholders and features differ in number.
+    Raises ValueError where placeholders and features differ in number, and for a batch of prompts.
     """
+    given = token_ids(input_ids)
     by_frame = config.model_type != QWEN2_5_VL  # there a clip is one run of tokens
     counts = {
         int(config.image_token_id): [len(image.embeddings) for image in images],
@@ -59,25 +61,36 @@ def placeholder_inputs(
         ],
     }
     for token, wanted in counts.items():
-        if list(input_ids).count(token) != len(wanted):
+        if given.count(token) != len(wanted):
             raise ValueError(
-                f"input_ids holds {list(input_ids).count(token)} placeholders {token}; the "
-                f"features take {len(wanted)}"
+                f"input_ids holds {given.count(token)} placeholders {token}; the features take "
+                f"{len(wanted)}"
             )
     kinds = {token: kind for kind, token in enumerate(counts, start=1)}
     left = {token: iter(wanted) for token, wanted in counts.items()}
     ids: list[int] = []
     types: list[int] = []
-    for token in input_ids:
+    for token in given:
         repeats = next(left[token]) if token in left else 1
         ids += [token] * repeats
         types += [kinds.get(token, 0)] * repeats
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([ids], device="cpu")
     return {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
-        "mm_token_type_ids": torch.tensor([types]),
+        "mm_token_type_ids": torch.tensor([types], device="cpu"),
     }
+
+
+def token_ids(input_ids: Sequence[int] | Tensor) -> list[int]:
+    """The ids of one prompt as plain integers; ValueError for several, or what are no integers."""
+    try:
+        # A tensor's elements are tensors, which equal an id and yet are not found by it.
+        return [operator.index(token) for token in input_ids]
+    except TypeError as error:
+        raise ValueError(
+            f"input_ids must be the token ids of one prompt, a flat list of integers: {error}"
+        ) from error
 
 
 def _carried(features: Sequence[ImageFeatures]) -> tuple[Tensor, Tensor]:
@@ -86,5 +99,6 @@ def _carried(features: Sequence[ImageFeatures]) -> tuple[Tensor, Tensor]:
     unit = features[0].merge_size ** 2
     if rows.shape[1] % unit:
         raise ValueError(f"features of width {rows.shape[1]} do not split over {unit} patches")
-    grids = torch.tensor([image.grid_thw for image in features], dtype=torch.int64)
-    return rows.reshape(-1, rows.shape[1] // unit), grids.to(rows.device)
+    grids = [image.grid_thw for image in features]
+    grid_thw = torch.tensor(grids, dtype=torch.int64, device=rows.device)
+    return rows.reshape(-1, rows.shape[1] // unit), grid_thw

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitrt.features import ImageFeatures
+from vitrt.integrations.feature_inputs import token_ids
 
 __all__ = ["for_sglang", "for_vllm"]
 
@@ -53,7 +54,7 @@ def for_vllm(
 
 
 def for_sglang(
-    images: Sequence[ImageFeatures], *, input_ids: Sequence[int] | None = None
+    images: Sequence[ImageFeatures], *, input_ids: Sequence[int] | Tensor | None = None
 ) -> dict[str, Any]:
     """The one entry of `image_data` that stands for all images of an SGLang request.
 
@@ -72,7 +73,9 @@ def for_sglang(
         "precomputed_embeddings": rows,
         "image_grid_thw": grids,
     }
-    return entry if input_ids is None else entry | {"input_ids": torch.tensor(list(input_ids))}
+    if input_ids is not None:
+        entry["input_ids"] = torch.tensor(token_ids(input_ids), device="cpu")
+    return entry
 
 
 def _joined(features: Sequence[ImageFeatures]) -> tuple[Tensor, Tensor]:
@@ -95,7 +98,9 @@ def _joined(features: Sequence[ImageFeatures]) -> tuple[Tensor, Tensor]:
                 f"not {tokens}"
             )
     rows = torch.cat([image.concatenated().cpu() for image in features])
-    return rows, torch.tensor([image.grid_thw for image in features], dtype=torch.int64)
+    return rows, torch.tensor(
+        [image.grid_thw for image in features], dtype=torch.int64, device="cpu"
+    )
 
 
 def _times(
@@ -112,11 +117,12 @@ def _times(
             )
         if len(set(frames)) > 1:
             raise ValueError(f"videos of {frames} frames: those of one prompt must be equally long")
-        return {"timestamps": torch.tensor([list(times) for times in timestamps])}
+        rows = [list(times) for times in timestamps]
+        return {"timestamps": torch.tensor(rows, device="cpu")}
     if second_per_grid_ts is not None and timestamps is None:
         if len(second_per_grid_ts) != len(videos):
             raise ValueError(
                 f"second_per_grid_ts has {len(second_per_grid_ts)} values for {len(videos)} videos"
             )
-        return {"second_per_grid_ts": torch.tensor(list(second_per_grid_ts))}
+        return {"second_per_grid_ts": torch.tensor(list(second_per_grid_ts), device="cpu")}
     raise ValueError("videos need either timestamps (Qwen3-VL) or second_per_grid_ts (Qwen2.5-VL)")

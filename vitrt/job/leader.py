@@ -116,7 +116,7 @@ def _receive(encoder: AnyEncoder) -> list[PreparedImage]:
         dist.broadcast_object_list(box, group_src=0, group=group)
         header = box[0]
         sizes = [torch.Size(shape).numel() for shape, _ in header]
-        joined = torch.empty(sum(sizes), dtype=torch.uint8)
+        joined = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         if header:
             dist.broadcast(joined, group_src=0, group=group)
     return [

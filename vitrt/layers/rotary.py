@@ -26,8 +26,9 @@ def rotary_tables(head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     never stored in a module's state: a buffer would be rounded by `.to(bfloat16)`.
     """
     width = head_dim // 2
-    inv_freq = 1.0 / (ROPE_THETA ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), inv_freq)
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
+    inv_freq = 1.0 / (ROPE_THETA ** (steps / width))
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device="cpu"), inv_freq)
     return angles.cos(), angles.sin()
 
 

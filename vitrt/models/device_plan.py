@@ -130,7 +130,7 @@ def pack_plan(
     inert: boundaries repeat their last value, positions, taps and whole rows are 0, the feed is -1,
     and the order of padded tokens maps each to itself.
     """
-    buffer = torch.zeros(layout.size, dtype=torch.int32, pin_memory=pinned)
+    buffer = torch.zeros(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
     values = buffer.numpy()
 
     def field(name: str) -> np.ndarray:

@@ -9,6 +9,7 @@ Shapes: T patches, M merged tokens, S segments, C tiles, W windows.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +96,14 @@ class ForwardPlan:
 
 def check_grids(grid_thw: Sequence[Sequence[int]], merge: int) -> tuple[Grid, ...]:
     """`grid_thw` as plain ints. ValueError names the first grid that no tower can take."""
-    grids = tuple((int(t), int(h), int(w)) for t, h, w in grid_thw)
+    try:
+        grids = tuple(
+            (operator.index(t), operator.index(h), operator.index(w)) for t, h, w in grid_thw
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"grid_thw must be rows of three integers (t, h, w), got {grid_thw!r}: {error}"
+        ) from error
     for index, (t, h, w) in enumerate(grids):
         if t < 1 or h < 1 or w < 1 or h % merge or w % merge:
             raise ValueError(

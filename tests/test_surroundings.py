@@ -1,0 +1,165 @@
+"""What the caller has set for torch must neither break an encoder nor change its features."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrt import VisionEncoder
+from vitrt.engine.runner import EagerRunner
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+def photos(count: int = 3) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, 256, (64, 96 + 32 * i, 3), dtype=np.uint8) for i in range(count)]
+
+
+def all_features(encoder: VisionEncoder) -> torch.Tensor:
+    return torch.cat([features.embeddings for features in encoder.encode(photos())])
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_a_default_device_is_not_taken(folder: Path, default_device: None):
+    """Serving engines set one; what belongs on the host stays there."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    got = all_features(encoder)
+    streamed = list(encoder.stream(photos()))
+    config = encoder.config
+    values = torch.zeros(4, config.patch_dim, device="cpu")
+    output = encoder(values, [(1, 2, 2)], return_hidden=True)
+    torch.set_default_device(None)
+    want = all_features(VisionEncoder.from_pretrained(folder, device="cpu"))
+    assert torch.equal(got, want)
+    assert len(streamed) == 3 and output.grid_thw.tolist() == [[1, 2, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_left_outside(folder: Path, dtype: torch.dtype):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    want = all_features(encoder)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(all_features(encoder), want)
+        half = VisionEncoder.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
+        assert half.encode(photos())[0].embeddings.dtype == torch.bfloat16
+
+
+def test_a_default_dtype_changes_nothing(folder: Path):
+    want = all_features(VisionEncoder.from_pretrained(folder, device="cpu"))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = all_features(VisionEncoder.from_pretrained(folder, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
+def test_forwards_of_several_threads_take_turns(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    running, most = 0, 0
+    whole = EagerRunner.forward
+
+    def forward(self, *args, **kwargs):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01)
+        try:
+            return whole(self, *args, **kwargs)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(EagerRunner, "forward", forward)
+    threads = [threading.Thread(target=all_features, args=(encoder,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_features_travel_without_their_batch(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    features = encoder.encode([photos(1)[0]] * 16, layers=[-1])[3]
+    alone = sum(
+        tensor.nbytes
+        for tensor in (features.embeddings, features.deepstack, features.hidden)
+        if tensor is not None
+    )
+    packed = pickle.dumps(features)
+    assert len(packed) < alone + 4096
+    for other in (pickle.loads(packed), copy.deepcopy(features)):
+        assert torch.equal(other.embeddings, features.embeddings)
+        assert torch.equal(other.hidden, features.hidden)
+        assert (other.grid_thw, other.layers) == (features.grid_thw, features.layers)
+    assert features in [None, features]  # compared by identity, not by tensors
+
+
+@pytest.mark.parametrize("call", ["encode", "stream"])
+def test_one_image_is_not_a_list_of_images(folder: Path, call: str, tmp_path: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    image = Image.fromarray(photos(1)[0])
+    image.save(tmp_path / "x.png")
+    file = tmp_path / "x.png"
+    for one in (photos(1)[0], image, file, str(file), file.read_bytes()):
+        with pytest.raises(ValueError, match=r"images is one image.*give a list"):
+            list(getattr(encoder, call)(one))
+    assert len(list(getattr(encoder, call)(np.stack([photos(1)[0]] * 2)))) == 2
+
+
+def test_odd_grids_and_values_are_named(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    values = torch.zeros(16, encoder.config.patch_dim)
+    for grid in ([1, 4, 4], [[1, 4.9, 4.2]], [[1, 4]], torch.tensor([1, 4, 4])):
+        with pytest.raises(ValueError, match="rows of three integers"):
+            encoder(values, grid)
+    with pytest.raises(ValueError, match=r"ndarray.*must be a tensor"):
+        encoder(values.numpy(), [(1, 4, 4)])
+
+
+def test_a_clip_over_the_budget_goes_in_several_forwards(folder: Path):
+    clip = np.random.default_rng(1).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    small = VisionEncoder.from_pretrained(folder, device="cpu", max_batch_tokens=40)
+    for ask in ({}, {"layers": [0, -1]}):
+        (want,) = encoder.encode([clip], **ask)
+        sizes: list[int] = []
+        plan = small.tower.plan
+
+        def spy(grids, sizes=sizes, plan=plan):
+            sizes.append(plan(grids).num_patches)
+            return plan(grids)
+
+        small.tower.plan = spy
+        results = [small.encode([clip], **ask), list(small.stream([clip], **ask))]
+        small.tower.plan = plan
+        frame = want.grid_thw[1] * want.grid_thw[2]
+        assert max(sizes) == max(40 // frame, 1) * frame
+        for (got,) in results:
+            assert got.grid_thw == want.grid_thw and got.layers == want.layers
+            torch.testing.assert_close(got.embeddings, want.embeddings, rtol=1e-4, atol=1e-4)
+            if want.deepstack is not None:
+                torch.testing.assert_close(got.deepstack, want.deepstack, rtol=1e-4, atol=1e-4)
+            if ask:
+                torch.testing.assert_close(got.hidden, want.hidden, rtol=1e-4, atol=1e-4)
