@@ -203,7 +203,7 @@ def test_things_that_are_no_images(thing) -> None:
 def test_decompression_bombs_follow_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded("PNG")  # 4800 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
-    with pytest.raises(ImageError, match=r"^big\.png: .*4800 pixels.*limit of 4798"):
+    with pytest.raises(ImageError, match=r"^big\.png: .*4800 pixels.*limit of 4798.*--max-"):
         PROCESSOR.prepare(content, name="big.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
     with pytest.warns(Image.DecompressionBombWarning, match="4800 pixels"):

@@ -166,7 +166,9 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
         "'fa3' cannot run on cpu.*sdpa",
     ),
     "unknown dtype": (["{model}", "{photos}", "--dtype", "int8"], "'int8'"),
-    "unknown device": (["{model}", "{photos}", "--device", "quantum"], "quantum"),
+    "unknown device": (["{model}", "{photos}", "--device", "quantum"], "quantum.*auto, cpu"),
+    "device without data": (["{model}", "{photos}", "--device", "meta"], "'meta'.*auto, cpu"),
+    "device of another kind": (["{model}", "{photos}", "--device", "mps"], "'mps'.*auto, cpu"),
     "device that is not there": (["{model}", "{photos}", "--device", "cuda:99"], "cuda:99"),
     "limits that cross": (
         ["{model}", "{photos}", "--min-pixels", "9000", "--max-pixels", "8000"],
@@ -182,6 +184,8 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "no budget": (["{model}", "{photos}", "--max-batch-tokens", "0"], "max_batch_tokens.*0"),
     "no workers": (["{model}", "{photos}", "--workers", "0"], "workers.*0"),
     "no shard size": (["{model}", "{photos}", "--shard-mib", "0"], "shard_mib.*0"),
+    "endless shard": (["{model}", "{photos}", "--shard-mib", "inf"], "shard_mib.*finite, got inf"),
+    "shard of no number": (["{model}", "{photos}", "--shard-mib", "nan"], "shard_mib.*got nan"),
     "negative image limit": (["{model}", "{photos}", "--max-image-pixels", "-1"], "-1"),
     "graphs without a GPU": (
         ["{model}", "{photos}", "--device", "cpu", "--cuda-graphs"],
@@ -198,6 +202,7 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
         r"both get the id 'good\.png'",
     ),
     "folder within a folder": (["{model}", "{photos}", "{photos}/inner"], "share files"),
+    "file within a folder": (["{model}", "{photos}", "{photos}/inner/other.png"], "share files"),
     "no input": (["{model}"], "INPUT"),
 }
 

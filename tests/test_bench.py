@@ -29,6 +29,7 @@ from vitrt.bench.ablate import ablate, native_rope_
 from vitrt.bench.accuracy import compare, float32_reference, relative_error
 from vitrt.bench.peers import Compiled, Eager, UnavailableError, Vitrt, build_peer
 from vitrt.bench.profiling import Span, kernel_group, summarise
+from vitrt.bench.runs import run_bench
 from vitrt.bench.timing import measure
 from vitrt.bench.towers import build_tower, resolve, save_checkpoint
 from vitrt.bench.workloads import Workload, build_workloads
@@ -269,6 +270,33 @@ def test_a_run_prints_its_tables_and_writes_them_as_json(
         if not torch.cuda.is_available():
             assert "CUDA" in row["failures"]["fa3"]
     assert single["timings"]["vitrt"]["wall_ms"] > 0 and single["plan_ms"] > 0
+
+
+def test_a_json_file_that_cannot_be_written_is_found_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrt.bench.runs.run_bench", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match="missing/bench.json lies in a folder that does not exist"):
+        bench("qwen3-vl-8b", "--json", str(tmp_path / "missing/bench.json"))
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder"):
+        bench("qwen3-vl-8b", "--json", str(tmp_path))
+
+
+def test_tables_are_printed_even_if_the_json_file_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "short-lived"
+    folder.mkdir()
+
+    def lose_the_folder(*arguments: Any) -> Any:
+        folder.rmdir()
+        return run_bench(*arguments)
+
+    monkeypatch.setattr("vitrt.bench.runs.run_bench", lose_the_folder)
+    options = ("--workloads", "1x224", "--peers", "none", "--json", str(folder / "bench.json"))
+    with pytest.raises(FileNotFoundError):
+        bench("qwen3-vl-8b", *options)
+    assert "1x224" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_what_it_has(

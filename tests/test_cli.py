@@ -103,6 +103,24 @@ def test_encode_again_does_nothing_and_skipping_is_exit_code_3(
     assert list(FeatureStore(tmp_path / "out")) == IDS
 
 
+def test_changed_files_are_counted(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    command = ("encode", tiny_qwen3_vl, photos, "--output", tmp_path / "out")
+    first = vitrt(*command)
+    assert first.code == 0 and "had changed" not in first.out
+    for name in ("a.png", "e.bmp"):
+        os.utime(photos / name, (5, 5))
+    photo(photos / "new.png", 9)
+    again = vitrt(*command)
+    assert again.code == 0
+    assert "3 images (" in again.out and "4 were there already" in again.out
+    assert "2 of them again, because their files had changed" in again.out
+    os.utime(photos / "a.png", (6, 6))
+    end = json.loads(vitrt(*command, "--log-json").err.splitlines()[-1])
+    assert (end["images"], end["replaced"], end["resumed"]) == (1, 1, 6)
+
+
 def test_fail_on_error(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt) -> None:
     (photos / "bad.png").write_text("no image")
     command = ("encode", tiny_qwen3_vl, photos, "--output", tmp_path / "out")
@@ -203,12 +221,15 @@ def test_json_log(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitr
 def test_large_images_can_be_refused_by_size(
     tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
 ) -> None:
-    Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(photos / "large.png")
+    Image.fromarray(np.zeros((301, 401, 3), np.uint8)).save(photos / "large.png")
     command = ("encode", tiny_qwen3_vl, photos, "--output", tmp_path / "out")
-    refused = vitrt(*command, "--max-image-pixels", 100_000)
+    refused = vitrt(*command, "--max-image-pixels", 120_700)
     assert refused.code == 3 and "large.png: cannot be read as an image" in refused.err
-    assert "120000 pixels" in refused.err
-    assert vitrt(*command, "--max-image-pixels", 120_000).code == 0
+    assert "(120701 pixels) exceeds limit of 120700 pixels" in refused.err
+    (line,) = (tmp_path / "out/errors-00000.jsonl").read_text().splitlines()
+    assert "--max-image-pixels" in json.loads(line)["message"]
+    assert vitrt(*command, "--max-image-pixels", 120_699).code == 3
+    assert vitrt(*command, "--max-image-pixels", 120_701).code == 0
 
 
 def test_info(tiny_qwen3_vl: Path, tiny_qwen2_5_vl: Path, tmp_path: Path, vitrt: Vitrt) -> None:
@@ -280,10 +301,13 @@ def many(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def running(tiny_qwen3_vl: Path, many: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run whose first shard was just written."""
+def running(
+    tiny_qwen3_vl: Path, many: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[subprocess.Popen[str]]:
+    """A run whose first shard was just written; a parameter is one more option of it."""
     command = [sys.executable, "-m", "vitrt", "encode", str(tiny_qwen3_vl), str(many)]
     command += ["--output", str(tmp_path / "out"), "--shard-mib", "0.2", "--workers", "1"]
+    command += [request.param] if hasattr(request, "param") else []
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -310,6 +334,28 @@ def test_an_interrupt_finishes_the_shard_in_hand(
     assert encoded is not None and len(store) == int(encoded[1]) < 1500
     result = check_folder(tmp_path / "out")
     assert result.problems == []
+
+
+@pytest.mark.parametrize("running", ["--log-json"], indirect=True)
+def test_an_interrupt_is_logged_as_json(running: subprocess.Popen[str]) -> None:
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    events = [json.loads(line) for line in err.splitlines()]
+    (said,) = (e for e in events if "finishing the shard in hand" in e.get("message", ""))
+    assert said.keys() == {"event", "time", "level", "message"}
+    assert (said["event"], said["level"]) == ("log", "warning")
+    end = events[-1]
+    assert end["event"] == "end" and end["exit_code"] == 130
+    assert not end["all_listed"] and end["seconds_left"] is None
+
+
+@pytest.mark.parametrize("running", ["--overwrite"], indirect=True)
+def test_an_interrupt_with_overwrite_says_how_to_carry_on(running: subprocess.Popen[str]) -> None:
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert "interrupted, run it without --overwrite to carry on" in out
 
 
 def test_a_second_interrupt_stops_at_once(

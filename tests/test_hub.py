@@ -321,12 +321,16 @@ def test_offline_and_missing(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(hub, hub.repo, "(revision main)", "config.json", cache, "offline mode is on")
     assert not hub.requests
+    with pytest.raises(CheckpointError, match="^there is no folder checkpoints/foo; as a hub id, "):
+        open_checkpoint("checkpoints/foo")
 
 
 def test_offline_with_nothing_but_the_configs(hub: FakeHub, tmp_path: Path) -> None:
     open_checkpoint(hub.repo, weights=False)
     cache = str(tmp_path / "home" / "hub")
     refused(hub, "model.safetensors", INDEX, cache, "offline", local_files_only=True)
+    with pytest.raises(CheckpointError, match=f"^{hub.repo} "):  # which is no mistyped folder
+        load(hub, local_files_only=True)
 
 
 def test_no_such_things(hub: FakeHub, tmp_path: Path) -> None:
@@ -359,7 +363,8 @@ def test_a_hub_that_is_not_there(
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     template = nowhere + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    refused(hub, hub.repo, "config.json", nowhere, str(tmp_path / "home" / "hub"))
+    said = (hub.repo, "config.json", nowhere, str(tmp_path / "home" / "hub"))
+    refused(hub, "there is no folder someone/tower; as a hub id, ", *said)
 
 
 def test_a_broken_shard_is_named(hub: FakeHub, tmp_path: Path) -> None:

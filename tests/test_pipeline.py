@@ -148,6 +148,26 @@ def test_decoding_is_bounded_by_bytes_and_count(tmp_path: Path) -> None:
             assert taken == 300 and ahead.all_listed and ahead.listed == 300
 
 
+def test_a_listing_that_was_cut_short_has_not_ended() -> None:
+    image = PreparedImage(np.zeros((1, 32, 32, 3), np.uint8), (1, 2, 2))
+    sources = [Source(str(number), "") for number in range(300)]
+    with DecodeAhead(sources, lambda _: image, workers=1) as ahead:
+        next(iter(ahead))
+        ahead.stop()
+    assert ahead.listed < 300 and not ahead.all_listed
+
+    ended = threading.Event()
+
+    def leaving() -> Iterator[Source]:  # as of a rank among several
+        yield sources[0]
+        ended.wait(10)
+
+    with DecodeAhead(leaving(), lambda _: image, workers=1) as ahead:
+        ahead.stop()
+        ended.set()
+    assert not ahead.all_listed
+
+
 def test_errors_of_the_listing_surface(tmp_path: Path) -> None:
     def broken() -> Iterator[Source]:
         yield Source("a", str(photo(tmp_path / "a.png", 0)), 1, 1.0)

@@ -130,15 +130,20 @@ def test_what_cannot_be_shown_is_named(
 ):
     photo = tmp_path / "photo.png"
     sample_image(60, 60).save(photo)
+    content = photo.read_bytes()
+    (tmp_path / "link.png").symlink_to(photo)
     for arguments, message in (
         ([str(photo), "--output", str(tmp_path / "a.jpg")], "must end in .png"),
         ([str(photo), "--output", str(tmp_path / "no" / "a.png")], "does not exist"),
         ([str(tmp_path / "gone.png"), "--output", str(tmp_path / "a.png")], "gone.png"),
         ([str(photo), "--output", str(tmp_path / "a.png"), "--layers", "9"], "has 6 layers"),
+        ([str(photo), "--output", str(photo)], "is the image itself"),
+        ([str(photo), "--output", str(tmp_path / "link.png")], "is the image itself"),
     ):
         assert main(["show", str(tiny_qwen3_vl), *arguments]) == FAILED
         assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("a.*"))
+    assert photo.read_bytes() == content
 
 
 def test_show_takes_what_encode_takes(tiny_qwen2_5_vl: Path, tmp_path: Path):

@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     from vitrt.bench.runs import run_bench
 
     config = _config(args)
+    if args.json is not None:
+        _check_json(args.json)
 
     def progress(line: str) -> None:
         if not args.quiet:
@@ -91,13 +93,22 @@ def run(args: argparse.Namespace) -> int:
         result = run_bench(config, progress)
     finally:
         signal.signal(signal.SIGTERM, before)
+    sys.stdout.write(to_text(result) + "\n")
+    sys.stdout.flush()
     if args.json is not None:
         args.json.write_text(json.dumps(to_json(result), indent=1) + "\n")
-    sys.stdout.write(to_text(result) + "\n")
     if result.interrupted:
         return 130
     rows = [row for model in result.models for row in model.rows]
     return 1 if any("vitrt" in row.failures or not row.agrees for row in rows) else 0
+
+
+def _check_json(file: Path) -> None:
+    """ValueError where no file can go: to be found out before a run, not after it."""
+    if file.is_dir():
+        raise ValueError(f"--json {file} is a folder; give a file")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"--json {file} lies in a folder that does not exist")
 
 
 def _names(text: str) -> tuple[str, ...]:

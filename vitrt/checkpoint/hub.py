@@ -197,6 +197,8 @@ class HubSource:
         if isinstance(error, RevisionNotFoundError):
             return f"{what}: no such revision{self._looked()}"
         if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            if self._pinned is None:  # nothing of it was found: it may be meant for a folder
+                what = f"there is no folder {self.repo}; as a hub id, {what}"
             if self.offline:
                 return f"{what}: is not there{self._looked()}"
             cause = error.__cause__ or error

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vitrt.job.pipeline import Stop
-from vitrt.job.progress import write_json
+from vitrt.job.progress import json_line, write_json
 
 # Exit codes.
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 
 
 @contextmanager
-def graceful_interrupts(stop: Stop) -> Iterator[None]:
+def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) ends the run after the shard in hand, a second one at once.
 
     Before a run listens to `stop`, already the first one raises KeyboardInterrupt.
@@ -32,8 +32,10 @@ def graceful_interrupts(stop: Stop) -> Iterator[None]:
         if not stop.heard:
             raise KeyboardInterrupt
         stop.request()
-        # Not through logging, whose lock the interrupted code may hold.
-        os.write(2, b"\ninterrupted: finishing the shard in hand; again to stop at once\n")
+        text = "interrupted: finishing the shard in hand; again to stop at once"
+        event: dict[str, object] = {"level": "warning", "message": text}
+        line = json_line("log", event) if as_json else f"\n{text}\n"
+        os.write(2, line.encode())  # not by logging, whose lock the interrupted code may hold
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handle) for number in numbers]

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from dataclasses import asdict, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         default=None,
-        help="first remove the features that the folder holds",
+        help="first remove the features that the folder holds (after an interrupt, carry on "
+        "without it)",
     )
     parser.add_argument(
         "--max-image-pixels",
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     progress, stop = Progress(), Stop()
     try:
         with (
-            graceful_interrupts(stop),
+            graceful_interrupts(stop, as_json=args.log_json),
             open_job(args.tp, device=args.device, stop=stop, all_reduce=args.all_reduce) as job,
         ):
             if not job.is_first and not args.verbose:
@@ -138,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
                     parallel=job.parallel,
                 )
             # What the first rank says stands for all of them, so torchrun sees one exit code.
-            return _conclude(summary, args.output, as_json=args.log_json) if job.is_first else OK
+            return _conclude(summary, args) if job.is_first else OK
     except PeerFailedError:
         return FAILED  # which rank and why was said when it was noticed
     except GroupError as error:
@@ -146,21 +148,26 @@ def run(args: argparse.Namespace) -> int:
         return FAILED
 
 
-def _conclude(summary: Summary, output: Path, *, as_json: bool) -> int:
+def _conclude(summary: Summary, args: argparse.Namespace) -> int:
     from vitrt.job.progress import write_json
 
-    state = summary.state
+    state, output = summary.state, args.output
     code = INTERRUPTED if summary.interrupted else SKIPPED if state.skipped else OK
-    if as_json:
+    if args.log_json:
         write_json("end", {**asdict(state), "exit_code": code})
         return code
     text = f"{state.images} images ({state.tokens} tokens) encoded into {output}"
+    if state.replaced:
+        text += f", {state.replaced} of them again, because their files had changed"
     if state.resumed:
         text += f", {state.resumed} were there already"
     if state.skipped:
         text += f", {state.skipped} skipped: see {output}/errors-*.jsonl"
     if summary.interrupted:
-        text += "; interrupted, the same command carries on"
+        again = "the same command carries on"
+        if args.overwrite:  # which would first remove what there is
+            again = "run it without --overwrite to carry on"
+        text += f"; interrupted, {again}"
     sys.stdout.write(text + "\n")
     return code
 
@@ -172,6 +179,7 @@ def _limit_image_size(pixels: int | None) -> None:
         return
     if pixels < 0:
         raise ValueError(f"--max-image-pixels must not be negative, got {pixels}")
-    # Pillow warns past its limit and refuses past twice its limit.
-    Image.MAX_IMAGE_PIXELS = max(pixels // 2, 1) if pixels else None
+    # Pillow refuses past twice its limit: as a fraction, half of an odd number is exact, and twice
+    # that a whole number in its message.
+    Image.MAX_IMAGE_PIXELS = Fraction(pixels, 2) if pixels else None  # type: ignore[assignment]
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)

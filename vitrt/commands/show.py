@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,12 @@ def show(
     Embeddings, each deepstack level and the hidden states after each of `layers` have a panel and
     components of their own.
 
-    Raises ImageError for an image that cannot be used, ValueError for an `output` that is no PNG.
+    Raises ImageError for an image that cannot be used, ValueError for an `output` that is no PNG
+    or is the image.
     """
     path = check_output(output)
+    if isinstance(image, str | os.PathLike) and _is_same(path, Path(image)):
+        raise ValueError(f"output {str(path)!r} is the image itself: give another file")
     prepared = encoder.processor.prepare(image)
     features = encoder.encode_prepared([prepared], layers=layers)[0]
     resized = Image.fromarray(prepared.pixels[0])
@@ -63,6 +67,10 @@ def check_output(output: str | Path) -> Path:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"output {str(path)!r} lies in a folder that does not exist")
     return path
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)
 
 
 def panels_of(features: ImageFeatures, deepstack_layers: Sequence[int] = ()) -> Iterator[Panel]:

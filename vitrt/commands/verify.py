@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
+import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from vitrt.attention import window
@@ -45,6 +46,7 @@ class _Sample:
 
     prepared: PreparedImage
     pixel_values: Tensor  # float32 [T, P]
+    name: str
     equal: bool  # to what vitrt makes of it, bit by bit
 
 
@@ -69,7 +71,7 @@ def verify(
         sizes = [sample.prepared.num_patches for sample in samples]
         batches = [[samples[n] for n in part] for part in pack(sizes, encoder.max_batch_tokens)]
         del encoder
-        differing = sum(not sample.equal for sample in samples)
+        differing = [sample.name for sample in samples if not sample.equal]
         result = Verification(checkpoint.name, device, len(samples), sum(sizes), differing)
         exact = _transformers(checkpoint, batches, device, torch.float32)
         for dtype in dtypes:
@@ -121,7 +123,9 @@ def _samples(
     samples = []
     for image in images:
         prepared = ours.prepare(image)
-        inputs = theirs(images=[load_image(image)], return_tensors="pt", size=limits)
+        # The colours alone: its processor would blend what is transparent onto white.
+        colours = fromarray(np.asarray(load_image(image)))
+        inputs = theirs(images=[colours], return_tensors="pt", size=limits)
         grid = tuple(inputs["image_grid_thw"][0].tolist())
         if grid != prepared.grid_thw:
             raise ValueError(
@@ -131,7 +135,7 @@ def _samples(
         sizes = config.patch_size, config.temporal_patch_size, config.spatial_merge_size
         values = torch.from_numpy(patches_reference(prepared, table, *sizes))
         equal = torch.equal(values, inputs["pixel_values"])
-        samples.append(_Sample(prepared, inputs["pixel_values"], equal))
+        samples.append(_Sample(prepared, inputs["pixel_values"], describe(image), equal))
     return samples
 
 

@@ -48,7 +48,7 @@ class Verification:
     device: torch.device
     images: int
     patches: int
-    differing: int  # images whose pixel values are not bit-equal to transformers'
+    differing: list[str]  # images whose pixel values are not bit-equal to transformers'
     rows: list[Row] = field(default_factory=list)
     # (backend, why it cannot run) -> in which dtypes
     unusable: dict[tuple[str, str], list[torch.dtype]] = field(default_factory=dict)
@@ -62,10 +62,11 @@ def report(result: Verification) -> Iterator[str]:
     """The result as lines for people."""
     import transformers
 
-    same = f"{result.images - result.differing} of {result.images}"
+    same = f"{result.images - len(result.differing)} of {result.images}"
     yield f"{result.model} on {result.device}, {result.images} images, {result.patches} patches"
     yield f"reference: transformers {transformers.__version__}, its tower in float32"
     yield f"pixel values bit-equal to its image processor's: {same}"
+    yield from (f"  not those of {name}" for name in result.differing)
     yield ""
     levels = max((len(r.errors.deepstack) for r in result.rows if r.errors), default=0)
     heads = ["embeddings", *(f"deepstack {level}" for level in range(levels))]

@@ -12,13 +12,17 @@ from vitrt.models.tower import VisionTower
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DEVICES = ("cpu", "cuda", "xpu")
 _CPU_PATCHES = 8192  # some 100 MiB of activations: larger batches do not run faster on a CPU
 _GPU_PATCHES = 49152  # 150 images of 560 x 560: far past where the device is full
 _FREE_SHARE = 0.5  # of the free memory that activations may take
 
 
 def resolve_device(name: str) -> torch.device:
-    """CUDA where there is one for "auto", else the CPU. ValueError for one that is not there."""
+    """CUDA where there is one for "auto", else the CPU.
+
+    ValueError for one that is not there, or that towers do not run on.
+    """
     if name == "auto":
         return (
             torch.device("cuda", torch.cuda.current_device())
@@ -28,11 +32,15 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: {error}") from error
+        raise ValueError(f"device {name!r} is unknown; {_choices()}") from error
+    if device.type not in _DEVICES:
+        raise ValueError(f"device {name!r} is not supported; {_choices()}")
+    if device.type == "xpu" and not torch.xpu.is_available():
+        raise ValueError(f"device {name!r} asked for, but no XPU is available; {_choices()}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
-                f"device {name!r} asked for, but no CUDA device is available; use 'cpu' or 'auto'"
+                f"device {name!r} asked for, but no CUDA device is available; {_choices()}"
             )
         if ":" not in name:
             return torch.device("cuda", torch.cuda.current_device())
@@ -41,6 +49,13 @@ def resolve_device(name: str) -> torch.device:
                 f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices"
             )
     return device
+
+
+def _choices() -> str:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.xpu.is_available():
+        gpus += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
+    return f"here are {', '.join(['auto', 'cpu', *gpus])}"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -97,6 +97,11 @@ def decode(image: object, name: str) -> Image.Image:
             return _upright_rgb(opened, name)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a format that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name}: cannot be read as an image: {error}; --max-image-pixels (in Python, "
+            "PIL.Image.MAX_IMAGE_PIXELS) sets the limit"
+        ) from error
     except Exception as error:
         # Broken files make Pillow's plugins raise nearly anything (SyntaxError, struct.error, ...).
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -55,7 +55,8 @@ class DecodeAhead:
         self._bytes = 0  # decoded and waiting
         self._listed = 0
         self._taken = 0
-        self._finished = False  # listing
+        self._finished = False  # listing, to its end or not
+        self._all_listed = False
         self._failure: BaseException | None = None  # of listing
         self._stop = threading.Event()
         self._lister = threading.Thread(target=self._list, name="vitrt-list", daemon=True)
@@ -67,7 +68,8 @@ class DecodeAhead:
 
     @property
     def all_listed(self) -> bool:
-        return self._finished
+        """Whether listing came to its end: not where it was stopped, or failed."""
+        return self._all_listed
 
     @property
     def waiting(self) -> int:
@@ -124,6 +126,7 @@ class DecodeAhead:
                     self._window.append(self._pool.submit(self._decode, source, self._listed))
                     self._listed += 1
                     self._changed.notify_all()
+            self._all_listed = not self._stop.is_set()  # sources may end early by themselves then
         except BaseException as error:
             self._failure = error
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -38,6 +39,7 @@ _SUMMED = (
     "listed",
     "resumed",
     "images",
+    "replaced",
     "tokens",
     "skipped",
     "images_per_second",
@@ -67,8 +69,8 @@ class EncodeOptions:
             )
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
-        if not self.shard_mib > 0:
-            raise ValueError(f"shard_mib must be above 0, got {self.shard_mib}")
+        if not (self.shard_mib > 0 and math.isfinite(self.shard_mib)):
+            raise ValueError(f"shard_mib must be above 0 and finite, got {self.shard_mib}")
 
 
 class Ranks(Protocol):

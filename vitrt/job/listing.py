@@ -3,17 +3,27 @@
 Ids are POSIX paths: of a folder's images relative to that folder, of a file its name. A line of
 `@list.txt` is taken relative to the list's own folder; its id is the path relative to that folder
 where it lies inside, else the whole path without its leading "/". What a list or an argument names
-outright is always tried, whatever its extension.
+outright is always tried, whatever its extension. A list is text, one path a line; a byte order mark
+of UTF-8 and blank lines are no part of it.
 """
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 
-from vitrt.job.walk import Source, id_from, is_image_name, named, printable, walk
+from vitrt.job.walk import (
+    Source,
+    id_from,
+    is_image_name,
+    named,
+    printable,
+    walk,
+    would_be_met,
+)
 
 __all__ = ["InputError", "Inputs", "Source", "any_image"]
 
@@ -34,6 +44,11 @@ class Inputs:
         self._parts = [_part(os.fspath(argument)) for argument in arguments]
         if not self._parts:
             raise InputError("no INPUT: give a folder, an image file, or @list.txt")
+        self._files: dict[str, str] = {}  # id -> path: a shell's * names files by the thousand
+        for part in self._parts:
+            if isinstance(part, _File):
+                _check_id(part.id, part.path, self._files.get(part.id))
+                self._files[part.id] = part.path
         if len(self._parts) > 1:
             _check_apart(self._parts)
             for _ in islice(self, _PEEK):
@@ -41,16 +56,17 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Source]:
         """Raises InputError on meeting two images with one id."""
-        for index, part in enumerate(self._parts):
+        earlier: list[_Folder | _List] = []
+        for part in self._parts:
+            if isinstance(part, _File):
+                yield part.source()
+                continue
             for source in part.sources():
-                for earlier in self._parts[:index]:
-                    other = earlier.path_of(source.id)
-                    if other is not None:
-                        raise InputError(
-                            f"{other} and {source.path} would both get the id {source.id!r}; "
-                            "encode them into two folders, or give one folder that holds both"
-                        )
+                _check_id(source.id, source.path, self._files.get(source.id))
+                for other in earlier:
+                    _check_id(source.id, source.path, other.path_of(source.id))
                 yield source
+            earlier.append(part)
 
 
 def _part(argument: str) -> _Folder | _File | _List:
@@ -63,28 +79,64 @@ def _part(argument: str) -> _Folder | _File | _List:
     return _File(argument)
 
 
+def _check_id(image_id: str, path: str, other: str | None) -> None:
+    """InputError where there is an `other` path of that id."""
+    if other is not None:
+        raise InputError(
+            f"{printable(other)} and {printable(path)} would both get the id {image_id!r}; "
+            "encode them into two folders, or give one folder that holds both"
+        )
+
+
 def _check_apart(parts: Sequence[_Folder | _File | _List]) -> None:
-    folders = [
-        (os.path.realpath(part.path), part.path) for part in parts if isinstance(part, _Folder)
-    ]
-    for index, (real, path) in enumerate(folders):
-        for other_real, other in folders[:index]:
-            if os.path.commonpath([real, other_real]) in (real, other_real):
-                raise InputError(
-                    f"INPUT {path} and INPUT {other} share files: give only the outer one"
-                )
+    """InputError for a folder or an image in another folder, which would be encoded twice."""
+    folders: dict[str, str] = {}  # true path -> as given
+    for part in parts:
+        if isinstance(part, _Folder):
+            real = os.path.realpath(part.path)
+            if real in folders:
+                raise _shared(part.path, folders[real])
+            folders[real] = part.path
+    for real, path in folders.items():
+        outer = _outer(real, folders)
+        if outer is not None:
+            raise _shared(path, folders[outer])
+    if not folders:
+        return
+    parents: dict[str, str] = {}  # as given -> true path: looked up once for all files in it
+    for part in parts:
+        if isinstance(part, _File):
+            parent, name = os.path.split(part.path)
+            if parent not in parents:
+                parents[parent] = os.path.realpath(parent)
+            real = os.path.join(parents[parent], name)
+            outer = _outer(real, folders)
+            if outer is not None and would_be_met(os.path.relpath(real, outer)):
+                raise _shared(part.path, folders[outer])
+
+
+def _outer(path: str, folders: Container[str]) -> str | None:
+    """The one of `folders` that `path` lies in."""
+    while (parent := os.path.dirname(path)) != path:
+        if parent in folders:
+            return parent
+        path = parent
+    return None
+
+
+def _shared(path: str, other: str) -> InputError:
+    return InputError(
+        f"INPUT {printable(path)} and INPUT {printable(other)} share files: give only the outer one"
+    )
 
 
 class _File:
     def __init__(self, path: str) -> None:
         self.path = path
-        self._id = id_from(os.path.basename(path))
+        self.id = id_from(os.path.basename(path))
 
-    def sources(self) -> Iterator[Source]:
-        yield named(self._id, self.path)
-
-    def path_of(self, image_id: str) -> str | None:
-        return self.path if image_id == self._id else None
+    def source(self) -> Source:
+        return named(self.id, self.path)
 
 
 class _Folder:
@@ -109,9 +161,9 @@ class _List:
     def __init__(self, path: str) -> None:
         self.path = path
         self._folder = os.path.dirname(os.path.abspath(path))
-        self._ids: dict[str, str] | None = None
+        self._paths: dict[str, str] | None = None
         try:
-            with open(path, "rb"):
+            for _ in islice(self._lines(), _PEEK):
                 pass
         except OSError as error:
             raise InputError(
@@ -119,26 +171,54 @@ class _List:
             ) from error
 
     def sources(self) -> Iterator[Source]:
-        seen: set[str] = set()
-        for image_id, path in self._lines():
-            if image_id in seen:
+        for image_id, path, is_repeated in self._lines():
+            if is_repeated:
                 logger.warning(
                     "%s names %s more than once; it is encoded once", self.path, image_id
                 )
-                continue
-            seen.add(image_id)
-            yield named(image_id, path)
+            else:
+                yield named(image_id, path)
 
     def path_of(self, image_id: str) -> str | None:
-        if self._ids is None:
-            self._ids = dict(self._lines())
-        return self._ids.get(image_id)
+        if self._paths is None:
+            self._paths = {}
+            for name, path in self._names():
+                self._paths.setdefault(name, path)
+        return self._paths.get(image_id)
 
-    def _lines(self) -> Iterator[tuple[str, str]]:
+    def _lines(self) -> Iterator[tuple[str, str, bool]]:
+        """Ids, paths, and whether an earlier line names the same file.
+
+        Raises InputError on meeting two files with one id.
+        """
+        # Paths are looked up, and so kept, only once an id comes back: a list may be of millions.
+        seen: set[str] = set()
+        for image_id, path in self._names():
+            if image_id not in seen:
+                seen.add(image_id)
+                yield image_id, path, False
+                continue
+            other = self.path_of(image_id)
+            _check_id(image_id, path, None if other == path else other)
+            yield image_id, path, True
+
+    def _names(self) -> Iterator[tuple[str, str]]:
+        """The id and the path of each line."""
         with open(self.path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise InputError(
+                            f"INPUT list {printable(self.path)} is UTF-16; save it as UTF-8"
+                        )
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if b"\0" in line:
+                    raise InputError(
+                        f"INPUT list {printable(self.path)} holds a NUL byte in line {number}; "
+                        "expected UTF-8 text, one path a line"
+                    )
                 name = os.fsdecode(line.rstrip(b"\r\n"))
-                if name:
+                if name.strip():
                     path = os.path.normpath(os.path.join(self._folder, name))
                     inside = os.path.relpath(path, self._folder)
                     outside = inside.split(os.sep, 1)[0] == os.pardir

@@ -29,6 +29,7 @@ class Snapshot:
     all_listed: bool
     resumed: int  # of them, encoded by an earlier run
     images: int  # encoded by this one
+    replaced: int  # of them, in place of features whose file had changed
     tokens: int  # merged ones
     skipped: int
     images_per_second: float
@@ -59,16 +60,19 @@ class Progress:
         self.listing: Callable[[], tuple[int, bool]] = lambda: (0, False)
         self.queues: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._lock = threading.Lock()
-        self._images = self._tokens = self._skipped = self._resumed = 0
+        self._images = self._tokens = self._skipped = self._resumed = self._replaced = 0
         self._busy = 0.0
 
     def restart(self) -> None:
         """Count time from here: what came before was loading."""
         self.started = time.perf_counter()
 
-    def count_batch(self, images: int, tokens: int, busy_seconds: float) -> None:
+    def count_batch(
+        self, images: int, tokens: int, busy_seconds: float, *, replaced: int = 0
+    ) -> None:
         with self._lock:
             self._images += images
+            self._replaced += replaced
             self._tokens += tokens
             self._busy += busy_seconds
 
@@ -95,6 +99,7 @@ class Progress:
                 all_listed=all_listed,
                 resumed=self._resumed,
                 images=self._images,
+                replaced=self._replaced,
                 tokens=self._tokens,
                 skipped=self._skipped,
                 images_per_second=round(self._images / seconds, 3),
@@ -156,8 +161,13 @@ class Reporter:
 
 def write_json(event: str, values: dict[str, object]) -> None:
     """One JSON object on a line of standard error: what `--log-json` gives machines."""
-    sys.stderr.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+    sys.stderr.write(json_line(event, values))
     sys.stderr.flush()
+
+
+def json_line(event: str, values: dict[str, object]) -> str:
+    """What `write_json` writes."""
+    return json.dumps({"event": event, "time": time.time(), **values}) + "\n"
 
 
 def duration(seconds: float) -> str:

@@ -113,6 +113,12 @@ def _unlisted(name: str, path: str, error: OSError) -> Source:
     return Source(id_from(name), path, problem=problem)
 
 
+def would_be_met(relative: str) -> bool:
+    """Whether a walk takes the file of this path below its root."""
+    hidden = any(name.startswith(".") for name in relative.split(os.sep))
+    return not hidden and is_image_name(relative)
+
+
 def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 

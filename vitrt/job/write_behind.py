@@ -85,7 +85,10 @@ class WriteBehind:
 
     def _write(self, encoded: Encoded) -> None:
         encoded.wait()
+        replaced = 0
         for source, features in zip(encoded.sources, encoded.features, strict=True):
-            self._writer.add(source, features, replaces=self._replaced(source.id))
+            old = self._replaced(source.id)
+            self._writer.add(source, features, replaces=old)
+            replaced += old is not None
         tokens = sum(map(tokens_of, encoded.features))
-        self._progress.count_batch(len(encoded.sources), tokens, encoded.seconds)
+        self._progress.count_batch(len(encoded.sources), tokens, encoded.seconds, replaced=replaced)
