@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from vitrt import VisionEncoder
-from vitrt.engine.batching import _LookAhead
+from vitrt.engine.batching import _LookAhead, stream_in_order
 from vitrt.image import ImageError
 
 GREY = np.full((64, 64, 3), 128, np.uint8)
@@ -97,6 +99,39 @@ def test_memory_is_bounded_and_abandoning_ends_the_threads(encoder: VisionEncode
         assert taken * 16 <= patches + encoder.max_batch_tokens + 16 * 4 + 16
     stream.close()
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ranks_of_one_tower_make_the_same_batches(tp_size: int):
+    """Whatever decodes fast on one rank and slowly on another."""
+
+    def run(pauses: dict[int, float]) -> list[list[int]]:
+        def prepare(number: int):
+            time.sleep(pauses.get(number, 0))
+            image = SimpleNamespace(num_patches=16, number=number)
+            image.split = lambda most: [image]
+            return image
+
+        def encode_prepared(images):
+            made.append([image.number for image in images])
+            return images
+
+        made: list[list[int]] = []
+        encoder = SimpleNamespace(
+            device=torch.device("cpu"),
+            max_batch_tokens=64,
+            parallel=SimpleNamespace(tp_size=tp_size),
+            processor=SimpleNamespace(prepare=prepare),
+            encode_prepared=encode_prepared,
+        )
+        list(stream_in_order(encoder, range(10), workers=2))  # type: ignore[arg-type]
+        return made
+
+    batches = [run({1: 0.1, 7: 0.1}), run({3: 0.1})]
+    if tp_size > 1:
+        assert batches == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]] * 2
+    else:
+        assert batches[0] != batches[1]
 
 
 class Decoder:

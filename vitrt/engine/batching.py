@@ -88,15 +88,21 @@ def stream_in_order(
     """
     workers = workers or default_workers()
     launched = _Launched(encoder.device)
+    # Ranks that share a tower must make the same batches, however fast each decodes.
+    wants_more = launched.wants_more if encoder.parallel.tp_size == 1 else _never
     with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
         ahead = _LookAhead(images, pool, encoder.processor.prepare, 2 * workers)
         try:
-            while batch := ahead.take(encoder.max_batch_tokens, launched.wants_more):
+            while batch := ahead.take(encoder.max_batch_tokens, wants_more):
                 features = _encode_batch(encoder, batch)
                 launched.mark()
                 yield from features
         finally:
             ahead.cancel()
+
+
+def _never() -> bool:
+    return False
 
 
 class _LookAhead:
