@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tests.folders import IDENTITY, encode, photos
+from tests.folders import IDENTITY, encode, photo, photos
+from vitrt import FeatureStore
+from vitrt.store import check
 from vitrt.store.check import check_folder, report
+from vitrt.store.lock import FolderLock
 
 SHARD = "features-00000-00000.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -154,3 +158,67 @@ def test_pooled(tmp_path: Path) -> None:
     assert check_folder(tmp_path / "out").problems == []
     rewrite(tmp_path / "out", lambda tensors: tensors["000.png/pooled"].fill_(float("nan")))
     assert "000.png/pooled: 6 of 6" in only_problem(tmp_path / "out")
+
+
+@pytest.mark.parametrize("metadata", [{"merge_size": "0"}, {"layers": "nonf"}])
+def test_impossible_metadata(output: Path, metadata: dict[str, str]) -> None:
+    rewrite(output, lambda tensors: None, **metadata)
+    (value,) = metadata.values()
+    assert "6 images" in only_problem(output) and repr(value) in only_problem(output)
+
+
+def test_a_shard_that_safetensors_refuses(
+    output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    photo(tmp_path / "more/x.png", 5)
+    encode(tmp_path / "more", output, rank=1)
+
+    def refuse(path: Path, framework: str) -> object:
+        if path.name == SHARD:
+            raise SafetensorError("InvalidOffset")
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(check, "safe_open", refuse)
+    result = check_folder(output)
+    assert result.problems == [f"6 images of {SHARD} are lost: InvalidOffset"]
+    assert result.images == 7 and result.shards == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": None},
+        {"tokens": True},
+        {"grid_thw": [1, 2, "x"]},
+        {"grid_thw": [1, 2]},
+        {"grid_thw": 3},
+        {"replaces": "x"},
+        {"replaces": 3},
+        {"size": "7"},
+        {"mtime": []},
+        {"id": 3},
+        {"id": "\ud800"},
+        {"shard": None},
+    ],
+)
+def test_lines_of_another_type_are_no_entries(output: Path, change: dict[str, object]) -> None:
+    relist(output, lambda lines: lines[1].update(change))
+    problems = check_folder(output).problems
+    assert "manifest-00000.jsonl: 1 line(s) amid its entries are no entries" in problems
+    assert len(problems) == 4  # and its three tensors
+    assert len(FeatureStore(output)) == 5
+
+
+def test_what_a_running_job_has_begun_is_no_problem(output: Path) -> None:
+    (output / "features-00000-00001.safetensors").write_bytes(b"not listed yet")
+    (output / ".features-00000-00002.tmp").write_bytes(b"")
+    manifest = output / "manifest-00000.jsonl"
+    manifest.write_bytes(manifest.read_bytes() + b'{"id": "half')
+    assert len(check_folder(output).problems) == 3
+    with FolderLock(output):
+        result = check_folder(output)
+        assert result.problems == [] and result.running is not None
+        assert f"process {os.getpid()}" in next(report(result))
+        (output / SHARD).unlink()
+        assert "No such file" in only_problem(output)  # that is no job's doing
+    assert len(check_folder(output).problems) == 4

@@ -27,6 +27,8 @@ from tests.folders import (
 from vitrt import FeatureStore, ImageFeatures
 from vitrt.job.listing import Source
 from vitrt.output import SHARD_IMAGES, FeatureWriter
+from vitrt.store.check import check_folder
+from vitrt.store.feature_shard import encode_shard
 from vitrt.store.recovery import FolderMismatchError
 
 
@@ -39,6 +41,13 @@ def features(tokens: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_shard_may_be_as_large_as_a_number_can_say(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, IDENTITY, shard_mib=1e308)  # in bytes past a float's range
+    writer.add(Source("a.jpg", "/x/a.jpg"), features())
+    writer.close()
+    assert list(FeatureStore(tmp_path)) == ["a.jpg"]
 
 
 def test_files_follow_the_contract(tmp_path: Path) -> None:
@@ -211,6 +220,60 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     encode(folder, tmp_path / "out")
     assert set(FeatureStore(tmp_path / "out")) == set(names)
     assert_holds(tmp_path / "out", expected(folder))
+
+
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_a_second_image_of_an_id_is_an_error(tmp_path: Path, pool: str) -> None:
+    writer = FeatureWriter(tmp_path, replace(IDENTITY, pool=pool), shard_mib=1)
+    writer.add(Source("caf?.png", "/one/caf?.png", 1, 1.0), features(3, 1))
+    writer.add(Source("caf?.png", "/two/caf?.png", 2, 2.0), features(5, 2))
+    writer.add(Source("b.png", "/one/b.png"), features(4, 3))
+    writer.close()
+    assert writer.images == 2 and check_folder(tmp_path).problems == []
+    store = FeatureStore(tmp_path)
+    assert torch.equal(store["caf?.png"].pooled(), features(3, 1).pooled())
+    (error,) = lines(tmp_path / "errors-00000.jsonl")
+    assert error["id"] == "caf?.png" and "/two/caf?.png" in str(error["message"])
+    writer.add(Source("b.png", "/one/b.png"), features(4, 3))  # in another shard it can be read
+    writer.close()
+    assert list(FeatureStore(tmp_path)) == ["caf?.png", "b.png"]
+
+
+def test_a_shard_of_two_tensors_with_one_name_is_refused() -> None:
+    row = torch.zeros(3)
+    with pytest.raises(ValueError, match="'a/pooled'"):
+        encode_shard([("a/pooled", row), ("a/pooled", row)], {})
+
+
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_an_open_store_survives_a_later_run(tmp_path: Path, pool: str) -> None:
+    folder, output = photos(tmp_path / "in", 12), tmp_path / "out"
+    identity = replace(IDENTITY, pool=pool)
+    encode(folder, output, identity=identity)
+    store = FeatureStore(output)
+    wanted = {name: feature.pooled() for name, feature in expected(folder).items()}
+    photo(folder / "003.png", 77)
+    encode(folder, output, identity=identity)  # compacts the shard of 003.png
+    changed = expected(folder)["003.png"].pooled()
+    assert not torch.equal(changed, wanted["003.png"])
+    wanted["003.png"] = changed
+    for name, row in wanted.items():
+        assert torch.equal(store[name].pooled(), row)
+    photo(folder / "004.png", 78)
+    encode(folder, output, identity=identity)
+    wanted["004.png"] = expected(folder)["004.png"].pooled()
+    if pool == "mean":
+        found = {
+            name: row
+            for ids, table in store.pooled_tables()
+            for name, row in zip(ids, table, strict=True)
+        }
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], row) for name, row in wanted.items())
+    for path in output.glob("features-*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError):
+        FeatureStore(output)["003.png"]
 
 
 def test_second_run_encodes_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ whole shard is there under its final name.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from vitrt.features import ImageFeatures
 from vitrt.store.durable import AppendError, OutputError, append, discard, write_file
-from vitrt.store.feature_shard import encode_shard, read_header
+from vitrt.store.feature_shard import (
+    MERGE_SIZE,
+    encode_shard,
+    merge_size_of,
+    parse_layers,
+    read_header,
+)
 from vitrt.store.manifest import (
     Entry,
     RunIdentity,
@@ -27,7 +34,6 @@ from vitrt.store.manifest import (
     live_entries,
     manifest_name,
     manifests,
-    parse_layers,
     shard_name,
     temporary_path,
 )
@@ -35,10 +41,11 @@ from vitrt.store.manifest import (
 if TYPE_CHECKING:
     from vitrt.job.listing import Source
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_SHARD_MIB = 256
 SHARD_IMAGES = 1024  # most images of a shard: what a kill costs stays small where features are
 _OPEN_SHARDS = 64  # kept mapped by a store
-_MERGE_SIZE = 2  # of every tower so far; a shard says its own
 
 
 class FeatureWriter:
@@ -57,7 +64,7 @@ class FeatureWriter:
         rank: int = 0,
         first_shard: int = 0,
         shard_mib: float = DEFAULT_SHARD_MIB,
-        merge_size: int = _MERGE_SIZE,
+        merge_size: int = MERGE_SIZE,
     ) -> None:
         """`folder` exists and was recovered; `first_shard` is this rank's first free number."""
         self.folder = folder
@@ -65,11 +72,12 @@ class FeatureWriter:
         self.images = 0  # durable ones
         self._metadata = identity.metadata() | {"merge_size": str(merge_size)}
         self._next_shard = first_shard
-        self._shard_bytes = int(shard_mib * (1 << 20))
+        self._shard_bytes = shard_mib * (1 << 20)
         self._manifest = folder / manifest_name(rank)
         self._errors = folder / errors_name(rank)
         self._pool = identity.pool == "mean"
         self._held: list[tuple[Source, ImageFeatures, str | None]] = []
+        self._held_ids: set[str] = set()
         self._held_bytes = 0
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -80,12 +88,19 @@ class FeatureWriter:
         """Take the features of one image, on the CPU; kept by reference until its shard is written.
 
         `replaces` names the shard that holds the features of an older state of the image. Of a run
-        with `--pool mean` only `features.pooled()` is kept.
+        with `--pool mean` only `features.pooled()` is kept. A shard cannot hold two images of one
+        id: the first is kept, the other one is recorded as an error.
         """
+        if source.id in self._held_ids:
+            message = f"{source.id}: {source.path} is a second image with this id"
+            logger.warning("skipped: %s", message)
+            self.add_error(source.id, "ValueError", message)
+            return
         if self._pool:
             row = features.pooled()[None]
             features = ImageFeatures(row, None, features.grid_thw, features.merge_size)
         self._held.append((source, features, replaces))
+        self._held_ids.add(source.id)
         self._held_bytes += features.embeddings.nbytes
         self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
         self._held_bytes += 0 if features.hidden is None else features.hidden.nbytes
@@ -122,7 +137,7 @@ class FeatureWriter:
             raise self._failure
         if not self._held:
             return
-        held, self._held, self._held_bytes = self._held, [], 0
+        held, self._held, self._held_ids, self._held_bytes = self._held, [], set(), 0
         self._thread = threading.Thread(target=self._write, args=[held], name="vitrt-shard")
         self._thread.start()
 
@@ -167,7 +182,10 @@ class FeatureWriter:
         if self._pool:
             return [(f"{source.id}/pooled", features.embeddings[0]) for source, features, _ in held]
         tensors = [
-            (f"{source.id}/grid_thw", torch.tensor(features.grid_thw, dtype=torch.int64))
+            (
+                f"{source.id}/grid_thw",
+                torch.tensor(features.grid_thw, dtype=torch.int64, device="cpu"),
+            )
             for source, features, _ in held
         ]
         for source, features, _ in held:
@@ -194,21 +212,38 @@ class FeatureStore(Mapping[str, ImageFeatures]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """ValueError where `folder` is no output folder. Images written later need a new store."""
+        """ValueError where `folder` is no output folder. Images written later need a new store.
+
+        Unless a later run moved features while this store was open: then it reads the folder anew.
+        """
         self.folder = Path(folder)
         if not manifests(self.folder):
             raise ValueError(
                 f"{self.folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
             )
-        self._entries: dict[str, Entry] = {entry.id: entry for entry in live_entries(self.folder)}
+        self._entries = self._read_entries()
         self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def _read_entries(self) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        for entry in live_entries(self.folder):
+            entries.setdefault(entry.id, entry)  # the first, as the next run will have it
+        return entries
+
     def __getitem__(self, image_id: str) -> ImageFeatures:
         entry = self._entries[image_id]
+        try:
+            return self._read(entry)
+        except FileNotFoundError:
+            self._entries = self._read_entries()
+            return self._read(self._entries[image_id])
+
+    def _read(self, entry: Entry) -> ImageFeatures:
+        image_id = entry.id
         shard, names = self._shard(entry.shard)
         metadata = self.metadata_of(entry.shard)
-        merge_size = int(metadata.get("merge_size", _MERGE_SIZE))
+        merge_size = merge_size_of(metadata)
         if f"{image_id}/pooled" in names:
             row = shard.get_tensor(f"{image_id}/pooled")
             return ImageFeatures(row[None], None, entry.grid_thw, merge_size)
@@ -251,14 +286,29 @@ class FeatureStore(Mapping[str, ImageFeatures]):
 
         Only of a run with `--pool mean`: ValueError where the folder holds whole features.
         """
-        for shard in dict.fromkeys(entry.shard for entry in self._entries.values()):
-            ids, table = _table(self.folder / shard)
-            rows = [row for row, name in enumerate(ids) if self._is_live(name, shard)]
-            yield ([ids[row] for row in rows], table if len(rows) == len(ids) else table[rows])
+        yield from self._tables(self._entries, again=True)
 
-    def _is_live(self, image_id: str, shard: str) -> bool:
-        entry = self._entries.get(image_id)
-        return entry is not None and entry.shard == shard
+    def _tables(
+        self, entries: Mapping[str, Entry], *, again: bool
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """`again`: where a shard is gone, look for its images in the shards of a later run."""
+        shards: dict[str, list[str]] = {}
+        for image_id, entry in entries.items():
+            shards.setdefault(entry.shard, []).append(image_id)
+        for shard, images in shards.items():
+            wanted = set(images)
+            try:
+                ids, table = _table(self.folder / shard)
+            except FileNotFoundError:
+                if not again:
+                    raise
+                if any(name in self and self.entry(name).shard == shard for name in images):
+                    self._entries = self._read_entries()
+                moved = {name: self.entry(name) for name in images if name in self}
+                yield from self._tables(moved, again=False)
+                continue
+            rows = [row for row, name in enumerate(ids) if name in wanted]
+            yield ([ids[row] for row in rows], table if len(rows) == len(ids) else table[rows])
 
     def _shard(self, name: str) -> tuple[Any, frozenset[str]]:
         with self._lock:
@@ -273,11 +323,11 @@ class FeatureStore(Mapping[str, ImageFeatures]):
 
 
 def _table(path: Path) -> tuple[list[str], Tensor]:
+    size = path.stat().st_size
     header = read_header(path)
     spans = sorted(header.tensors.items(), key=lambda item: item[1].begin)
     if not all(name.endswith("/pooled") for name, _ in spans):
         raise ValueError(f"{path} holds whole features; tables come from vitrt encode --pool mean")
-    size = path.stat().st_size
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     table = data[header.data_start :].view(torch.float32).view(len(spans), -1)
     return [name.removesuffix("/pooled") for name, _ in spans], table

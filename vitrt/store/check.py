@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from vitrt.store.feature_shard import ShardError, ShardHeader, read_header
+from vitrt.store.feature_shard import (
+    ShardError,
+    ShardHeader,
+    kinds_of,
+    merge_size_of,
+    parse_layers,
+    read_header,
+)
+from vitrt.store.lock import running_job
 from vitrt.store.manifest import (
     SHARD_NAME,
     TEMPORARY_NAME,
+    Damage,
     Entry,
     iter_manifest,
     manifests,
     matching,
-    parse_layers,
-    torn_from,
 )
 
 # What must be the same in every shard of a folder.
@@ -38,6 +45,8 @@ _SHARED = (
 )
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
+_OWN_DTYPES = {"pooled": "F32", "grid_thw": "I64"}  # of tensors that are not of the run's
+
 
 @dataclass(slots=True)
 class CheckResult:
@@ -47,6 +56,7 @@ class CheckResult:
     tokens: int = 0
     shards: int = 0
     bytes: int = 0
+    running: str | None = None  # the job that writes into the folder
     problems: list[str] = field(default_factory=list)
 
 
@@ -54,8 +64,8 @@ def check_folder(folder: str | Path) -> CheckResult:
     """Verify an output folder by reading every byte of it, one tensor at a time.
 
     Every manifest line must have its tensors, shapes fit grids, values be finite, no image be there
-    twice, and nothing be there that no line names. Raises ValueError where `folder` is no output
-    folder.
+    twice, and nothing be there that no line names. While a job writes into the folder, what it has
+    begun is no problem. Raises ValueError where `folder` is no output folder.
     """
     return _Check(Path(folder)).run()
 
@@ -69,62 +79,75 @@ class _Check:
         self.folder = folder
         self.result = CheckResult()
         self._seen: Counter[str] = Counter()
+        self._begun: list[str] = []  # what is a problem unless a job runs
+        self._replaced: set[str] = set()  # images
         self._listed: set[str] = set()
         self._shared: dict[str, str] | None = None
         self._layout: tuple[int, int] | None = None  # output width, deepstack levels
 
     def run(self) -> CheckResult:
+        running = running_job(self.folder)
         for path in manifests(self.folder):
             self._manifest(path)
         self._twice()
         for path in matching(self.folder, SHARD_NAME):
             if path.name not in self._listed:
-                self._problem(f"{path.name}: no manifest names it")
+                self._begun.append(f"{path.name}: no manifest names it")
         for path in matching(self.folder, TEMPORARY_NAME):
-            self._problem(f"{path.name}: a leftover of a run that was killed")
+            self._begun.append(f"{path.name}: a leftover of a run that was killed")
+        self.result.running = running or running_job(self.folder)  # one may have begun since
+        if self.result.running is None:
+            self.result.problems += self._begun
         return self.result
 
     def _problem(self, text: str) -> None:
         self.result.problems.append(text)
 
     def _manifest(self, path: Path) -> None:
-        _, torn = torn_from(path)
-        if torn:
-            self._problem(f"{path.name}: {torn} line(s) at its end are torn or no entries")
-        for name, group in groupby(iter_manifest(path), key=lambda entry: entry.shard):
+        damage = Damage()
+        for name, group in groupby(iter_manifest(path, damage), key=lambda entry: entry.shard):
             entries = list(group)
             self._seen.update(entry.id for entry in entries)
             for entry in entries:
                 if entry.replaces is not None:
-                    self._problem(
+                    self._replaced.add(entry.id)
+                    self._begun.append(
                         f"{entry.id}: {entry.replaces} may still hold older features of it"
                     )
             if name in self._listed:
                 self._problem(f"{name}: its images are listed in more than one place")
             self._listed.add(name)
             self._shard(name, entries)
+        if damage.torn:
+            self._begun.append(
+                f"{path.name}: {damage.torn} line(s) at its end are torn or no entries"
+            )
+        if damage.amid:
+            self._problem(f"{path.name}: {damage.amid} line(s) amid its entries are no entries")
 
     def _twice(self) -> None:
         for image_id, times in self._seen.items():
             if times > 1:
-                self._problem(f"{image_id}: listed {times} times")
+                found = self._begun if image_id in self._replaced else self.result.problems
+                found.append(f"{image_id}: listed {times} times")
         self.result.images = len(self._seen)
 
     def _shard(self, name: str, entries: list[Entry]) -> None:
         path = self.folder / name
         try:
             header = read_header(path)
-            shard = safe_open(path, framework="pt")
-        except (ShardError, OSError) as error:
+            with safe_open(path, framework="pt") as shard:
+                self._content(name, entries, header, shard)
+            self.result.bytes += path.stat().st_size
+        except (ShardError, SafetensorError, OSError) as error:
             self._problem(f"{len(entries)} images of {name} are lost: {error}")
-            return
+
+    def _content(self, name: str, entries: list[Entry], header: ShardHeader, shard: Any) -> None:
         self.result.shards += 1
-        self.result.bytes += path.stat().st_size
         self._metadata(name, header)
         expected: set[str] = set()
-        with shard:
-            for entry in entries:
-                expected |= self._image(entry, header, shard)
+        for entry in entries:
+            expected |= self._image(entry, header, shard)
         for orphan in sorted(header.tensors.keys() - expected):
             self._problem(f"{name}: no manifest line for tensor {orphan!r}")
 
@@ -138,20 +161,16 @@ class _Check:
 
     def _image(self, entry: Entry, header: ShardHeader, shard: Any) -> set[str]:
         """Check one image; the names of the tensors it should have."""
-        merge = int(header.metadata.get("merge_size", "2"))
+        merge = merge_size_of(header.metadata)
         t, h, w = entry.grid_thw
         if h % merge or w % merge or t * h * w != entry.tokens * merge**2:
             self._problem(f"{entry.id}: {entry.tokens} tokens do not fit the grid {t} x {h} x {w}")
         self.result.tokens += entry.tokens
-        if header.metadata.get("pool") == "mean":
-            names = {f"{entry.id}/pooled": "F32"}
-        else:
-            dtype = _DTYPES.get(header.metadata.get("dtype", ""), "")
-            names = {f"{entry.id}/embeddings": dtype, f"{entry.id}/grid_thw": "I64"}
-            if f"{entry.id}/deepstack" in header.tensors:
-                names[f"{entry.id}/deepstack"] = dtype
-            if parse_layers(header.metadata):
-                names[f"{entry.id}/hidden"] = dtype
+        kinds = kinds_of(header.metadata)
+        if "embeddings" in kinds and f"{entry.id}/deepstack" in header.tensors:
+            kinds |= {"deepstack"}
+        of_shard = _DTYPES.get(header.metadata.get("dtype", ""), "")
+        names = {f"{entry.id}/{kind}": _OWN_DTYPES.get(kind, of_shard) for kind in sorted(kinds)}
         for tensor, dtype in names.items():
             if tensor not in header.tensors:
                 self._problem(f"{entry.id}: {entry.shard} has no tensor {tensor!r}")
@@ -222,6 +241,8 @@ class _Check:
 def report(result: CheckResult) -> Iterator[str]:
     """The result as lines for people."""
     yield from result.problems
+    if result.running is not None:
+        yield f"a job is writing into it ({result.running}): what it has begun was left out"
     verdict = f"{len(result.problems)} problem(s)" if result.problems else "no problem"
     yield (
         f"{result.images} images, {result.tokens} tokens, {result.shards} shards, "

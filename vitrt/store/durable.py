@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -131,6 +132,14 @@ def flush_folder(folder: Path) -> None:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):
             return  # this file system has no such operation
         raise OutputError("flush folder", folder, error) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk under `folder` still takes."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError("look at", folder, error) from error
 
 
 def _write_all(handle: int, data: bytes | memoryview) -> None:

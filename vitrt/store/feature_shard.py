@@ -8,7 +8,8 @@ features. A pooled shard holds one row for each image, all of which together are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ DTYPE_CODES = {
     torch.int64: "I64",
 }
 _ITEM_BYTES = {code: dtype.itemsize for dtype, code in DTYPE_CODES.items()}
+NO_LAYERS = "none"
+MERGE_SIZE = 2  # of every tower so far; a shard says its own
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -49,6 +52,32 @@ class ShardHeader:
     tensors: dict[str, TensorSpan]  # in the order of the file
     data_start: int
 
+    def kinds(self) -> Mapping[str, Set[str]]:
+        """Of each image, the last parts of its tensors' names."""
+        found: dict[str, set[str]] = {}
+        for name in self.tensors:
+            image_id, _, kind = name.rpartition("/")
+            found.setdefault(image_id, set()).add(kind)
+        return found
+
+
+def kinds_of(metadata: Mapping[str, str]) -> frozenset[str]:
+    """What each image in such a shard has, and besides, where the model has it, `deepstack`."""
+    if metadata.get("pool") == "mean":
+        return frozenset(["pooled"])
+    kinds = ["embeddings", "grid_thw"]
+    return frozenset([*kinds, "hidden"] if parse_layers(metadata) else kinds)
+
+
+def parse_layers(metadata: Mapping[str, str]) -> tuple[int, ...]:
+    """The layers whose hidden states a shard holds, in their order."""
+    text = metadata.get("layers", NO_LAYERS)
+    return () if text == NO_LAYERS else tuple(map(int, text.split(",")))
+
+
+def merge_size_of(metadata: Mapping[str, str]) -> int:
+    return int(metadata.get("merge_size", MERGE_SIZE))
+
 
 def encode_shard(
     tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
@@ -56,6 +85,7 @@ def encode_shard(
     """The bytes of a safetensors file, as pieces to write one after the other, without copies.
 
     `tensors` are contiguous, on the CPU, and ordered so that each is aligned to its own item size.
+    ValueError where two have one name: nobody could read such a file.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     pieces: list[memoryview] = []
@@ -63,6 +93,8 @@ def encode_shard(
     for name, tensor in tensors:
         assert tensor.device.type == "cpu" and tensor.is_contiguous(), name
         assert offset % tensor.itemsize == 0, f"{name} would start at byte {offset}"
+        if name in header:
+            raise ValueError(f"two tensors of one shard have the name {name!r}")
         header[name] = {
             "dtype": DTYPE_CODES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -76,7 +108,7 @@ def encode_shard(
 
 
 def read_header(path: Path) -> ShardHeader:
-    """The header of a shard, checked against the size of its file.
+    """The header of a shard: what it says is possible, and covers its file without a gap.
 
     Raises:
         ShardError: the file is missing, cut short, or not in the format.
@@ -88,15 +120,24 @@ def read_header(path: Path) -> ShardHeader:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise ShardError(f"{path} is cut short inside its header")
-            parsed = json.loads(file.read(length))
+            parsed = json.loads(file.read(length).decode())
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path} has a header that is not JSON: {error}") from error
-    header = _parse(path, parsed, data_start=8 + length)
-    end = max((span.end for span in header.tensors.values()), default=0)
+    try:
+        header = _parse(path, parsed, data_start=8 + length)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} has a header of another form: {error!r}") from error
+    end = 0
+    for name, span in sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if span.begin != end:
+            raise ShardError(
+                f"{path}: tensor {name!r} starts at byte {span.begin}, the one before ends at {end}"
+            )
+        end = span.end
     if size != header.data_start + end:
         raise ShardError(
             f"{path} holds {size} bytes where its header promises {header.data_start + end}"
@@ -105,25 +146,42 @@ def read_header(path: Path) -> ShardHeader:
 
 
 def _parse(path: Path, parsed: Any, data_start: int) -> ShardHeader:
-    try:
-        metadata = parsed.pop("__metadata__", {})
-        if metadata.get("format") != FORMAT:
+    metadata = parsed.pop("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise ShardError(
+            f"{path} has format {metadata.get('format')!r} in its metadata, not {FORMAT!r}"
+        )
+    _check_metadata(path, metadata)
+    tensors = {
+        name: TensorSpan(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in parsed.items()
+    }
+    for name, span in tensors.items():
+        numbers = (*span.shape, span.begin, span.end)
+        if any(type(number) is not int or number < 0 for number in numbers):
             raise ShardError(
-                f"{path} has format {metadata.get('format')!r} in its metadata, not {FORMAT!r}"
+                f"{path}: tensor {name!r} has shape {list(span.shape)} and covers bytes "
+                f"{span.begin} to {span.end}"
             )
-        tensors = {
-            name: TensorSpan(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in parsed.items()
-        }
-        for name, span in tensors.items():
-            count = 1
-            for side in span.shape:
-                count *= side
-            if span.end - span.begin != count * _ITEM_BYTES[span.dtype]:
-                raise ShardError(
-                    f"{path}: tensor {name!r} of shape {list(span.shape)} and dtype {span.dtype} "
-                    f"covers {span.end - span.begin} bytes"
-                )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} has a header of another form: {error!r}") from error
+        if span.end - span.begin != math.prod(span.shape) * _ITEM_BYTES[span.dtype]:
+            raise ShardError(
+                f"{path}: tensor {name!r} of shape {list(span.shape)} and dtype {span.dtype} "
+                f"covers {span.end - span.begin} bytes"
+            )
     return ShardHeader(metadata, tensors, data_start)
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise ShardError(f"{path} has {name} {value!r} in its metadata, which is no text")
+    try:
+        parse_layers(metadata)
+        possible = merge_size_of(metadata) > 0
+    except ValueError:
+        possible = False
+    if not possible:
+        raise ShardError(
+            f"{path} has merge_size {metadata.get('merge_size')!r} and layers "
+            f"{metadata.get('layers')!r} in its metadata"
+        )

@@ -78,6 +78,19 @@ class FolderLock:
         self.release()
 
 
+def running_job(folder: Path) -> str | None:
+    """Which job writes into the folder now; None where there is none, or no telling."""
+    for path in sorted(folder.iterdir()):
+        if LOCK_NAME.fullmatch(path.name):
+            try:
+                _take(path).release()
+            except FolderBusyError:
+                return _read_note(_note(path))
+            except (OutputError, NotImplementedError):
+                continue  # somebody else's folder, or a file system without locks
+    return None
+
+
 def _take(path: Path) -> FileLock:
     lock = FileLock(path)
     try:

@@ -7,13 +7,14 @@ shard of an older entry of the same image takes its place, whichever manifests t
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vitrt.store.feature_shard import FORMAT
+from vitrt.store.feature_shard import FORMAT, NO_LAYERS
 from vitrt.version import __version__
 
 SHARD_NAME = re.compile(r"features-(\d{5})-(\d{5,})\.safetensors")
@@ -21,7 +22,7 @@ MANIFEST_NAME = re.compile(r"manifest-(\d{5})\.jsonl")
 ERRORS_NAME = re.compile(r"errors-(\d{5})\.jsonl")
 TEMPORARY_NAME = re.compile(r"\.(features|manifest)-[\d-]+\.tmp")
 
-NO_LAYERS = "none"
+logger = logging.getLogger(__name__)
 
 
 def shard_name(rank: int, number: int) -> str:
@@ -72,44 +73,59 @@ class Entry:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise ValueError(f"{record!r} is no object")
-        try:
-            grid = tuple(record["grid_thw"])
-            entry = cls(
-                **{f.name: record[f.name] for f in fields(cls) if f.default is not None},
-                replaces=record.get("replaces"),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an entry: {error!r}") from error
-        typed = isinstance(entry.id, str) and isinstance(entry.shard, str)
-        if not typed or not SHARD_NAME.fullmatch(entry.shard) or len(grid) != 3:
-            raise ValueError("not an entry: id, shard or grid_thw has another form")
-        object.__setattr__(entry, "grid_thw", grid)
-        return entry
+        values: dict[str, Any] = {name: record.get(name) for name in _TYPES}
+        for name, value in values.items():
+            if type(value) not in _TYPES[name]:
+                raise ValueError(f"not an entry: {name} is {value!r}")
+        grid = values["grid_thw"]
+        if len(grid) != 3 or any(type(side) is not int for side in grid):
+            raise ValueError(f"not an entry: grid_thw is {grid!r}")
+        for shard in (values["shard"], values["replaces"]):
+            if shard is not None and not SHARD_NAME.fullmatch(shard):
+                raise ValueError(f"not an entry: {shard!r} names no shard")
+        values["id"].encode()  # half a surrogate pair is no text, and no image's id
+        return cls(**values | {"grid_thw": tuple(grid)})
 
 
-def iter_manifest(path: Path) -> Iterator[Entry]:
-    """Every entry up to the first line that is none (see `torn_from`)."""
+# As json.loads gives them: bool, though an int, is none here.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (str,),
+    "shard": (str,),
+    "grid_thw": (list,),
+    "tokens": (int,),
+    "size": (int,),
+    "mtime": (float, int),
+    "replaces": (str, type(None)),
+}
+
+
+@dataclass(slots=True)
+class Damage:
+    """The lines of a manifest that are no entries.
+
+    A power cut can leave a last line without its end, or zeros where lines should be: torn ones,
+    behind every line that was flushed. Lines amid the entries have another cause.
+    """
+
+    whole: int = 0  # bytes up to the end of the last entry
+    torn: int = 0  # lines behind it
+    amid: int = 0  # lines before it
+
+
+def iter_manifest(path: Path, damage: Damage | None = None) -> Iterator[Entry]:
+    """Every entry; `damage` is told of the lines that are none."""
+    damage = damage or Damage()
+    place = 0
     with path.open("rb") as file:
         for line in file:
+            place += len(line)
             entry = _parse_whole(line)
             if entry is None:
-                return
+                damage.torn += 1
+                continue
+            damage.amid += damage.torn
+            damage.torn, damage.whole = 0, place
             yield entry
-
-
-def torn_from(path: Path) -> tuple[int, int]:
-    """(bytes that hold whole entries, lines behind them).
-
-    A power cut can leave a last line without its end, or zeros where lines should be; both are
-    behind every line that was flushed.
-    """
-    valid = 0
-    with path.open("rb") as file:
-        for line in file:
-            if _parse_whole(line) is None:
-                return valid, 1 + sum(1 for _ in file)
-            valid += len(line)
-    return valid, 0
 
 
 def _parse_whole(line: bytes) -> Entry | None:
@@ -117,7 +133,7 @@ def _parse_whole(line: bytes) -> Entry | None:
         return None
     try:
         return Entry.parse(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -126,23 +142,26 @@ def manifests(folder: Path) -> list[Path]:
     return matching(folder, MANIFEST_NAME)
 
 
-def superseded(folder: Path) -> set[tuple[str, str]]:
-    """(id, shard) of every entry that a later one replaces."""
-    return {
-        (entry.id, entry.replaces)
-        for path in manifests(folder)
-        for entry in iter_manifest(path)
-        if entry.replaces is not None
-    }
+def entry_key(image_id: str, shard: str) -> int:
+    """Stands for an entry in 64 bits, in this process: there may be tens of millions of them."""
+    return hash((image_id, shard))
 
 
-def live_entries(folder: Path) -> Iterator[Entry]:
+def live_entries(folder: Path) -> list[Entry]:
     """Every entry that no other one replaces, in the order of the manifests."""
-    dead = superseded(folder)
+    entries: list[Entry] = []
     for path in manifests(folder):
-        for entry in iter_manifest(path):
-            if (entry.id, entry.shard) not in dead:
-                yield entry
+        damage = Damage()
+        entries += iter_manifest(path, damage)
+        if damage.amid:
+            logger.warning(
+                "%s: %d line(s) amid its entries cannot be read; the next run into the folder "
+                "encodes their images again",
+                path,
+                damage.amid,
+            )
+    dead = {entry_key(entry.id, entry.replaces) for entry in entries if entry.replaces}
+    return [entry for entry in entries if entry_key(entry.id, entry.shard) not in dead]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +210,6 @@ class RunIdentity:
 def layers_text(layers: Sequence[int]) -> str:
     """Layers as a shard's metadata and a RunIdentity say them."""
     return ",".join(map(str, layers)) or NO_LAYERS
-
-
-def parse_layers(metadata: Mapping[str, str]) -> tuple[int, ...]:
-    """The layers whose hidden states a shard holds, in their order."""
-    text = metadata.get("layers", NO_LAYERS)
-    return () if text == NO_LAYERS else tuple(map(int, text.split(",")))
 
 
 def error_line(image_id: str, error_class: str, message: str) -> bytes:

@@ -1,0 +1,190 @@
+"""Take entries out of an output folder: their lines first, then their tensors.
+
+Whatever moment it ends at, readers find each image that is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from safetensors import safe_open
+
+from vitrt.store.durable import OutputError, discard, free_bytes, remove, write_file
+from vitrt.store.feature_shard import encode_shard, read_header
+from vitrt.store.manifest import (
+    SHARD_NAME,
+    Entry,
+    entry_key,
+    iter_manifest,
+    manifests,
+    matching,
+    shard_name,
+    temporary_path,
+)
+
+
+def compact(folder: Path, dropped: Iterable[tuple[str, str]]) -> None:
+    """Remove replaced entries and `dropped` (id, shard) ones from manifests and shards.
+
+    Each step leaves a folder that is right for readers: lines go first, a shard's copy is there
+    before a manifest names it, and the old one is removed after no manifest does.
+    """
+    dead = {entry_key(*pair) for pair in dropped}
+    for path in manifests(folder):
+        dead.update(
+            entry_key(entry.id, entry.replaces) for entry in iter_manifest(path) if entry.replaces
+        )
+    if dead:
+        strip(folder, drop_lines(folder, dead), dead)
+        forget_replaced(folder)
+
+
+def drop_lines(
+    folder: Path,
+    dead: Collection[int],
+    *,
+    doubled: Collection[int] = (),
+    broken: Collection[str] = (),
+    unreadable: Collection[Path] = (),
+) -> set[str]:
+    """Remove lines from manifests; the shards of dead entries.
+
+    Of entries in `doubled` the first line stays. Manifests in `unreadable` have other lines as
+    well, that go in any case.
+    """
+    worn: set[str] = set()
+    seen: set[int] = set()
+
+    def keep(entry: Entry) -> Entry | None:
+        key = entry_key(entry.id, entry.shard)
+        if key in dead or entry.shard in broken or key in seen:
+            return None
+        if key in doubled:
+            seen.add(key)
+        return entry
+
+    if not (dead or doubled or broken or unreadable):
+        return worn
+    for path in manifests(folder):
+        changes = path in unreadable
+        for entry in iter_manifest(path):
+            key = entry_key(entry.id, entry.shard)
+            if entry.shard in broken or key in doubled:
+                changes = True
+            elif key in dead:
+                changes = True
+                worn.add(entry.shard)
+        if changes:
+            rewrite_manifest(path, keep)
+    return worn
+
+
+def strip(folder: Path, worn: Collection[str], dead: Collection[int]) -> None:
+    """Replace shards by copies without the dead, as many at a time as half the free space takes."""
+    if not worn:
+        return
+    listed = _listed(folder)
+    for name in set(worn) - listed:
+        remove(folder / name)  # nothing of it is left; that makes room
+    numbers = ShardNumbers(folder)
+    pending = sorted(listed.intersection(worn), reverse=True)
+    while pending:
+        room = free_bytes(folder) // 2
+        moved: dict[str, str] = {}
+        try:
+            while pending:
+                room -= (folder / pending[-1]).stat().st_size
+                if moved and room < 0:
+                    break
+                name = pending.pop()
+                moved[name] = _copy_without(folder, name, dead, numbers)
+            _relist(folder, moved)
+        except OutputError:
+            listed = _listed(folder)
+            for copy in moved.values():
+                if copy not in listed:
+                    discard(folder / copy)
+            raise
+        for name in moved:
+            remove(folder / name)
+
+
+def _listed(folder: Path) -> set[str]:
+    return {entry.shard for path in manifests(folder) for entry in iter_manifest(path)}
+
+
+def _relist(folder: Path, moved: Mapping[str, str]) -> None:
+    """Have the manifests name the copies of shards instead of them."""
+
+    def change(entry: Entry) -> Entry:
+        return replace(entry, shard=moved.get(entry.shard, entry.shard))
+
+    for path in manifests(folder):
+        if any(entry.shard in moved for entry in iter_manifest(path)):
+            rewrite_manifest(path, change)
+
+
+def forget_replaced(folder: Path) -> None:
+    """What entries replaced is gone: their notes would only make its shards' names unusable."""
+    for path in manifests(folder):
+        if any(entry.replaces for entry in iter_manifest(path)):
+            rewrite_manifest(path, lambda entry: replace(entry, replaces=None))
+
+
+def _copy_without(folder: Path, name: str, dead: Collection[int], numbers: ShardNumbers) -> str:
+    """Copy a shard without its dead images; the name of the copy."""
+    header = read_header(folder / name)
+    with safe_open(folder / name, framework="pt") as shard:
+        kept = [
+            (tensor, shard.get_tensor(tensor).contiguous())
+            for tensor in header.tensors
+            if entry_key(tensor.rpartition("/")[0], name) not in dead
+        ]
+    match = SHARD_NAME.fullmatch(name)
+    assert match is not None
+    rank = int(match[1])
+    target = folder / shard_name(rank, numbers.take(rank))
+    try:
+        write_file(target, encode_shard(kept, header.metadata), temporary=temporary_path(target))
+    except OutputError:
+        discard(target)  # it may be complete, but is not listed
+        raise
+    return target.name
+
+
+def rewrite_manifest(path: Path, change: Callable[[Entry], Entry | None]) -> None:
+    """Replace each entry by what `change` makes of it (None: nothing), all of them at once."""
+    changed = (change(entry) for entry in iter_manifest(path))
+    lines = (entry.line().encode() for entry in changed if entry is not None)
+    write_file(path, batched_bytes(lines), temporary=temporary_path(path))
+
+
+def batched_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces worth a system call."""
+    iterator = iter(lines)
+    while block := b"".join(islice(iterator, 4096)):
+        yield block
+
+
+class ShardNumbers:
+    """Hands out shard numbers of a rank, above all in the folder and all that manifests mention."""
+
+    def __init__(self, folder: Path) -> None:
+        names = {path.name for path in matching(folder, SHARD_NAME)}
+        for path in manifests(folder):
+            with path.open(encoding="ascii", errors="replace") as file:  # JSON as written is ASCII
+                for line in file:  # unparsed: reading tens of millions of objects takes minutes
+                    names.update(match[0] for match in SHARD_NAME.finditer(line))
+        self._next: dict[int, int] = {}
+        for match in map(SHARD_NAME.fullmatch, names):
+            assert match is not None
+            rank, number = int(match[1]), int(match[2])
+            self._next[rank] = max(self._next.get(rank, 0), number + 1)
+
+    def take(self, rank: int) -> int:
+        number = self._next.get(rank, 0)
+        self._next[rank] = number + 1
+        return number
