@@ -13,7 +13,6 @@ import torch
 
 from vitrt.features import ImageFeatures, join
 from vitrt.image import ImageInput, PreparedImage
-from vitrt.packing import pack
 
 if TYPE_CHECKING:
     from vitrt.engine.dense import AnyEncoder
@@ -42,12 +41,45 @@ def usable_cores() -> int:
 
 
 def encode_in_order(encoder: AnyEncoder, images: Sequence[ImageInput]) -> list[ImageFeatures]:
-    """Features of all images in input order."""
-    prepared = prepare_all(encoder.processor.prepare, images)
-    features: list[ImageFeatures] = []
-    for batch in pack([image.num_patches for image in prepared], encoder.max_batch_tokens):
-        features += _encode_batch(encoder, [prepared[index] for index in batch])
-    return features
+    """Features of all images in input order; equal lists always go in equal batches.
+
+    While the device runs one of them, the next is decoded.
+    """
+    if len(images) == 1:  # not worth a thread
+        return _encode_batch(encoder, [encoder.processor.prepare(images[0])])
+    pace = _Pace(encoder.device, full_batches=True)
+    return list(_in_order(encoder, images, default_workers(), pace))
+
+
+def stream_in_order(
+    encoder: AnyEncoder,
+    images: Iterable[ImageInput],
+    *,
+    workers: int | None = None,
+) -> Iterator[ImageFeatures]:
+    """Features one after the other, in input order, with a bounded number of images in memory.
+
+    Decoding runs ahead by a window; each time the device runs out of work, what is decoded and next
+    in line goes as one batch. What the source or an image raises comes after the features of all
+    images before it.
+    """
+    # Ranks that share a tower must make the same batches, however fast each decodes.
+    pace = _Pace(encoder.device, full_batches=encoder.parallel.tp_size > 1)
+    yield from _in_order(encoder, images, workers or default_workers(), pace)
+
+
+def _in_order(
+    encoder: AnyEncoder, images: Iterable[ImageInput], workers: int, pace: _Pace
+) -> Iterator[ImageFeatures]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
+        ahead = _LookAhead(images, pool, encoder.processor.prepare, 2 * workers)
+        try:
+            while batch := ahead.take(encoder.max_batch_tokens, pace.wants_more):
+                features = _encode_batch(encoder, batch)
+                pace.mark()
+                yield from features
+        finally:
+            ahead.cancel()
 
 
 def _encode_batch(encoder: AnyEncoder, batch: Sequence[PreparedImage]) -> list[ImageFeatures]:
@@ -72,37 +104,6 @@ def prepare_all(prepare: Callable[[T], PreparedImage], items: Sequence[T]) -> li
         return [prepare(item) for item in items]
     with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
         return list(pool.map(prepare, items))
-
-
-def stream_in_order(
-    encoder: AnyEncoder,
-    images: Iterable[ImageInput],
-    *,
-    workers: int | None = None,
-) -> Iterator[ImageFeatures]:
-    """Features one after the other, in input order, with a bounded number of images in memory.
-
-    Decoding runs ahead by a window; each time the device runs out of work, what is decoded and next
-    in line goes as one batch. What the source or an image raises comes after the features of all
-    images before it.
-    """
-    workers = workers or default_workers()
-    launched = _Launched(encoder.device)
-    # Ranks that share a tower must make the same batches, however fast each decodes.
-    wants_more = launched.wants_more if encoder.parallel.tp_size == 1 else _never
-    with ThreadPoolExecutor(workers, thread_name_prefix="vitrt-decode") as pool:
-        ahead = _LookAhead(images, pool, encoder.processor.prepare, 2 * workers)
-        try:
-            while batch := ahead.take(encoder.max_batch_tokens, wants_more):
-                features = _encode_batch(encoder, batch)
-                launched.mark()
-                yield from features
-        finally:
-            ahead.cancel()
-
-
-def _never() -> bool:
-    return False
 
 
 class _LookAhead:
@@ -177,18 +178,21 @@ class _LookAhead:
             in_hand = True
 
 
-class _Launched:
-    """Follows the batches on a device, so as to keep one of them waiting behind the one it runs."""
+class _Pace:
+    """When a batch goes: full, or once fewer than two are left for the device to do, the one that
+    it runs and one behind it.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, full_batches: bool) -> None:
         self._device = device
+        self._full = full_batches
         self._ends: deque[torch.cuda.Event] = deque(maxlen=2)
 
     def mark(self) -> None:
         """Everything of one more batch is launched."""
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not self._full:
             self._ends.append(torch.cuda.current_stream(self._device).record_event())
 
     def wants_more(self) -> bool:
-        """Whether fewer than two batches are left to do; on a CPU they end with their launch."""
-        return len(self._ends) < 2 or self._ends[0].query()
+        """Whether the device is to get what there is; on a CPU batches end with their launch."""
+        return not self._full and (len(self._ends) < 2 or self._ends[0].query())
