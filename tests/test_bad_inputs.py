@@ -195,6 +195,8 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "unknown option": (["{model}", "{photos}", "--fast"], "--fast"),
     "input that is not there": (["{model}", "{tmp}/nothing"], "INPUT .*nothing does not exist"),
     "list that is not there": (["{model}", "@{tmp}/nothing.txt"], r"nothing\.txt cannot be read"),
+    "list that is a device": (["{model}", "@/dev/null"], "/dev/null is not a regular file"),
+    "list that is a folder": (["{model}", "@{photos}"], "photos cannot be read: Is a directory"),
     "folder without images": (["{model}", "{tmp}/empty"], "hold no image"),
     "list without images": (["{model}", "@{tmp}/empty.txt"], "hold no image"),
     "two images with one id": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,14 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from tests.commands import Vitrt, vitrt
 from tests.folders import photo
@@ -358,20 +362,92 @@ def test_an_interrupt_with_overwrite_says_how_to_carry_on(running: subprocess.Po
     assert "interrupted, run it without --overwrite to carry on" in out
 
 
-def test_a_second_interrupt_stops_at_once(
+def test_an_interrupt_that_comes_twice_is_one(
     running: subprocess.Popen[str], tiny_qwen3_vl: Path, many: Path, tmp_path: Path, vitrt: Vitrt
 ) -> None:
+    """As torchrun has it, which passes on what its ranks have got already."""
     running.send_signal(signal.SIGINT)
     time.sleep(0.005)
-    running.send_signal(signal.SIGINT)
-    running.communicate(timeout=60)
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
     assert running.returncode == 130
+    encoded = re.match(r"(\d+) images", out)
+    assert encoded is not None, err
+    assert len(FeatureStore(tmp_path / "out")) == int(encoded[1])
     for path in sorted(many.iterdir())[150:]:
         path.unlink()
     done = vitrt("encode", tiny_qwen3_vl, many, "--output", tmp_path / "out")
     assert done.code == 0
     assert {f"{index:05}.png" for index in range(150)} <= set(FeatureStore(tmp_path / "out"))
     assert check_folder(tmp_path / "out").problems == []
+
+
+def test_a_later_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("vitrt.commands.console.os._exit", exits.append)
+    moments = iter([100.0, 100.1, 101.9, 102.0])
+    clock = SimpleNamespace(monotonic=lambda: next(moments))
+    monkeypatch.setattr("vitrt.commands.console.time", clock)
+    stop = Stop()
+    stop.then(lambda: None)
+    with graceful_interrupts(stop):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and not exits
+        signal.raise_signal(signal.SIGINT)
+    assert exits == [130]
+
+
+def test_an_interrupt_when_nobody_reads(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.close()
+    running.stderr.close()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
+    assert check_folder(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("streams", ["2>&-", ">&-", "<&- >&- 2>&-", ">/dev/full 2>&1", "gone"])
+def test_streams_that_fail_fail_no_run(
+    streams: str, tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "vitrt", "encode", str(tiny_qwen3_vl), str(photos)]
+    command += ["--output", str(tmp_path / "out"), "--device", "cpu"]
+    (photos / "bad.png").write_text("no image")
+    if streams == "gone":
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=write, check=False)
+        os.close(write)
+    else:
+        shell = ["sh", "-c", f'exec "$@" {streams}', "sh", *command]
+        done = subprocess.run(shell, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 3, done
+    assert set(FeatureStore(tmp_path / "out")) == set(IDS)
+    assert check_folder(tmp_path / "out").problems == []
+
+
+def test_a_broken_display_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("vitrt.job.progress._BAR_SECONDS", 0.001)
+    for stream in (Broken(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = Progress()
+        progress.listing = lambda: (100, False)
+        for style in ("auto", "bar", "lines", "json"):
+            if stream is not None or style != "bar":
+                with Reporter(progress, style):  # type: ignore[arg-type]
+                    time.sleep(0.02)
+    log = threading.Thread(target=tqdm.write, args=["", io.StringIO()], daemon=True)
+    log.start()
+    log.join(5)
+    assert not log.is_alive()  # tqdm's lock is free
 
 
 def test_an_interrupt_before_the_run_ends_at_once() -> None:

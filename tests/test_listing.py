@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,57 @@ def test_text_of_a_list(tmp_path: Path) -> None:
     names.write_bytes(b"a.jpg\nb.jpg\0c.jpg\0")  # as of find -print0
     with pytest.raises(InputError, match=r"list\.txt holds a NUL byte in line 2"):
         Inputs([f"@{names}"])
+
+
+def test_a_list_that_can_be_read_only_once_is_an_error() -> None:
+    read, write = os.pipe()
+    os.write(write, b"a.jpg\n")
+    os.close(write)
+    with pytest.raises(InputError, match="not a regular file.*write it to a file first"):
+        Inputs([f"@/dev/fd/{read}"])  # as of @<(find ...)
+    os.close(read)
+
+
+def test_dots_after_a_link_mean_what_they_mean_to_the_system(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    touch(tmp_path / "lists/y.png").write_bytes(b"another one")
+    real = touch(tmp_path / "far/away/x.png").parent.parent / "y.png"
+    real.write_bytes(b"the one")
+    (tmp_path / "lists/link").symlink_to(tmp_path / "far/away")
+    names = tmp_path / "lists/list.txt"
+    lines = ["link/../y.png", "y.png", "link/x.png", "link/./../away/../y.png", "gone/../y.png"]
+    names.write_text("\n".join(lines))
+    wanted = {str(real).lstrip("/"): b"the one", "y.png": b"another one", "link/x.png": b"x"}
+    for path in (names, tmp_path / "lists/link/../../lists/list.txt"):
+        found = {source.id: Path(source.path).read_bytes() for source in Inputs([f"@{path}"])}
+        assert found == wanted
+    names.write_text("gone/../y.png")
+    assert "No such file" in problems(f"@{names}")["y.png"]
+    touch(tmp_path / "far/list.txt").write_text("y.png")
+    (source,) = Inputs([f"@{tmp_path}/lists/link/../list.txt"])  # beside its list
+    assert source.id == "y.png" and Path(source.path).read_bytes() == b"the one"
+
+
+def test_listing_ends_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no image to look up from."""
+    for folder in range(20):
+        for name in range(20):
+            touch(tmp_path / f"{folder:02}/{name:02}.txt")
+    opened: list[str] = []
+    scandir = os.scandir
+
+    def counted(path: str) -> Iterator[os.DirEntry[str]]:
+        opened.append(path)
+        return scandir(path)
+
+    inputs = Inputs([str(tmp_path)])
+    monkeypatch.setattr(walk_module.os, "scandir", counted)
+    looks = count()
+    assert list(inputs.until(lambda: next(looks) > 100)) == []
+    assert 1 < len(opened) < 10
+    looks = count()
+    (tmp_path / "list.txt").write_text("".join(f"{n}.jpg\n" for n in range(100)))
+    assert len(list(Inputs([f"@{tmp_path}/list.txt"]).until(lambda: next(looks) >= 7))) == 7
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -221,6 +273,32 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     found = {source.id: source for source in Inputs([str(tmp_path)])}
     assert found["caf\\xe9.png"].problem is None
     assert "name of another file" in str(found["caf\\xe9.png (not UTF-8)"].problem)
+
+
+def test_equal_ids_of_names_that_are_not_utf8_are_an_error(tmp_path: Path) -> None:
+    root = os.fsencode(tmp_path)
+
+    def made(name: bytes) -> None:
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"x")
+
+    for name in (b"one/caf\xe9.png", b"two/caf\xe9.png", rb"three/caf\xe9.png"):
+        made(name)
+    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
+    for both in ((one, two), (one, three), (three, one)):
+        with pytest.raises(InputError, match="would both get the id"):
+            Inputs([str(folder) for folder in both])
+    # In one folder: escapes cannot be taken for what a name spells out.
+    mixed = tmp_path / "mixed"
+    for name in (b"mixed/\xff/\\xff.png", b"mixed/\\xff/\xff.png", b"mixed/a\\b.png"):
+        made(name)
+    assert sorted(ids(mixed)) == ["\\\\xff/\\xff.png", "\\xff/\\\\xff.png", "a\\b.png"]
+    assert problems(mixed) == {}
+    with pytest.raises(InputError, match="would both get the id"):
+        made(b"mixed2/\\xff/\xff.png")
+        Inputs([str(mixed), str(tmp_path / "mixed2")])
 
 
 def test_deep_trees_and_large_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

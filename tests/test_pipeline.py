@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ from tests.folders import (
     photos,
 )
 from vitrt import FeatureStore, ImageFeatures
+from vitrt.config import RuntimeConfig
 from vitrt.engine.batching import default_workers
 from vitrt.image import PreparedImage
 from vitrt.job.decode_ahead import DecodeAhead
@@ -35,12 +37,15 @@ from vitrt.job.device_stage import (
     Refused,
     is_out_of_memory,
 )
+from vitrt.job.encode import EncodeOptions, encode_folder
+from vitrt.job.listing import Inputs
 from vitrt.job.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
 from vitrt.job.progress import Progress
 from vitrt.job.walk import Source, walk
 from vitrt.output import FeatureWriter
 from vitrt.store.check import check_folder
 from vitrt.store.durable import OutputError
+from vitrt.weights import open_checkpoint
 
 
 def item(name: str, *grid: int) -> tuple[Source, PreparedImage]:
@@ -166,6 +171,117 @@ def test_a_listing_that_was_cut_short_has_not_ended() -> None:
         ahead.stop()
         ended.set()
     assert not ahead.all_listed
+
+
+def test_stopping_may_interrupt_stopping() -> None:
+    """By a signal: a lock that one call holds would hang the other."""
+    ahead = DecodeAhead([], lambda source: item("a", 1, 2, 2)[1], workers=1)
+    stop = Stop()
+    stop.then(ahead.stop)
+    signals = 0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
+        stop.request()
+
+    before = signal.signal(signal.SIGPROF, handle)
+    signal.setitimer(signal.ITIMER_PROF, 0.0001, 0.0001)
+    try:
+        with ahead:
+            deadline = time.monotonic() + 30
+            while signals < 50 and time.monotonic() < deadline:
+                stop.request()
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert signals >= 50
+
+
+def skipping(folder: Path) -> Iterator[Source]:
+    """Half a minute of images that are done, on a slow disk."""
+    sources = list(walk(str(folder)))
+    for _ in range(30_000):
+        time.sleep(0.001)
+        yield from sources
+
+
+def test_an_interrupt_ends_the_skipping_of_what_is_done(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 1)
+    encode(folder, tmp_path / "out")
+    stop = Stop()
+    timer = threading.Timer(0.2, stop.request)
+    timer.start()
+    started = time.monotonic()
+    assert encode(folder, tmp_path / "out", sources=skipping(folder), stop=stop).interrupted
+    assert time.monotonic() - started < 5
+
+
+def test_a_full_disk_ends_the_skipping_of_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "in", 1)
+    encode(folder, tmp_path / "out")
+    new = [Source(f"new{n}", str(folder / "000.png"), 1, 1.0) for n in range(70)]
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OutputError("write", tmp_path, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(FeatureWriter, "add", full)
+    started = time.monotonic()
+    with pytest.raises(OutputError):
+        encode(folder, tmp_path / "out", sources=itertools.chain(new, skipping(folder)))
+    assert time.monotonic() - started < 5
+
+
+def test_the_shard_in_hand_does_not_wait_for_the_listing(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "in", 6)
+    stop, answers = Stop(), threading.Event()
+    encoder = FakeEncoder(budget=6)
+
+    def hanging() -> Iterator[Source]:
+        yield from walk(str(folder))
+        answers.wait(60)
+
+    def interrupt() -> None:
+        while sum(encoder.batches) < 2:
+            time.sleep(0.01)
+        stop.request()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and not written:
+            written.extend((tmp_path / "out").glob("features-*"))
+            time.sleep(0.01)
+        answers.set()
+
+    written: list[Path] = []
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    encode(folder, tmp_path / "out", encoder=encoder, sources=hanging(), stop=stop, shard_mib=1)
+    thread.join()
+    assert written
+
+
+def test_an_interrupted_run_leaves_compaction_to_the_next(
+    tiny_qwen3_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "in", 3)
+    compacted: list[object] = []
+    monkeypatch.setattr("vitrt.job.encode.compact", lambda *args: compacted.append(args))
+    for interrupt in (True, False):
+        stop = Stop()
+        if interrupt:
+            stop.request()
+        summary = encode_folder(
+            open_checkpoint(tiny_qwen3_vl),
+            RuntimeConfig(device="cpu"),
+            Inputs([folder]),
+            tmp_path / "out",
+            EncodeOptions(),
+            progress=Progress(),
+            stop=stop,
+        )
+        assert summary.interrupted == interrupt
+        assert len(compacted) == (not interrupt)
 
 
 def test_errors_of_the_listing_surface(tmp_path: Path) -> None:
@@ -300,6 +416,31 @@ def test_a_writer_that_fails_ends_the_run_soon(
     with pytest.raises(OutputError, match="No space left"):
         encode(folder, tmp_path / "out", encoder=encoder)
     assert sum(encoder.batches) < 30
+
+
+def test_a_writer_that_fails_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By something else than the disk: a copy from the device, say."""
+    folder = photos(tmp_path / "in", 12)
+    wait = Encoded.wait
+    waited = 0
+
+    def broken(encoded: Encoded) -> None:
+        nonlocal waited
+        waited += 1
+        if waited == 3:
+            raise RuntimeError("CUDA error")
+        wait(encoded)
+
+    monkeypatch.setattr(Encoded, "wait", broken)
+    encoder = FakeEncoder(budget=8)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        encode(folder, tmp_path / "out", encoder=encoder, shard_mib=1)
+    store, wanted = FeatureStore(tmp_path / "out"), expected(folder)
+    assert len(store) == sum(encoder.batches[:2])
+    for name in store:
+        assert_same(store[name], wanted[name])
 
 
 def test_bad_files_are_skipped_and_named(tmp_path: Path) -> None:

@@ -146,6 +146,15 @@ def test_what_cannot_be_shown_is_named(
     assert photo.read_bytes() == content
 
 
+def test_the_image_itself_is_refused_before_a_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    photo = tmp_path / "photo.png"
+    sample_image(60, 60).save(photo)
+    assert main(["show", str(tmp_path / "no model"), str(photo), "--output", str(photo)]) == FAILED
+    assert "is the image itself" in capsys.readouterr().err
+
+
 def test_show_takes_what_encode_takes(tiny_qwen2_5_vl: Path, tmp_path: Path):
     encoder = VisionEncoder.from_pretrained(tiny_qwen2_5_vl, device="cpu")
     clip = np.stack([np.asarray(sample_image(112, 140, seed)) for seed in range(3)])

@@ -11,7 +11,14 @@ from typing import Any
 
 from vitrt.commands import encode
 from vitrt.commands.arguments import add_runtime, layer_list, open_model, runtime_config
-from vitrt.commands.console import FAILED, INTERRUPTED, OK, set_up_logging
+from vitrt.commands.console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    let_go,
+    set_up_logging,
+    stand_in_for_closed_streams,
+)
 from vitrt.version import __version__
 
 logger = logging.getLogger("vitrt")
@@ -19,6 +26,7 @@ logger = logging.getLogger("vitrt")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
+    stand_in_for_closed_streams()
     args = _parser().parse_args(arguments)
     set_up_logging(verbose=args.verbose, as_json=getattr(args, "log_json", False))
     command: Callable[[argparse.Namespace], int] = args.command
@@ -34,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logger.exception("this should not have happened")
         return FAILED
+    finally:
+        let_go(sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +153,7 @@ def _show(args: argparse.Namespace) -> int:
     from vitrt.commands.show import check_output, show
     from vitrt.encoder import VisionEncoder
 
-    check_output(args.output)
+    check_output(args.output, args.image)
     runtime = runtime_config(args, cuda_graphs=False)
     encoder = VisionEncoder.from_checkpoint(open_model(args), runtime)
     print(show(encoder, args.image, args.output, layers=args.layers))

@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from vitrt.job.pipeline import Stop
 from vitrt.job.progress import json_line, write_json
@@ -15,27 +17,34 @@ from vitrt.job.progress import json_line, write_json
 # Exit codes.
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 
+_ONE_INTERRUPT = 2.0  # seconds within which further signals belong to the first one
+
 
 @contextmanager
 def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the shard in hand, a second one at once.
+    """The first Ctrl-C (or SIGTERM) ends the run after the shard in hand, a later one at once.
 
-    Before a run listens to `stop`, already the first one raises KeyboardInterrupt.
+    What follows the first within two seconds is part of it: torchrun passes on the signal that a
+    terminal or a scheduler has sent to its ranks as well. Before a run listens to `stop`, already
+    the first one raises KeyboardInterrupt.
     """
-    signals = 0
+    first: float | None = None
 
     def handle(number: int, frame: object) -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            os._exit(INTERRUPTED)  # as safe as kill -9, which loses the shard in hand at most
+        nonlocal first
+        if first is not None:
+            if time.monotonic() - first >= _ONE_INTERRUPT:
+                os._exit(INTERRUPTED)  # as safe as kill -9, which loses the shard in hand at most
+            return
+        first = time.monotonic()
         if not stop.heard:
             raise KeyboardInterrupt
         stop.request()
-        text = "interrupted: finishing the shard in hand; again to stop at once"
+        text = "interrupted: finishing the shard in hand; again in a few seconds to stop at once"
         event: dict[str, object] = {"level": "warning", "message": text}
         line = json_line("log", event) if as_json else f"\n{text}\n"
-        os.write(2, line.encode())  # not by logging, whose lock the interrupted code may hold
+        with suppress(OSError):
+            os.write(2, line.encode())  # not by logging, whose lock the interrupted code may hold
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handle) for number in numbers]
@@ -44,6 +53,36 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def stand_in_for_closed_streams() -> None:
+    """Put the null device where a standard stream was closed before the start.
+
+    Otherwise a file that is opened later, a shard say, gets the number that messages go to.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            null = os.fdopen(os.open(os.devnull, os.O_RDWR), mode, errors="backslashreplace")
+            setattr(sys, name, null)
+
+
+def say_last(text: str) -> None:
+    """Print the closing line of a command: its work is done, whether or not that can be read."""
+    with suppress(OSError):
+        sys.stdout.write(text + "\n")
+    let_go(sys.stdout)
+
+
+def let_go(stream: TextIO) -> None:
+    """Flush for the last time. What nobody takes is dropped: Python would exit with 120 for it."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def set_up_logging(*, verbose: bool, as_json: bool) -> None:
@@ -72,5 +111,7 @@ class _Handler(logging.Handler):
             else:
                 prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
                 tqdm.write(prefix + text, file=sys.stderr)
+        except OSError:
+            pass  # nobody reads it
         except Exception:
             self.handleError(record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
@@ -18,7 +17,14 @@ from vitrt.commands.arguments import (
     open_model,
     runtime_config,
 )
-from vitrt.commands.console import FAILED, INTERRUPTED, OK, SKIPPED, graceful_interrupts
+from vitrt.commands.console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    SKIPPED,
+    graceful_interrupts,
+    say_last,
+)
 
 if TYPE_CHECKING:
     from vitrt.job.encode import Summary
@@ -168,7 +174,7 @@ def _conclude(summary: Summary, args: argparse.Namespace) -> int:
         if args.overwrite:  # which would first remove what there is
             again = "run it without --overwrite to carry on"
         text += f"; interrupted, {again}"
-    sys.stdout.write(text + "\n")
+    say_last(text)
     return code
 
 

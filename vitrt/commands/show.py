@@ -47,9 +47,7 @@ def show(
     Raises ImageError for an image that cannot be used, ValueError for an `output` that is no PNG
     or is the image.
     """
-    path = check_output(output)
-    if isinstance(image, str | os.PathLike) and _is_same(path, Path(image)):
-        raise ValueError(f"output {str(path)!r} is the image itself: give another file")
+    path = check_output(output, image)
     prepared = encoder.processor.prepare(image)
     features = encoder.encode_prepared([prepared], layers=layers)[0]
     resized = Image.fromarray(prepared.pixels[0])
@@ -59,13 +57,15 @@ def show(
     return path
 
 
-def check_output(output: str | Path) -> Path:
-    """ValueError unless a PNG can go there."""
+def check_output(output: str | Path, image: ImageInput) -> Path:
+    """ValueError unless a PNG of `image` can go there."""
     path = Path(output)
     if path.suffix.lower() != ".png":
         raise ValueError(f"output {str(path)!r} must end in .png: the picture is a PNG")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"output {str(path)!r} lies in a folder that does not exist")
+    if isinstance(image, str | os.PathLike) and _is_same(path, Path(image)):
+        raise ValueError(f"output {str(path)!r} is the image itself: give another file")
     return path
 
 

@@ -58,7 +58,7 @@ class DecodeAhead:
         self._finished = False  # listing, to its end or not
         self._all_listed = False
         self._failure: BaseException | None = None  # of listing
-        self._stop = threading.Event()
+        self._stop = False  # not an Event, whose `set` takes a lock
         self._lister = threading.Thread(target=self._list, name="vitrt-list", daemon=True)
 
     @property
@@ -79,19 +79,22 @@ class DecodeAhead:
     def stop(self) -> None:
         """List and decode no more; iteration ends at the next image. Safe in a signal handler."""
         # Takes no lock, which the interrupted code may hold: waiting threads look now and then.
-        self._stop.set()
+        self._stop = True
+
+    def _stopped(self) -> bool:
+        return self._stop
 
     def __enter__(self) -> DecodeAhead:
         self._lister.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop.set()
+        self._stop = True
         self._lister.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[Decoded]:
-        while not self._stop.is_set():
+        while not self._stopped():
             with self._changed:
                 self._changed.wait_for(self._may_take, timeout=0.2)
                 if not self._window:
@@ -102,7 +105,7 @@ class DecodeAhead:
                     continue
                 future = self._window[0]
             decoded = future.result()
-            if self._stop.is_set():
+            if self._stopped():
                 return
             with self._changed:
                 self._window.popleft()
@@ -113,20 +116,20 @@ class DecodeAhead:
             yield decoded
 
     def _may_take(self) -> bool:
-        return bool(self._window) or self._finished or self._stop.is_set()
+        return bool(self._window) or self._finished or self._stopped()
 
     def _list(self) -> None:
         try:
             for source in self._sources:
                 with self._changed:
-                    while not self._stop.is_set() and len(self._window) >= self._max_items:
+                    while not self._stopped() and len(self._window) >= self._max_items:
                         self._changed.wait(timeout=0.2)
-                    if self._stop.is_set():
+                    if self._stopped():
                         return
                     self._window.append(self._pool.submit(self._decode, source, self._listed))
                     self._listed += 1
                     self._changed.notify_all()
-            self._all_listed = not self._stop.is_set()  # sources may end early by themselves then
+            self._all_listed = not self._stopped()  # sources may end early by themselves then
         except BaseException as error:
             self._failure = error
         finally:
@@ -137,11 +140,9 @@ class DecodeAhead:
     def _decode(self, source: Source, number: int) -> Decoded:
         with self._changed:
             # The image that the consumer waits for is always let in, however large.
-            while (
-                not self._stop.is_set() and self._bytes >= self._max_bytes and number != self._taken
-            ):
+            while not self._stopped() and self._bytes >= self._max_bytes and number != self._taken:
                 self._changed.wait(timeout=0.2)
-        if self._stop.is_set():
+        if self._stopped():
             return Decoded(source, None)
         decoded = decode_one(source, self._prepare)
         if decoded.image is not None:

@@ -161,11 +161,13 @@ def encode_folder(
         }
         _log_statistics(encoder.stats())
         reports = ranks.gather(report)
-        if ranks.rank == 0 and len(reports) == ranks.size:
+        summary = Summary.of(reports)
+        # After an interrupt that can wait for the next run's recovery.
+        if ranks.rank == 0 and len(reports) == ranks.size and not summary.interrupted:
             dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
             compact(output, dropped)
             flush_folder(output)
-    return Summary.of(reports)
+    return summary
 
 
 def _log_statistics(stats: RunnerStats) -> None:
@@ -244,7 +246,7 @@ def _run(
     pipeline = PipelineOptions(
         workers=options.workers, on_error=options.on_error, pool=options.pool == "mean"
     )
-    sources = ranks.share(inputs)
+    sources = ranks.share(inputs.until(lambda: stop.requested))
     return encode_sources(encoder, sources, writer, done, pipeline, progress=progress, stop=stop)
 
 

@@ -2,9 +2,10 @@
 
 Ids are POSIX paths: of a folder's images relative to that folder, of a file its name. A line of
 `@list.txt` is taken relative to the list's own folder; its id is the path relative to that folder
-where it lies inside, else the whole path without its leading "/". What a list or an argument names
-outright is always tried, whatever its extension. A list is text, one path a line; a byte order mark
-of UTF-8 and blank lines are no part of it.
+where it lies inside, else the whole path without its leading "/"; ".." in it means what it means to
+the system, also behind a link. What a list or an argument names outright is always tried, whatever
+its extension. A list is text, one path a line; a byte order mark of UTF-8 and blank lines are no
+part of it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import codecs
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 from vitrt.job.walk import (
     Source,
@@ -21,6 +24,7 @@ from vitrt.job.walk import (
     is_image_name,
     named,
     printable,
+    unprintable,
     walk,
     would_be_met,
 )
@@ -56,12 +60,16 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Source]:
         """Raises InputError on meeting two images with one id."""
+        return self.until(lambda: False)
+
+    def until(self, should_stop: Callable[[], bool]) -> Iterator[Source]:
+        """The same, ending early once `should_stop`."""
         earlier: list[_Folder | _List] = []
         for part in self._parts:
             if isinstance(part, _File):
                 yield part.source()
                 continue
-            for source in part.sources():
+            for source in part.sources(should_stop):
                 _check_id(source.id, source.path, self._files.get(source.id))
                 for other in earlier:
                     _check_id(source.id, source.path, other.path_of(source.id))
@@ -149,20 +157,30 @@ class _Folder:
                 f"INPUT {printable(path)} cannot be listed: {error.strerror}"
             ) from error
 
-    def sources(self) -> Iterator[Source]:
-        return walk(self.path)
+    def sources(self, should_stop: Callable[[], bool]) -> Iterator[Source]:
+        return walk(self.path, should_stop)
 
     def path_of(self, image_id: str) -> str | None:
-        path = os.path.join(self.path, image_id)
-        return path if is_image_name(path) and os.path.isfile(path) else None
+        for name in (image_id, unprintable(image_id)):
+            if name is not None and is_image_name(name):
+                path = os.path.join(self.path, name)
+                if os.path.isfile(path):
+                    return path
+        return None
 
 
 class _List:
     def __init__(self, path: str) -> None:
         self.path = path
-        self._folder = os.path.dirname(os.path.abspath(path))
+        self._folder = os.path.dirname(_without_dots(os.path.join(os.getcwd(), path)))
         self._paths: dict[str, str] | None = None
         try:
+            mode = os.stat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
+                raise InputError(
+                    f"INPUT list {printable(path)} is not a regular file, and a list is read more "
+                    "than once: write it to a file first"
+                )
             for _ in islice(self._lines(), _PEEK):
                 pass
         except OSError as error:
@@ -170,8 +188,10 @@ class _List:
                 f"INPUT list {printable(path)} cannot be read: {error.strerror}"
             ) from error
 
-    def sources(self) -> Iterator[Source]:
+    def sources(self, should_stop: Callable[[], bool]) -> Iterator[Source]:
         for image_id, path, is_repeated in self._lines():
+            if should_stop():
+                return
             if is_repeated:
                 logger.warning(
                     "%s names %s more than once; it is encoded once", self.path, image_id
@@ -182,28 +202,28 @@ class _List:
     def path_of(self, image_id: str) -> str | None:
         if self._paths is None:
             self._paths = {}
-            for name, path in self._names():
+            for name, path, _ in self._names():
                 self._paths.setdefault(name, path)
         return self._paths.get(image_id)
 
     def _lines(self) -> Iterator[tuple[str, str, bool]]:
-        """Ids, paths, and whether an earlier line names the same file.
+        """Ids, paths as written, and whether an earlier line names the same file.
 
         Raises InputError on meeting two files with one id.
         """
         # Paths are looked up, and so kept, only once an id comes back: a list may be of millions.
         seen: set[str] = set()
-        for image_id, path in self._names():
+        for image_id, path, written in self._names():
             if image_id not in seen:
                 seen.add(image_id)
-                yield image_id, path, False
+                yield image_id, written, False
                 continue
             other = self.path_of(image_id)
             _check_id(image_id, path, None if other == path else other)
-            yield image_id, path, True
+            yield image_id, written, True
 
-    def _names(self) -> Iterator[tuple[str, str]]:
-        """The id and the path of each line."""
+    def _names(self) -> Iterator[tuple[str, str, str]]:
+        """The id of each line, its path without "..", and its path as written, to be opened."""
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
@@ -219,10 +239,27 @@ class _List:
                     )
                 name = os.fsdecode(line.rstrip(b"\r\n"))
                 if name.strip():
-                    path = os.path.normpath(os.path.join(self._folder, name))
+                    written = os.path.join(self._folder, name)
+                    path = _without_dots(written)
                     inside = os.path.relpath(path, self._folder)
                     outside = inside.split(os.sep, 1)[0] == os.pardir
-                    yield id_from(path.lstrip(os.sep) if outside else inside), path
+                    yield id_from(path.lstrip(os.sep) if outside else inside), path, written
+
+
+def _without_dots(path: str) -> str:
+    """An absolute path without "." and "..", that names the same file.
+
+    The ".." behind a link leaves the folder that it leads to: os.path.normpath takes the link out.
+    """
+    if os.pardir not in path:
+        return os.path.normpath(path)
+    head, *names = Path(path).parts
+    for name in names:
+        if name != os.pardir:
+            head = os.path.join(head, name)
+        else:
+            head = os.path.dirname(os.path.realpath(head) if os.path.islink(head) else head)
+    return head
 
 
 def any_image(inputs: Iterable[Source]) -> bool:

@@ -61,6 +61,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
+        self._asked = False
         self._then: list[Callable[[], None]] = []
 
     @property
@@ -69,14 +70,15 @@ class Stop:
         return bool(self._then)
 
     def request(self) -> None:
-        self.requested = True
+        self._asked = True
         for call in self._then:
             call()
+        self.requested = True  # last: whoever ends by it finds the calls made
 
     def then(self, call: Callable[[], None]) -> None:
         """Have `call` made on a request; at once if there was one."""
         self._then.append(call)
-        if self.requested:
+        if self._asked:
             call()
 
 
@@ -101,7 +103,7 @@ def encode_sources(
     """Encode every source that `done` does not hold in its present state.
 
     On return everything encoded is durable; after an error everything that was encoded before it
-    is, where the disk permits.
+    is, where the disk permits. An error also requests `stop`: `sources` that listen to it end.
 
     Raises:
         OutputError: the disk refused.
@@ -109,7 +111,7 @@ def encode_sources(
         InputError: from the listing.
     """
     outcome = Outcome(dropped=[])
-    behind = WriteBehind(writer, progress, done.shard_of_id)
+    behind = WriteBehind(writer, progress, done.shard_of_id, stop.request)
 
     def skip(source: Source, error_class: str, message: str) -> None:
         logger.warning("skipped: %s", message)
@@ -125,7 +127,7 @@ def encode_sources(
     # while there are recorded graphs.
     processor = encoder.processor
     decoding = DecodeAhead(
-        _not_done(sources, done, progress),
+        _not_done(sources, done, progress, stop),
         lambda source: processor.prepare(source.path, name=source.id),
         workers=options.workers or default_workers(),
         max_bytes=options.ahead_bytes,
@@ -133,8 +135,8 @@ def encode_sources(
     stop.then(decoding.stop)
     progress.listing = lambda: (decoding.listed, decoding.all_listed)
     progress.queues = lambda: (decoding.waiting, behind.waiting)
-    try:
-        with decoding:
+    with decoding:
+        try:
             for batch in _batches(decoding, stage, skip):
                 if stop.requested:
                     break
@@ -143,15 +145,23 @@ def encode_sources(
                         skip(result.source, type(result.error).__name__, str(result.error))
                     else:
                         behind.put(result)
-    finally:
-        # Also on the way out of an error: what was encoded is kept.
-        behind.finish()
+        except BaseException:
+            stop.request()
+            raise
+        finally:
+            # Also on the way out of an error, and before the listing has ended, which may take a
+            # slow disk a while: what was encoded is kept.
+            behind.finish()
     outcome.interrupted = stop.requested
     return outcome
 
 
-def _not_done(sources: Iterable[Source], done: DoneIndex, progress: Progress) -> Iterator[Source]:
+def _not_done(
+    sources: Iterable[Source], done: DoneIndex, progress: Progress, stop: Stop
+) -> Iterator[Source]:
     for source in sources:
+        if stop.requested:
+            return
         if source.problem is None and done.holds(source):
             progress.count_resumed()
         else:

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
@@ -112,11 +113,14 @@ class Progress:
 
 
 class Reporter:
-    """Shows a Progress from a thread of its own while a run lasts. A context manager."""
+    """Shows a Progress from a thread of its own while a run lasts. A context manager.
+
+    Nothing that is wrong with standard error ends the run.
+    """
 
     def __init__(self, progress: Progress, style: Style = "auto") -> None:
         if style == "auto":
-            style = "bar" if sys.stderr.isatty() else "lines"
+            style = "bar" if sys.stderr is not None and sys.stderr.isatty() else "lines"
         self._progress = progress
         self._style = style
         self._ended = threading.Event()
@@ -126,7 +130,10 @@ class Reporter:
     def __enter__(self) -> Reporter:
         if self._style == "bar":
             self._bar = tqdm(
-                unit="image", dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {desc}"
+                unit="image",
+                file=_Unfailing(sys.stderr),
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
             )
         if self._style != "none":
             self._thread.start()
@@ -155,14 +162,44 @@ class Reporter:
         elif self._style == "json":
             write_json("progress", asdict(snapshot))
         else:
-            sys.stderr.write(snapshot.text() + "\n")
-            sys.stderr.flush()
+            _write(snapshot.text() + "\n")
+
+
+class _Unfailing:
+    """A stream for tqdm, which keeps its lock, that log lines wait for, where writing raises."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __eq__(self, other: object) -> bool:  # tqdm moves its bar for what goes to the same stream
+        return other is self or other is self._stream
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def write_json(event: str, values: dict[str, object]) -> None:
     """One JSON object on a line of standard error: what `--log-json` gives machines."""
-    sys.stderr.write(json_line(event, values))
-    sys.stderr.flush()
+    _write(json_line(event, values))
+
+
+def _write(line: str) -> None:
+    """To standard error, if anybody reads it."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
 
 def json_line(event: str, values: dict[str, object]) -> str:

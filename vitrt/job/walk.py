@@ -1,16 +1,18 @@
 """The images below a folder, one after the other, however large it is.
 
 Walks follow links (except back into a folder they are in), skip hidden files and folders, and take
-files by their extension. A byte of a name that is not UTF-8 becomes \\xNN in the id.
+files by their extension. A byte of a path that is not UTF-8 becomes \\xNN in the id; of such a path
+alone, a backslash becomes two.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 IMAGE_EXTENSIONS = frozenset(
     f".{name}"
@@ -20,6 +22,7 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 _SORTED_NAMES = 10_000  # a folder's names are sorted this many at a time
+_ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +48,23 @@ class _Level:
     images: int = 0  # found in it and below
 
 
-def walk(root: str) -> Iterator[Source]:
-    """The images of a folder and of the folders in it: sorted, files before folders."""
+def walk(root: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Source]:
+    """The images of a folder and of the folders in it: sorted, files before folders.
+
+    Ends early once `should_stop`, even where there is no image for long.
+    """
     stack = [_open_level("", root)]
-    while stack:
+    while stack and not should_stop():
         level = stack[-1]
         if not level.chunk:
             try:
-                names = list(islice(level.entries, _SORTED_NAMES))
+                entries = islice(level.entries, _SORTED_NAMES)
+                names = list(takewhile(lambda entry: not should_stop(), entries))
             except OSError as error:
                 names = []
                 yield _unlisted(level.prefix[:-1] or ".", level.path, error)
+            if should_stop():
+                return
             level.chunk = sorted(names, key=_files_first, reverse=True)
             if not level.chunk:
                 stack.pop()
@@ -155,5 +164,18 @@ def id_from(path: str) -> str:
 
 
 def printable(path: str) -> str:
-    """A path with every byte that is not UTF-8 written as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path with every byte that is not UTF-8 written as \\xNN, and then each backslash as two."""
+    raw = os.fsencode(path)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+
+
+def unprintable(text: str) -> str | None:
+    """The path with bytes that are not UTF-8 of which `printable` makes `text`, if there is one."""
+    if "\\x" not in text:
+        return None
+    raw = _ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", text.encode())
+    path = os.fsdecode(raw)
+    return path if path != text and printable(path) == text else None

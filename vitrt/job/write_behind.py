@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from vitrt.job.device_stage import Encoded
 from vitrt.job.progress import Progress
 from vitrt.output import FeatureWriter, tokens_of
+from vitrt.store.durable import OutputError
 
 _QUEUED = 2  # batches that wait for the writer: each holds its features on the device or the host
 
@@ -35,11 +37,16 @@ class WriteBehind:
         writer: FeatureWriter,
         progress: Progress,
         replaced: Callable[[str], str | None],
+        on_failure: Callable[[], None],
     ) -> None:
-        """`replaced` names the shard that holds an older state of an image of that id."""
+        """`replaced` names the shard that holds an older state of an image of that id.
+
+        `on_failure` is called, in the writing thread, as soon as an error waits to surface.
+        """
         self._writer = writer
         self._progress = progress
         self._replaced = replaced
+        self._on_failure = on_failure
         self._queue: queue.Queue[Message] = queue.Queue(_QUEUED)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vitrt-write", daemon=True)
@@ -80,8 +87,12 @@ class WriteBehind:
                     self._write(message)
             self._writer.close()
         except BaseException as error:
+            if not isinstance(error, OutputError):
+                with suppress(Exception):  # `error` is what matters
+                    self._writer.flush()  # what was encoded before it
             self._writer.wait()  # nothing writes on after `finish`
             self._failure = error
+            self._on_failure()
 
     def _write(self, encoded: Encoded) -> None:
         encoded.wait()
