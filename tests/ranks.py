@@ -14,10 +14,11 @@ def start_ranks(ranks: int, *arguments: str) -> subprocess.Popen[str]:
     """`python ARGUMENTS` (a script, or -m MODULE) as so many ranks of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--local-addr", "127.0.0.1"]  # a host's own name may resolve to nothing
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*command, "--nproc-per-node", str(ranks), *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

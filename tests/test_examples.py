@@ -203,7 +203,7 @@ def test_torchrun(tp: int, tiny_qwen2_5_vl: Path, photos: Path, tmp_path: Path) 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(EXAMPLES / "torchrun.py"), str(tiny_qwen2_5_vl), str(photos)]
     command += ["--output", str(tmp_path), "--tp", str(tp), "--device", "cpu"]
-    root = str(EXAMPLES.parent)
+    root = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
