@@ -1,4 +1,4 @@
-"""The output folder: FeatureWriter fills it shard by shard, FeatureStore reads it.
+"""The output folder: FeatureWriter fills it shard by shard, FeatureStore (in store/) reads it.
 
 An image is in the folder once its manifest line is: the line is flushed to the disk only after the
 whole shard is there under its final name.
@@ -8,32 +8,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vitrt.features import ImageFeatures
 from vitrt.store.durable import AppendError, OutputError, append, discard, write_file
-from vitrt.store.feature_shard import (
-    MERGE_SIZE,
-    encode_shard,
-    merge_size_of,
-    parse_layers,
-    read_header,
-)
+from vitrt.store.feature_shard import MERGE_SIZE, encode_shard
+from vitrt.store.feature_store import FeatureStore
 from vitrt.store.manifest import (
     Entry,
     RunIdentity,
     error_line,
     errors_name,
-    live_entries,
     manifest_name,
-    manifests,
     shard_name,
     temporary_path,
 )
@@ -41,11 +31,18 @@ from vitrt.store.manifest import (
 if TYPE_CHECKING:
     from vitrt.job.listing import Source
 
+__all__ = [
+    "DEFAULT_SHARD_MIB",
+    "SHARD_IMAGES",
+    "FeatureStore",
+    "FeatureWriter",
+    "tokens_of",
+]
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_MIB = 256
 SHARD_IMAGES = 1024  # most images of a shard: what a kill costs stays small where features are
-_OPEN_SHARDS = 64  # kept mapped by a store
 
 
 class FeatureWriter:
@@ -201,133 +198,3 @@ def tokens_of(features: ImageFeatures) -> int:
     """Merged tokens by the grid: pooled features hold only one row."""
     t, h, w = features.grid_thw
     return t * h * w // features.merge_size**2
-
-
-class FeatureStore(Mapping[str, ImageFeatures]):
-    """The features in an output folder, of all ranks, by image id. Read-only.
-
-    Tensors are views of memory-mapped shards: opened on first use, read when touched. Of a run with
-    `--pool mean`, `embeddings` is the one pooled row [1, out_hidden], so `pooled()` gives it back;
-    `grid_thw` is the image's.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        """ValueError where `folder` is no output folder. Images written later need a new store.
-
-        Unless a later run moved features while this store was open: then it reads the folder anew.
-        """
-        self.folder = Path(folder)
-        if not manifests(self.folder):
-            raise ValueError(
-                f"{self.folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
-            )
-        self._entries = self._read_entries()
-        self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def _read_entries(self) -> dict[str, Entry]:
-        entries: dict[str, Entry] = {}
-        for entry in live_entries(self.folder):
-            entries.setdefault(entry.id, entry)  # the first, as the next run will have it
-        return entries
-
-    def __getitem__(self, image_id: str) -> ImageFeatures:
-        entry = self._entries[image_id]
-        try:
-            return self._read(entry)
-        except FileNotFoundError:
-            self._entries = self._read_entries()
-            return self._read(self._entries[image_id])
-
-    def _read(self, entry: Entry) -> ImageFeatures:
-        image_id = entry.id
-        shard, names = self._shard(entry.shard)
-        metadata = self.metadata_of(entry.shard)
-        merge_size = merge_size_of(metadata)
-        if f"{image_id}/pooled" in names:
-            row = shard.get_tensor(f"{image_id}/pooled")
-            return ImageFeatures(row[None], None, entry.grid_thw, merge_size)
-        deepstack, hidden = f"{image_id}/deepstack", f"{image_id}/hidden"
-        return ImageFeatures(
-            shard.get_tensor(f"{image_id}/embeddings"),
-            shard.get_tensor(deepstack) if deepstack in names else None,
-            entry.grid_thw,
-            merge_size,
-            shard.get_tensor(hidden) if hidden in names else None,
-            parse_layers(metadata),
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self._entries  # Mapping's own would read the features
-
-    def __repr__(self) -> str:
-        return f"FeatureStore({str(self.folder)!r}, {len(self)} images)"
-
-    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
-        return FeatureStore, (self.folder,)  # for the workers of a DataLoader
-
-    def entry(self, image_id: str) -> Entry:
-        """What the manifest says of an image: shard, grid, tokens, size and mtime of its source."""
-        return self._entries[image_id]
-
-    def metadata_of(self, shard: str) -> dict[str, str]:
-        """A shard's own metadata: format, model, dtype, pixel limits, version."""
-        metadata: dict[str, str] = self._shard(shard)[0].metadata()
-        return metadata
-
-    def pooled_tables(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Each shard's ids and its table [images, out_hidden], float32, mapped as a whole.
-
-        Only of a run with `--pool mean`: ValueError where the folder holds whole features.
-        """
-        yield from self._tables(self._entries, again=True)
-
-    def _tables(
-        self, entries: Mapping[str, Entry], *, again: bool
-    ) -> Iterator[tuple[list[str], Tensor]]:
-        """`again`: where a shard is gone, look for its images in the shards of a later run."""
-        shards: dict[str, list[str]] = {}
-        for image_id, entry in entries.items():
-            shards.setdefault(entry.shard, []).append(image_id)
-        for shard, images in shards.items():
-            wanted = set(images)
-            try:
-                ids, table = _table(self.folder / shard)
-            except FileNotFoundError:
-                if not again:
-                    raise
-                if any(name in self and self.entry(name).shard == shard for name in images):
-                    self._entries = self._read_entries()
-                moved = {name: self.entry(name) for name in images if name in self}
-                yield from self._tables(moved, again=False)
-                continue
-            rows = [row for row, name in enumerate(ids) if name in wanted]
-            yield ([ids[row] for row in rows], table if len(rows) == len(ids) else table[rows])
-
-    def _shard(self, name: str) -> tuple[Any, frozenset[str]]:
-        with self._lock:
-            if name in self._open:
-                self._open.move_to_end(name)
-                return self._open[name]
-            handle = safe_open(self.folder / name, framework="pt")
-            self._open[name] = handle, frozenset(handle.keys())
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return self._open[name]
-
-
-def _table(path: Path) -> tuple[list[str], Tensor]:
-    size = path.stat().st_size
-    header = read_header(path)
-    spans = sorted(header.tensors.items(), key=lambda item: item[1].begin)
-    if not all(name.endswith("/pooled") for name, _ in spans):
-        raise ValueError(f"{path} holds whole features; tables come from vitrt encode --pool mean")
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    table = data[header.data_start :].view(torch.float32).view(len(spans), -1)
-    return [name.removesuffix("/pooled") for name, _ in spans], table
