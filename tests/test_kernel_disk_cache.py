@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,35 @@ def test_a_folder_that_others_may_write_is_not_taken(home: Path, tmp_path: Path)
 def test_a_folder_of_another_user_is_not_taken(home: Path, monkeypatch: pytest.MonkeyPatch):
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    assert private_folder() is None
+
+
+def test_a_link_of_another_user_is_not_taken(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It leads to a folder of ours now, and to one of theirs when kernels are read."""
+    (tmp_path / "ours").mkdir(mode=0o700)
+    (home / ".cache").mkdir(parents=True)
+    (home / ".cache" / "vitrt").symlink_to(tmp_path / "ours")
+    assert private_folder() == home / ".cache" / "vitrt"  # of ours, it may lead to a larger disk
+    whole = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        found = whole(path)
+        if not stat.S_ISLNK(found.st_mode):
+            return found
+        return os.stat_result([*found[:4], os.getuid() + 1, *found[5:]])
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert private_folder() == tmp_path / f"vitrt-{os.getuid()}"
+
+
+def test_no_folder_for_temporary_files_at_all(home: Path, monkeypatch: pytest.MonkeyPatch):
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
     assert private_folder() is None
 
 

@@ -82,6 +82,40 @@ def test_a_source_that_pauses_keeps_a_batch_waiting_only_once(encoder: VisionEnc
     assert pauses[1:] == [0, 0]
 
 
+@pytest.mark.parametrize("full_batches", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 20])
+def test_a_source_that_stalled_once_is_trusted_again(place: int, full_batches: bool):
+    """The next tar file, a listing, a collection of garbage: decoding must run ahead again."""
+    decoding, most = 0, 0
+
+    def source() -> Iterator[int]:
+        for number in range(200):
+            if number == place:
+                time.sleep(0.05)
+            yield number
+
+    def prepare(number: int):
+        nonlocal decoding, most
+        with lock:
+            decoding += 1
+            if number > 60:
+                most = max(most, decoding)
+        time.sleep(0.002)
+        with lock:
+            decoding -= 1
+        return SimpleNamespace(num_patches=16, number=number)
+
+    lock = threading.Lock()
+    sizes = []
+    with ThreadPoolExecutor(8) as pool:
+        ahead = _LookAhead(source(), pool, prepare, 16)  # type: ignore[arg-type]
+        while batch := ahead.take(160, lambda: not full_batches):
+            sizes.append(len(batch))
+            time.sleep(0.005)  # a forward
+    assert sum(sizes) == 200 and most >= 6
+    assert len(sizes) <= (20 if full_batches else 80)
+
+
 def test_memory_is_bounded_and_abandoning_ends_the_threads(encoder: VisionEncoder):
     taken = 0
 

@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 _MAX_WORKERS = 16
 _POLL = 0.002  # seconds between looks at the device
-_SLOW = 0.02  # seconds that a source may take for an image while others wait
+_SLOW = 0.02  # seconds that a source may take for an image
+_WARY = 16  # images that must come faster before it is asked freely again
 
 
 def default_workers(cores: int | None = None) -> int:
@@ -109,8 +110,9 @@ def prepare_all(prepare: Callable[[T], PreparedImage], items: Sequence[T]) -> li
 class _LookAhead:
     """A window of images being decoded, taken from its front a batch at a time.
 
-    The source is asked by the thread that takes. One that has kept a batch waiting (a queue, say,
-    with nothing in it) is from then on asked only while the device has work or nothing is in hand.
+    The source is asked by the thread that takes. One that was slow (a queue, say, with nothing in
+    it) is for its next images asked only while the device has work or nothing is in hand: what is
+    in hand does not wait for it.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class _LookAhead:
     ) -> None:
         self._source = iter(images)
         self._ended = False
-        self._slow = False
+        self._wary = 0  # images for which that holds
         self._pool = pool
         self._prepare = prepare
         self._size = size
@@ -137,9 +139,7 @@ class _LookAhead:
         batch: list[PreparedImage] = []
         room = budget
         while True:
-            in_hand = bool(batch or self._window)
-            if not (in_hand and self._slow and wants_more()):
-                self._fill(in_hand=in_hand)
+            self._fill(batch, wants_more)
             if not self._window:
                 return batch
             head = self._window[0]
@@ -158,8 +158,10 @@ class _LookAhead:
         for future in self._window:
             future.cancel()
 
-    def _fill(self, *, in_hand: bool) -> None:
+    def _fill(self, batch: Sequence[PreparedImage], wants_more: Callable[[], bool]) -> None:
         while not self._ended and len(self._window) < self._size:
+            if self._wary and (batch or self._window) and wants_more():
+                return
             asked = time.monotonic()
             try:
                 image = next(self._source)
@@ -171,11 +173,9 @@ class _LookAhead:
                 failed.set_exception(error)
                 self._window.append(failed)
             else:
+                is_slow = time.monotonic() - asked > _SLOW
+                self._wary = _WARY if is_slow else max(self._wary - 1, 0)
                 self._window.append(self._pool.submit(self._prepare, image))
-            self._slow |= in_hand and time.monotonic() - asked > _SLOW
-            if self._slow:
-                return
-            in_hand = True
 
 
 class _Pace:

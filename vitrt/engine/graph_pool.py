@@ -44,14 +44,21 @@ class GraphPool:
         pieces = record(self.handle, self.stream)
         torch.cuda.synchronize(self.device)
         free_after, reserved_after = self._memory()
-        own = (free - free_after) - (reserved_after - reserved)
-        return pieces, self._pool_bytes(), min(max(own, 0), _MOST_OF_A_GRAPH)
+        grown = reserved_after - reserved
+        own = min(max(free - free_after - grown, 0), _MOST_OF_A_GRAPH)
+        return pieces, self._pool_bytes(grown), own
 
     def _memory(self) -> tuple[int, int]:
         return torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
 
-    def _pool_bytes(self) -> int:
-        """What the allocator holds for this pool; other threads' allocations are none of it."""
+    def _pool_bytes(self, grown: int) -> int:
+        """What the allocator holds for this pool; other threads' allocations are none of it.
+
+        Only torch's own allocator can tell; of another one, by how much the whole process has
+        `grown` is added up.
+        """
+        if torch.cuda.get_allocator_backend() != "native":
+            return self.nbytes + max(grown, 0)
         return sum(
             segment["total_size"]
             for segment in torch.cuda.memory_snapshot()

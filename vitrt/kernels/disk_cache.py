@@ -6,6 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -32,7 +33,8 @@ def private_folder() -> Path | None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.stat()
-            if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+            owners = {found.st_uid, folder.lstat().st_uid}  # also of a link, who may turn it
+            if owners != {os.getuid()} or stat.S_IMODE(found.st_mode) & 0o022:
                 continue
             # Both packages lock files there, and give up a forward where that fails.
             with tempfile.TemporaryFile(dir=folder) as probe:
@@ -51,4 +53,5 @@ def _places() -> Iterator[Path]:
         home = os.path.expanduser("~")
         if os.path.isabs(home):  # "~" itself where the user has none, as in some containers
             yield Path(home) / ".cache" / "vitrt"
-    yield Path(tempfile.gettempdir()) / f"vitrt-{os.getuid()}"
+    with suppress(OSError):  # a system that can be written nowhere
+        yield Path(tempfile.gettempdir()) / f"vitrt-{os.getuid()}"
