@@ -8,6 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +30,7 @@ from vitrt import FeatureStore
 from vitrt.store import durable, lock
 from vitrt.store.check import check_folder
 from vitrt.store.durable import OutputError
-from vitrt.store.lock import FolderBusyError, FolderLock
+from vitrt.store.lock import FolderBusyError, FolderLock, running_job
 from vitrt.store.manifest import Damage, iter_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,3 +322,24 @@ def test_resume_with_another_number_of_ranks(folder: Path, tmp_path: Path) -> No
     assert_holds(output, expected(folder))
     metadata = FeatureStore(output).metadata_of("features-00002-00000.safetensors")
     assert metadata["model"] == IDENTITY.model
+
+
+def test_looking_for_a_job_keeps_none_from_starting(tmp_path: Path) -> None:
+    """A check holds each lock for a moment."""
+    with FolderLock(tmp_path):
+        pass
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            running_job(tmp_path)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(50):
+            FolderLock(tmp_path).release()
+    finally:
+        ended.set()
+        thread.join()

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from vitrt.job.device_stage import (
     Refused,
     is_out_of_memory,
 )
-from vitrt.job.encode import EncodeOptions, encode_folder
+from vitrt.job.encode import EncodeOptions, Summary, encode_folder
 from vitrt.job.listing import Inputs
 from vitrt.job.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
 from vitrt.job.progress import Progress
@@ -261,27 +262,34 @@ def test_the_shard_in_hand_does_not_wait_for_the_listing(tmp_path: Path) -> None
     assert written
 
 
-def test_an_interrupted_run_leaves_compaction_to_the_next(
-    tiny_qwen3_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = photos(tmp_path / "in", 3)
-    compacted: list[object] = []
-    monkeypatch.setattr("vitrt.job.encode.compact", lambda *args: compacted.append(args))
-    for interrupt in (True, False):
-        stop = Stop()
-        if interrupt:
+def test_an_interrupted_run_leaves_no_older_features(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    """It ends in good order, so the folder is as after any other run."""
+    folder = photos(tmp_path / "in", 6)
+    stop = Stop()
+
+    class Interrupting(Progress):
+        def count_batch(self, *args: Any, **kwargs: Any) -> None:
+            super().count_batch(*args, **kwargs)
             stop.request()
-        summary = encode_folder(
+
+    def run(progress: Progress, stop: Stop) -> Summary:
+        return encode_folder(
             open_checkpoint(tiny_qwen3_vl),
-            RuntimeConfig(device="cpu"),
+            RuntimeConfig(device="cpu", max_batch_tokens=1),
             Inputs([folder]),
             tmp_path / "out",
-            EncodeOptions(),
-            progress=Progress(),
+            EncodeOptions(workers=1),
+            progress=progress,
             stop=stop,
         )
-        assert summary.interrupted == interrupt
-        assert len(compacted) == (not interrupt)
+
+    run(Progress(), Stop())
+    for file in folder.rglob("*.png"):
+        os.utime(file, (1, 1))
+    summary = run(Interrupting(), stop)
+    assert summary.interrupted and 0 < summary.state.replaced < 6
+    result = check_folder(tmp_path / "out")
+    assert result.problems == [] and result.images == 6
 
 
 def test_errors_of_the_listing_surface(tmp_path: Path) -> None:

@@ -93,10 +93,11 @@ def run(args: argparse.Namespace) -> int:
         result = run_bench(config, progress)
     finally:
         signal.signal(signal.SIGTERM, before)
-    sys.stdout.write(to_text(result) + "\n")
-    sys.stdout.flush()
-    if args.json is not None:
-        args.json.write_text(json.dumps(to_json(result), indent=1) + "\n")
+    try:  # whichever of the two cannot be written, the other one is
+        if args.json is not None:
+            args.json.write_text(json.dumps(to_json(result), indent=1) + "\n")
+    finally:
+        sys.stdout.write(to_text(result) + "\n")
     if result.interrupted:
         return 130
     rows = [row for model in result.models for row in model.rows]

@@ -161,13 +161,11 @@ def encode_folder(
         }
         _log_statistics(encoder.stats())
         reports = ranks.gather(report)
-        summary = Summary.of(reports)
-        # After an interrupt that can wait for the next run's recovery.
-        if ranks.rank == 0 and len(reports) == ranks.size and not summary.interrupted:
+        if ranks.rank == 0 and len(reports) == ranks.size:
             dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
             compact(output, dropped)
             flush_folder(output)
-    return summary
+    return Summary.of(reports)
 
 
 def _log_statistics(stats: RunnerStats) -> None:

@@ -23,6 +23,7 @@ from vitrt.store.durable import OutputError, discard
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = re.compile(r"\.lock-(\d{5})")
+_PROBED = 0.5  # seconds: whoever looks whether a job runs holds a lock for a moment
 
 
 class FolderBusyError(ValueError):
@@ -35,12 +36,12 @@ class FolderLock:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder = folder
         self._path = folder / f".lock-{rank:05}"
-        self._lock = _take(self._path)
+        self._lock = _take(self._path, _PROBED)
         if rank == 0:
             try:
                 for other in sorted(folder.iterdir()):
                     if LOCK_NAME.fullmatch(other.name) and other != self._path:
-                        _take(other).release()
+                        _take(other, _PROBED).release()
             except BaseException:
                 self._lock.release()
                 raise
@@ -91,10 +92,11 @@ def running_job(folder: Path) -> str | None:
     return None
 
 
-def _take(path: Path) -> FileLock:
+def _take(path: Path, patience: float = 0.0) -> FileLock:
+    """The lock, waited for so many seconds at most."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise FolderBusyError(
             f"another job ({_read_note(_note(path))}) is writing into {path.parent}; "
