@@ -10,17 +10,16 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vitrt.attention.registry import resolve
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 from vitrt.cuda_graph import AUTO_MAX_PATCHES, GraphRunner
 from vitrt.distributed import SINGLE, ParallelContext
+from vitrt.engine.arguments import check_pixel_values, check_several
 from vitrt.engine.batching import encode_in_order, stream_in_order
 from vitrt.engine.dense import DenseEncoder, check_layers, to_raster
 from vitrt.engine.feed import PixelsFeed, ValuesFeed
@@ -30,7 +29,6 @@ from vitrt.engine.sharding import encode_together
 from vitrt.engine.upload import PixelUploader
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.image import ImageInput, ImageProcessor, PreparedImage, normalisation_table
-from vitrt.images.decode import describe
 from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.models import build_tower
 from vitrt.models.plan import ForwardPlan
@@ -194,7 +192,7 @@ class VisionEncoder:
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
         and gets all features; see vitrt/engine/sharding.py. They do not exchange hidden states.
         """
-        _check_several(images)
+        check_several(images)
         encoder = self._asked_for(layers, merged)
         if self.parallel.dp_size > 1:
             if encoder is not self:
@@ -217,7 +215,7 @@ class VisionEncoder:
 
         What an image, or the iterable itself, raises comes after the features of all before it.
         """
-        _check_several(images)
+        check_several(images)
         return stream_in_order(self._asked_for(layers, merged), images, workers=workers)
 
     def encode_prepared(
@@ -278,7 +276,7 @@ class VisionEncoder:
         """
         rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
         plan = self.tower.plan(rows)
-        _check_pixel_values(pixel_values, plan.num_patches, self.config.patch_dim)
+        check_pixel_values(pixel_values, plan.num_patches, self.config.patch_dim)
         feed = ValuesFeed(pixel_values, reordered=plan.order is not None)
         keep = (self.config.depth - 1,) if return_hidden else ()
         with self._own_settings():
@@ -348,27 +346,4 @@ class VisionEncoder:
         largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
         return GraphRunner(
             *arguments, limit_bytes=limit, max_patches=largest, parallel=self.parallel
-        )
-
-
-def _check_several(images: Iterable[ImageInput]) -> None:
-    """ValueError for what is one image: its characters, bytes or rows would be taken for images."""
-    one = isinstance(images, (str, bytes, os.PathLike, Image.Image))
-    if one or (isinstance(images, np.ndarray) and images.ndim < 4):
-        raise ValueError(
-            f"images is one image, {describe(cast(ImageInput, images))}; give a list: [image]"
-        )
-
-
-def _check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:
-    if not isinstance(pixel_values, Tensor):
-        raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; it must be a tensor")
-    if tuple(pixel_values.shape) != (patches, patch_dim):
-        raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}; grid_thw holds {patches} patches "
-            f"of {patch_dim} values in this model, so it must be ({patches}, {patch_dim})"
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"pixel_values is {pixel_values.dtype}; it must be a floating-point tensor"
         )
