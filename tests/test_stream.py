@@ -100,7 +100,7 @@ def test_a_source_that_stalled_once_is_trusted_again(place: int, full_batches: b
             decoding += 1
             if number > 60:
                 most = max(most, decoding)
-        time.sleep(0.002)
+        time.sleep(0.01)  # long beside what it takes to start all decoders
         with lock:
             decoding -= 1
         return SimpleNamespace(num_patches=16, number=number)

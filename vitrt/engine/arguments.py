@@ -25,6 +25,7 @@ def check_several(images: Iterable[ImageInput]) -> None:
 
 
 def check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:
+    """ValueError unless it is a floating-point tensor [patches, patch_dim]."""
     if not isinstance(pixel_values, Tensor):
         raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; it must be a tensor")
     if tuple(pixel_values.shape) != (patches, patch_dim):
