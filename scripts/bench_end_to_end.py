@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vitrt import VisionEncoder
 from vitrt.bench.timing import synchronize
-from vitrt.bench.towers import build_tower, resolve, save_checkpoint
+from vitrt.compare.reference import build_tower, resolve, save_checkpoint
+from vitrt.engine.batcher import pack
 from vitrt.engine.batching import usable_cores
-from vitrt.image import PreparedImage
-from vitrt.packing import pack
+from vitrt.images.processor import PreparedImage
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = (

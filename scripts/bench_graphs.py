@@ -4,9 +4,9 @@
     python scripts/bench_graphs.py qwen3-vl-8b --json graphs.json
 
 Three tables: recording every bucket (seconds, memory); milliseconds of an eager forward and of a
-replay by number of patches, which is where `AUTO_MAX_PATCHES` of vitrt/cuda_graph.py comes from;
-and a soak: random images of 50 to 4000 pixels a side in random batches, static buffers full of NaN
-before every call, each output compared with an eager forward's.
+replay by number of patches, which is where `AUTO_MAX_PATCHES` of vitrt/engine/graph_runner.py comes
+from; and a soak: random images of 50 to 4000 pixels a side in random batches, static buffers full
+of NaN before every call, each output compared with an eager forward's.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from vitrt import VisionEncoder  # noqa: E402
-from vitrt.bench.towers import build_tower, resolve, save_checkpoint  # noqa: E402
-from vitrt.cuda_graph import GraphRunner  # noqa: E402
-from vitrt.image import smart_resize  # noqa: E402
+from vitrt.compare.reference import build_tower, resolve, save_checkpoint  # noqa: E402
+from vitrt.engine.graph_runner import GraphRunner  # noqa: E402
+from vitrt.images.processor import smart_resize  # noqa: E402
 
 Grid = tuple[int, int, int]
 SIZES = (64, 256, 576, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 11264, 14336)

@@ -39,8 +39,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vitrt import ParallelContext, VisionEncoder, distributed
-from vitrt.bench.towers import Source, build_tower, float32_copy, resolve, save_checkpoint, shrink
+from vitrt import ParallelContext, VisionEncoder
+from vitrt.compare.reference import (
+    Source,
+    build_tower,
+    float32_copy,
+    resolve,
+    save_checkpoint,
+    shrink,
+)
+from vitrt.parallel import context as distributed
 
 Grids = list[tuple[int, int, int]]
 MESSAGE_ROWS = (64, 256, 648, 1296, 3080, 8192, 16384, 32768)

@@ -20,8 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vitrt import FeatureStore
-from vitrt.bench.accuracy import float32_reference, relative_error
-from vitrt.bench.towers import build_tower, resolve
+from vitrt.compare.errors import float32_reference, relative_error
+from vitrt.compare.reference import build_tower, resolve
 
 Tensors = dict[str, Tensor]  # "embeddings", "deepstack 0", ... of one image
 

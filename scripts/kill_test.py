@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
 from vitrt.job.encode import EncodeOptions, encode_folder
-from vitrt.job.listing import Inputs
 from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress
-from vitrt.output import FeatureStore
+from vitrt.sources.inputs import Inputs
 from vitrt.store.check import check_folder
-from vitrt.weights import open_checkpoint
+from vitrt.store.writer import FeatureStore
 
 # Batches of two runs hold other images, and matrix products of other shapes round otherwise.
 TOLERANCE = 1e-5
@@ -129,7 +129,7 @@ def _photos(folder: Path, count: int) -> Path:
 
 
 def _checkpoint(folder: Path) -> Path:
-    from tests.checkpoints import tiny_checkpoint
+    from tests.support.checkpoints import tiny_checkpoint
 
     return tiny_checkpoint("qwen3_vl", folder)
 

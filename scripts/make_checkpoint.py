@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.checkpoints import CONFIGS, MODEL_CLASSES, full_size_checkpoint, tiny_checkpoint
+from tests.support.checkpoints import CONFIGS, MODEL_CLASSES, full_size_checkpoint, tiny_checkpoint
 
 
 def main() -> None:

@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
+from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
-from vitrt.image import ImageProcessor, PreparedImage
+from vitrt.images.processor import ImageProcessor, PreparedImage
 from vitrt.job.encode import EncodeOptions, encode_folder
-from vitrt.job.listing import Inputs
 from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress
-from vitrt.output import FeatureStore
+from vitrt.sources.inputs import Inputs
 from vitrt.store.check import check_folder
-from vitrt.weights import open_checkpoint
+from vitrt.store.writer import FeatureStore
 
 SECONDS = 10.0  # that one image may take
 
@@ -180,7 +180,7 @@ def _originals() -> dict[str, bytes]:
 
 
 def _checkpoint(folder: Path) -> Path:
-    from tests.checkpoints import tiny_checkpoint
+    from tests.support.checkpoints import tiny_checkpoint
 
     return tiny_checkpoint("qwen3_vl", folder)
 

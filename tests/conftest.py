@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton reads this when it is imported: set it before any test module imports a kernel.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.checkpoints import tiny_checkpoint
+from tests.support.checkpoints import tiny_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

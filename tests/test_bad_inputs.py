@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.commands import Vitrt, vitrt
-from tests.folders import photo
+from tests.support.commands import Vitrt, vitrt
+from tests.support.folders import photo
 from vitrt import FeatureStore
 from vitrt.store.check import check_folder
 from vitrt.store.lock import FolderLock

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.checkpoints import CONFIGS, MODEL_CLASSES, TINY_VISION
+from tests.support.checkpoints import CONFIGS, MODEL_CLASSES, TINY_VISION
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 
 # NUMERICS.md, "The released towers": depth, width, MLP width, heads, patch, output width.

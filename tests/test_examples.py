@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.checkpoints import reference_model, tiny_checkpoint
+from tests.support.checkpoints import reference_model, tiny_checkpoint
 from vitrt import VisionEncoder
-from vitrt.image import patches_reference
+from vitrt.images.processor import patches_reference
 from vitrt.integrations.transformers import placeholder_inputs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

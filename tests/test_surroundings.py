@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from vitrt import VisionEncoder
-from vitrt.engine.runner import EagerRunner
+from vitrt.engine.eager_runner import EagerRunner
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 

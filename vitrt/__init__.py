@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from vitrt.checkpoint.extract import extract_tower
     from vitrt.checkpoint.shards import CheckpointError
     from vitrt.config import PreprocessorConfig, VisionConfig
-    from vitrt.distributed import ParallelContext
     from vitrt.encoder import VisionEncoder
     from vitrt.features import EncoderOutput, ImageFeatures
     from vitrt.images.decode import ImageError
-    from vitrt.output import FeatureStore
+    from vitrt.parallel.context import ParallelContext
+    from vitrt.store.writer import FeatureStore
 
 # Loaded when they are asked for: importing vitrt alone costs nothing.
 _HOME = {
     "CheckpointError": "vitrt.checkpoint.shards",
     "EncoderOutput": "vitrt.features",
-    "FeatureStore": "vitrt.output",
+    "FeatureStore": "vitrt.store.writer",
     "ImageError": "vitrt.images.decode",
     "ImageFeatures": "vitrt.features",
-    "ParallelContext": "vitrt.distributed",
+    "ParallelContext": "vitrt.parallel.context",
     "PreprocessorConfig": "vitrt.config",
     "VisionConfig": "vitrt.config",
     "VisionEncoder": "vitrt.encoder",

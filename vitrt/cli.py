@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from vitrt.commands import encode
-from vitrt.commands.arguments import add_runtime, layer_list, open_model, runtime_config
 from vitrt.commands.console import (
     FAILED,
     INTERRUPTED,
@@ -19,6 +18,7 @@ from vitrt.commands.console import (
     set_up_logging,
     stand_in_for_closed_streams,
 )
+from vitrt.commands.options import add_runtime, layer_list, open_model, runtime_config
 from vitrt.version import __version__
 
 logger = logging.getLogger("vitrt")
@@ -177,8 +177,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from vitrt.commands.verify import choose_images, verify
-    from vitrt.commands.verify_table import report
+    from vitrt.compare.verify import choose_images, verify
+    from vitrt.compare.verify_table import report
 
     images = choose_images(args.inputs, args.most_images)
     result = verify(open_model(args), runtime_config(args), images)

@@ -16,24 +16,25 @@ import torch
 from torch import Tensor
 
 from vitrt.attention.registry import resolve
+from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
-from vitrt.cuda_graph import AUTO_MAX_PATCHES, GraphRunner
-from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.engine.arguments import check_pixel_values, check_several
+from vitrt.engine.batch import PixelsFeed, ValuesFeed
 from vitrt.engine.batching import encode_in_order, stream_in_order
-from vitrt.engine.dense import DenseEncoder, check_layers, to_raster
-from vitrt.engine.feed import PixelsFeed, ValuesFeed
-from vitrt.engine.placement import budget_from_memory, dtype_name, resolve_device, resolve_dtype
-from vitrt.engine.runner import EagerRunner, RunnerStats
+from vitrt.engine.device import budget_from_memory, dtype_name, resolve_device, resolve_dtype
+from vitrt.engine.eager_runner import EagerRunner, RunnerStats
+from vitrt.engine.graph_runner import AUTO_MAX_PATCHES, GraphRunner
+from vitrt.engine.loader import load_weights
+from vitrt.engine.request import DenseEncoder, check_layers, to_raster
 from vitrt.engine.sharding import encode_together
 from vitrt.engine.upload import PixelUploader
 from vitrt.features import EncoderOutput, ImageFeatures
-from vitrt.image import ImageInput, ImageProcessor, PreparedImage, normalisation_table
+from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
 from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.models import build_tower
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import VisionTower
-from vitrt.weights import Checkpoint, load_weights, open_checkpoint
+from vitrt.parallel.context import SINGLE, ParallelContext
 
 __all__ = ["EncoderOutput", "ImageFeatures", "VisionEncoder"]
 

@@ -27,9 +27,13 @@ __all__ = [
     "Rotary",
     "Segments",
     "attention_shape",
+    "base",
     "get_backend",
     "register",
+    "registry",
     "resolve",
+    "rests",
     "tile_list",
     "usable",
+    "window",
 ]

@@ -1,9 +1,3 @@
-"""`vitrt bench`: vitrt and transformers on the same weights and pixels, in one process and one run.
+"""`vitrt bench` and the timer that every timing program uses."""
 
-Only the command line imports from here, and nothing here imports transformers before one of its
-peers is asked for.
-"""
-
-from vitrt.bench.cli import add_arguments, run
-
-__all__ = ["add_arguments", "run"]
+__all__ = ["cli", "peers"]

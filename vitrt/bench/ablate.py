@@ -19,11 +19,11 @@ from vitrt.attention.base import Rotary
 from vitrt.attention.registry import AttentionChoice
 from vitrt.bench.timing import measure
 from vitrt.bench.workloads import Workload
+from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.placement import dtype_name
+from vitrt.engine.device import dtype_name
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import padded_width
-from vitrt.weights import open_checkpoint
 
 logger = logging.getLogger(__name__)
 

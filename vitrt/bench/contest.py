@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vitrt.attention.registry import label
 from vitrt.bench.ablate import ablate
-from vitrt.bench.accuracy import compare, float32_reference
 from vitrt.bench.options import BenchConfig
 from vitrt.bench.peers import (
     Contender,
@@ -30,10 +29,11 @@ from vitrt.bench.peers import (
 from vitrt.bench.profiling import profile_call
 from vitrt.bench.results import ModelResult, Row
 from vitrt.bench.timing import Clock, measure
-from vitrt.bench.towers import Source, build_tower, float32_copy, save_checkpoint
 from vitrt.bench.workloads import Workload, build_workloads
+from vitrt.compare.errors import compare, float32_reference
+from vitrt.compare.reference import Source, build_tower, float32_copy, save_checkpoint
 from vitrt.encoder import VisionEncoder
-from vitrt.flops import count_flops
+from vitrt.models.work import count_flops
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrt.bench.options import PEER_NAMES
 from vitrt.encoder import VisionEncoder
-from vitrt.flops import Grid
+from vitrt.models.work import Grid
 
 Output = tuple[Tensor, Sequence[Tensor]]  # embeddings [M, O], deepstack levels of the same shape
 Forward = Callable[[Tensor], Output]

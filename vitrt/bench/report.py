@@ -15,8 +15,8 @@ from vitrt.bench.options import PEER_NAMES
 from vitrt.bench.profiling import GROUP_NAMES, Profile
 from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
-from vitrt.engine.placement import dtype_name
-from vitrt.engine.runner import RunnerStats
+from vitrt.engine.device import dtype_name
+from vitrt.engine.eager_runner import RunnerStats
 
 TOP_KERNELS = 8
 

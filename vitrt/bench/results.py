@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from vitrt.bench.ablate import Ablation
-from vitrt.bench.accuracy import FLOAT32_BOUND, RATIO_BOUND, Errors
 from vitrt.bench.options import BenchConfig
 from vitrt.bench.profiling import Profile
 from vitrt.bench.timing import Ceilings, Timing
-from vitrt.bench.towers import Source
 from vitrt.bench.workloads import Workload
-from vitrt.engine.runner import RunnerStats
+from vitrt.compare.errors import FLOAT32_BOUND, RATIO_BOUND, Errors
+from vitrt.compare.reference import Source
+from vitrt.engine.eager_runner import RunnerStats
 
 
 @dataclass(slots=True)

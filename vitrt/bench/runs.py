@@ -11,9 +11,9 @@ from vitrt.bench.contest import ModelBench, release
 from vitrt.bench.options import PEER_NAMES, BenchConfig
 from vitrt.bench.results import BenchResult
 from vitrt.bench.timing import Clock, measure_ceilings
-from vitrt.bench.towers import resolve
 from vitrt.bench.workloads import build_workloads
-from vitrt.engine.placement import resolve_device, resolve_dtype
+from vitrt.compare.reference import resolve
+from vitrt.engine.device import resolve_device, resolve_dtype
 
 
 def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitrt.flops import Grid, count_patches
+from vitrt.models.work import Grid, count_patches
 
 MERGE = 2  # merged token side of both families, in patches
 

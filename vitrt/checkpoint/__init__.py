@@ -1,1 +1,3 @@
-"""Where a checkpoint comes from and how its files are read, behind vitrt/weights.py."""
+"""Folders and hub ids: configs, the tensors of the tower, extraction."""
+
+__all__ = ["extract", "opened", "shards"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.shards import (
     CheckpointError,
     TensorInfo,
@@ -19,8 +20,8 @@ from vitrt.checkpoint.shards import (
     copy_bytes,
 )
 from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, SINGLE
+from vitrt.engine.loader import check_complete
 from vitrt.models import build_tower
-from vitrt.weights import Checkpoint, check_complete
 
 _FILES = (SINGLE, PREPROCESSOR, CONFIG)
 
@@ -40,7 +41,7 @@ def extract_tower(
     output = Path(output_dir).expanduser()
     with torch.device("meta"):
         tower = build_tower(checkpoint.vision_config())
-    check_complete(tower.weight_slots(), checkpoint)
+    check_complete(tower.weight_targets(), checkpoint)
     _check_output(checkpoint, output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

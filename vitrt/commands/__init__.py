@@ -1,1 +1,3 @@
-"""What the subcommands do, and what they share at a terminal."""
+"""The subcommands of `vitrt`, one file each."""
+
+__all__ = ["console", "encode", "info", "options", "show"]

@@ -10,13 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrt.commands.arguments import (
-    DEFAULTS,
-    add_runtime,
-    layer_list,
-    open_model,
-    runtime_config,
-)
 from vitrt.commands.console import (
     FAILED,
     INTERRUPTED,
@@ -24,6 +17,13 @@ from vitrt.commands.console import (
     SKIPPED,
     graceful_interrupts,
     say_last,
+)
+from vitrt.commands.options import (
+    DEFAULTS,
+    add_runtime,
+    layer_list,
+    open_model,
+    runtime_config,
 )
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
     """Encode, or follow the rank that leads; the exit code."""
     from vitrt.job.encode import EncodeOptions, encode_folder, follow_leader
     from vitrt.job.leader import GroupError
-    from vitrt.job.listing import Inputs
     from vitrt.job.pipeline import Stop
     from vitrt.job.progress import Progress, Reporter, Style
     from vitrt.job.ranks import open_job
     from vitrt.job.watchdog import PeerFailedError
+    from vitrt.sources.inputs import Inputs
 
     names = {field.name for field in fields(EncodeOptions)}
     options = EncodeOptions(

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vitrt.attention.registry import usable
+from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig, VisionConfig
-from vitrt.engine.placement import dtype_name, resolve_device, resolve_dtype
-from vitrt.flops import count_flops, count_parameters, count_patches, count_tokens
-from vitrt.image import ImageProcessor
-from vitrt.weights import Checkpoint
+from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+from vitrt.images.processor import ImageProcessor
+from vitrt.models.work import count_flops, count_parameters, count_patches, count_tokens
 
 # Height x width of common images.
 SIZES = ((224, 224), (448, 448), (560, 560), (700, 1120), (1080, 1920), (2160, 3840))

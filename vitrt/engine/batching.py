@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from vitrt.features import ImageFeatures, join
-from vitrt.image import ImageInput, PreparedImage
+from vitrt.images.processor import ImageInput, PreparedImage
 
 if TYPE_CHECKING:
-    from vitrt.engine.dense import AnyEncoder
+    from vitrt.engine.request import AnyEncoder
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vitrt.engine.graph_pieces import Pieces
+from vitrt.engine.recording import Pieces
 
 _MOST_OF_A_GRAPH = 32 << 20  # bytes; those of a released tower's forward take about 4 MiB
 

@@ -23,12 +23,12 @@ import torch.distributed as dist
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from vitrt.engine.batcher import pack
 from vitrt.engine.batching import prepare_all
 from vitrt.features import ImageFeatures, join
-from vitrt.flops import Grid, count_flops
-from vitrt.image import PreparedImage
 from vitrt.images.decode import ImageError, ImageInput, describe
-from vitrt.packing import pack
+from vitrt.images.processor import PreparedImage
+from vitrt.models.work import Grid, count_flops
 
 if TYPE_CHECKING:
     from vitrt.encoder import VisionEncoder

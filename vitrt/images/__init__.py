@@ -1,1 +1,3 @@
-"""Decoding and resizing, behind vitrt/image.py."""
+"""Images and clips -> upright RGB pixels of the size that a tower takes."""
+
+__all__ = ["decode", "processor"]

@@ -32,7 +32,7 @@ def share_weights(
     first = next(iter(loaded.values()))
     with torch.device("meta"):
         tower = build_tower(config)
-    slots = {slot.name: slot for slot in tower.weight_slots()}
+    slots = {slot.name: slot for slot in tower.weight_targets()}
     _check_names({name: slot.shape for name, slot in slots.items()}, loaded)
     sources = {
         id(slot.identical): loaded[name].detach()
@@ -54,7 +54,7 @@ def share_weights(
     shared = tuple(name for name, slot in slots.items() if id(slot.identical) in sources)
     copied = {name: tensor.nbytes for name, tensor in loaded.items() if name not in set(shared)}
     with torch.no_grad():
-        for slot in tower.weight_slots():  # of the parameters that are now there
+        for slot in tower.weight_targets():  # of the parameters that are now there
             if slot.name in copied:
                 slot.store(_InMemory(loaded[slot.name].detach()))
     tower.prepare()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.placement import dtype_name
+from vitrt.engine.device import dtype_name
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
 from vitrt.integrations.sharing import SharedWeights, share_weights
 from vitrt.integrations.stand_ins import FeatureTower, StandIn, VitrtTower

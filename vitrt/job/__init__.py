@@ -1,1 +1,3 @@
-"""`vitrt encode`: listing, decoding ahead, the device, writing behind, over one rank or many."""
+"""`vitrt encode`: inputs to an output folder, over one rank or many."""
+
+__all__ = ["encode", "leader", "pipeline", "progress", "ranks", "watchdog"]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from vitrt.image import ImageError, PreparedImage
-from vitrt.job.listing import Source
+from vitrt.images.processor import ImageError, PreparedImage
+from vitrt.sources.inputs import Record
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ DEFAULT_AHEAD_BYTES = 1 << 30
 class Decoded:
     """An image ready for the device, or why it is not."""
 
-    source: Source
+    source: Record
     image: PreparedImage | None
     error_class: str = ""
     message: str = ""
@@ -39,8 +39,8 @@ class DecodeAhead:
 
     def __init__(
         self,
-        sources: Iterable[Source],
-        prepare: Callable[[Source], PreparedImage],
+        sources: Iterable[Record],
+        prepare: Callable[[Record], PreparedImage],
         *,
         workers: int,
         max_bytes: int = DEFAULT_AHEAD_BYTES,
@@ -137,7 +137,7 @@ class DecodeAhead:
                 self._finished = True
                 self._changed.notify_all()
 
-    def _decode(self, source: Source, number: int) -> Decoded:
+    def _decode(self, source: Record, number: int) -> Decoded:
         with self._changed:
             # The image that the consumer waits for is always let in, however large.
             while not self._stopped() and self._bytes >= self._max_bytes and number != self._taken:
@@ -151,7 +151,7 @@ class DecodeAhead:
         return decoded
 
 
-def decode_one(source: Source, prepare: Callable[[Source], PreparedImage]) -> Decoded:
+def decode_one(source: Record, prepare: Callable[[Record], PreparedImage]) -> Decoded:
     """The image, or its error: whatever a broken file makes a decoder raise ends here."""
     if source.problem is not None:
         return Decoded(source, None, ImageError.__name__, f"{source.id}: {source.problem}")

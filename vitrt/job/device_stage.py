@@ -15,14 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vitrt.engine.batcher import pack
 from vitrt.features import ImageFeatures
-from vitrt.image import PreparedImage
-from vitrt.job.listing import Source
-from vitrt.packing import pack
+from vitrt.images.processor import PreparedImage
+from vitrt.sources.inputs import Record
 
 logger = logging.getLogger(__name__)
 
-Item = tuple[Source, PreparedImage]
+Item = tuple[Record, PreparedImage]
 
 
 class Encoder(Protocol):
@@ -42,7 +42,7 @@ class DeviceMemoryError(ValueError):
 class Encoded:
     """A batch whose features are on the host, or on their way."""
 
-    sources: list[Source]
+    sources: list[Record]
     features: list[ImageFeatures]  # on the host; pooled ones have one row, float32
     seconds: float = 0.0  # on the device; known after `wait`
     events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None = None
@@ -62,7 +62,7 @@ class Encoded:
 class Refused:
     """An image that was decoded and cannot be encoded."""
 
-    source: Source
+    source: Record
     error: ValueError
 
 
@@ -118,7 +118,7 @@ class DeviceStage:
         return encoded
 
     def _run_on_gpu(
-        self, sources: list[Source], images: list[PreparedImage], copies: torch.cuda.Stream
+        self, sources: list[Record], images: list[PreparedImage], copies: torch.cuda.Stream
     ) -> Encoded:
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         compute = torch.cuda.current_stream(self._encoder.device)

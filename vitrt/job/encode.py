@@ -15,23 +15,23 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
-from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.dense import AnyEncoder, DenseEncoder, check_layers
-from vitrt.engine.placement import dtype_name, resolve_device, resolve_dtype
-from vitrt.engine.runner import RunnerStats
-from vitrt.job.done import DoneIndex
+from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+from vitrt.engine.eager_runner import RunnerStats
+from vitrt.engine.request import AnyEncoder, DenseEncoder, check_layers
 from vitrt.job.leader import Leader, follow, leading
-from vitrt.job.listing import InputError, Inputs, Source, any_image
 from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress, Snapshot
-from vitrt.output import DEFAULT_SHARD_MIB, FeatureWriter
+from vitrt.parallel.context import SINGLE, ParallelContext
+from vitrt.sources.inputs import InputError, Inputs, Record, any_image
 from vitrt.store.durable import flush_folder, make_folder
+from vitrt.store.encoded_index import DoneIndex
 from vitrt.store.lock import FolderLock
 from vitrt.store.manifest import RunIdentity, layers_text
 from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
-from vitrt.weights import Checkpoint
+from vitrt.store.writer import DEFAULT_SHARD_MIB, FeatureWriter
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Ranks(Protocol):
         """
         ...
 
-    def share(self, sources: Iterable[Source]) -> Iterable[Source]:
+    def share(self, sources: Iterable[Record]) -> Iterable[Record]:
         """The part of the sources that falls to this rank; each goes to exactly one."""
         ...
 
@@ -100,7 +100,7 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def share(self, sources: Iterable[Source]) -> Iterable[Source]:
+    def share(self, sources: Iterable[Record]) -> Iterable[Record]:
         return sources
 
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vitrt.image import PreparedImage
+from vitrt.images.processor import PreparedImage
 from vitrt.job.device_stage import is_out_of_memory
 
 if TYPE_CHECKING:
-    from vitrt.engine.dense import AnyEncoder
+    from vitrt.engine.request import AnyEncoder
     from vitrt.features import ImageFeatures
-    from vitrt.flops import Grid
-    from vitrt.image import ImageProcessor
+    from vitrt.images.processor import ImageProcessor
+    from vitrt.models.work import Grid
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from vitrt.engine.batching import default_workers
-from vitrt.image import PreparedImage
+from vitrt.images.processor import PreparedImage
 from vitrt.job.decode_ahead import DEFAULT_AHEAD_BYTES, DecodeAhead
 from vitrt.job.device_stage import DeviceStage, Encoder, Item, Refused, patches_of
-from vitrt.job.done import DoneIndex
-from vitrt.job.listing import Source
 from vitrt.job.progress import Progress
 from vitrt.job.write_behind import Skipped, WriteBehind
-from vitrt.output import FeatureWriter
+from vitrt.sources.inputs import Record
+from vitrt.store.encoded_index import DoneIndex
+from vitrt.store.writer import FeatureWriter
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Outcome:
 
 def encode_sources(
     encoder: ImageEncoder,
-    sources: Iterable[Source],
+    sources: Iterable[Record],
     writer: FeatureWriter,
     done: DoneIndex,
     options: PipelineOptions,
@@ -113,7 +113,7 @@ def encode_sources(
     outcome = Outcome(dropped=[])
     behind = WriteBehind(writer, progress, done.shard_of_id, stop.request)
 
-    def skip(source: Source, error_class: str, message: str) -> None:
+    def skip(source: Record, error_class: str, message: str) -> None:
         logger.warning("skipped: %s", message)
         behind.put(Skipped(source.id, error_class, message))
         old = done.shard_of_id(source.id)
@@ -157,8 +157,8 @@ def encode_sources(
 
 
 def _not_done(
-    sources: Iterable[Source], done: DoneIndex, progress: Progress, stop: Stop
-) -> Iterator[Source]:
+    sources: Iterable[Record], done: DoneIndex, progress: Progress, stop: Stop
+) -> Iterator[Record]:
     for source in sources:
         if stop.requested:
             return
@@ -169,7 +169,7 @@ def _not_done(
 
 
 def _batches(
-    decoding: DecodeAhead, stage: DeviceStage, skip: Callable[[Source, str, str], None]
+    decoding: DecodeAhead, stage: DeviceStage, skip: Callable[[Record, str, str], None]
 ) -> Iterator[list[Item]]:
     """Batches of decoded images; what cannot be decoded goes to `skip`."""
     pending: list[Item] = []

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 from vitrt.job.device_stage import Encoded
 from vitrt.job.progress import Progress
-from vitrt.output import FeatureWriter, tokens_of
 from vitrt.store.durable import OutputError
+from vitrt.store.writer import FeatureWriter, tokens_of
 
 _QUEUED = 2  # batches that wait for the writer: each holds its features on the device or the host
 

@@ -1,1 +1,15 @@
-"""One Triton kernel a file, with its host function and a PyTorch reference: CPU path and oracle."""
+"""Triton and CuTe kernels, each with its host function and its reference in PyTorch."""
+
+__all__ = [
+    "disk_cache",
+    "dispatch",
+    "flash_attention",
+    "gemm",
+    "norm",
+    "patchify",
+    "persistent",
+    "pos_embed",
+    "rest_attention",
+    "rope",
+    "window_attention",
+]

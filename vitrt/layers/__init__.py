@@ -1,0 +1,3 @@
+"""The parts of a block, each of which owns its sharding and names its weights."""
+
+__all__ = ["attention", "cache", "linear", "merger", "mlp", "norm", "patch", "rotary", "weights"]

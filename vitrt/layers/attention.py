@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from vitrt.attention.base import AttentionBackend, Rotary, Segments, attention_shape
 from vitrt.config import VisionConfig
-from vitrt.distributed import ParallelContext
 from vitrt.kernels.rope import rope_
 from vitrt.layers.linear import FusedQKVLinear, RowParallelLinear
 from vitrt.layers.norm import Norm
-from vitrt.layers.slots import WeightSlot
+from vitrt.layers.weights import WeightTarget
+from vitrt.parallel.context import ParallelContext
 
 
 class VisionAttention(nn.Module):
@@ -60,6 +60,6 @@ class VisionAttention(nn.Module):
         """
         return self.proj.add_norm_(residual, attended, norm, spare)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.qkv.weight_slots(f"{prefix}qkv.")
-        yield from self.proj.weight_slots(f"{prefix}proj.")
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from self.qkv.weight_targets(f"{prefix}qkv.")
+        yield from self.proj.weight_targets(f"{prefix}proj.")

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.kernels.gemm import Activation, fuses_residual, linear, prepare
 from vitrt.layers.norm import Norm
-from vitrt.layers.slots import TensorSlice, WeightSlot, whole
+from vitrt.layers.weights import TensorSlice, WeightTarget, whole
+from vitrt.parallel.context import SINGLE, ParallelContext
 
 # A product whose K is no multiple of 8 runs at a quarter of its speed; 64 fills a tile's K.
 WIDTH_ALIGNMENT = 64
@@ -72,7 +72,7 @@ class Linear(nn.Module):
         """Compile what this product may run, so that no forward waits for a compiler."""
         prepare(self.weight, self.bias, activation=self.activation)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield whole(f"{prefix}weight", self.weight)
         if self.bias is not None:
             yield whole(f"{prefix}bias", self.bias)
@@ -95,13 +95,13 @@ class ColumnParallelLinear(Linear):
         self.out_features = out_features
         self.part = _shard(padded, parallel)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         rows = _clipped(self.part, self.out_features)
         for name, target in (("weight", self.weight), ("bias", self.bias)):
             assert target is not None
             shape = (self.out_features, *target.shape[1:])
             identical = target if target.shape == shape else None
-            yield WeightSlot(f"{prefix}{name}", shape, _rows_into(target, rows), identical)
+            yield WeightTarget(f"{prefix}{name}", shape, _rows_into(target, rows), identical)
 
 
 def _rows_into(target: Tensor, rows: slice) -> Callable[[TensorSlice], None]:
@@ -131,12 +131,12 @@ class FusedQKVLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).view(x.shape[0], *self.output_shape)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         for name, target in (("weight", self.weight), ("bias", self.bias)):
             assert target is not None
             shape = (3 * self.width, *target.shape[1:])
             identical = target if target.shape == shape else None
-            yield WeightSlot(f"{prefix}{name}", shape, self._heads_into(target), identical)
+            yield WeightTarget(f"{prefix}{name}", shape, self._heads_into(target), identical)
 
     def _heads_into(self, target: Tensor) -> Callable[[TensorSlice], None]:
         def store(source: TensorSlice) -> None:
@@ -161,14 +161,14 @@ class GateUpLinear(Linear):
         self.width = width
         self.part = _shard(padded, parallel)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         rows = _clipped(self.part, self.width)
         for index, projection in enumerate(("gate_proj", "up_proj")):
             for name, target in (("weight", self.weight), ("bias", self.bias)):
                 assert target is not None
                 shape = (self.width, *target.shape[1:])
                 store = _rows_into(target.view(-1, 2, *target.shape[1:])[:, index], rows)
-                yield WeightSlot(f"{prefix}{projection}.{name}", shape, store)
+                yield WeightTarget(f"{prefix}{projection}.{name}", shape, store)
 
 
 class RowParallelLinear(Linear):
@@ -232,7 +232,7 @@ class RowParallelLinear(Linear):
         if self.parallel.tp_size == 1:
             prepare(self.weight, self.bias, residual=self.adds_residual)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         columns = _clipped(self.part, self.in_features)
         count = columns.stop - columns.start
         weight = self.weight
@@ -243,6 +243,6 @@ class RowParallelLinear(Linear):
 
         shape = (weight.shape[0], self.in_features)
         identical = weight if weight.shape == shape else None
-        yield WeightSlot(f"{prefix}weight", shape, store, identical)
+        yield WeightTarget(f"{prefix}weight", shape, store, identical)
         assert self.bias is not None
         yield whole(f"{prefix}bias", self.bias)

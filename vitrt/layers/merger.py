@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
-from vitrt.distributed import ParallelContext
 from vitrt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vitrt.layers.norm import LayerNorm
-from vitrt.layers.slots import WeightSlot
+from vitrt.layers.weights import WeightTarget
+from vitrt.parallel.context import ParallelContext
 
 
 class PatchMerger(nn.Module):
@@ -37,9 +37,9 @@ class PatchMerger(nn.Module):
         """Normed patches [T, D] or tokens [M, D * merge^2] -> [M, O], in `out` where given."""
         return self.fc2(self.fc1(normed.view(-1, self.joined)), out=out)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.fc1.weight_slots(prefix + self.names[0])
-        yield from self.fc2.weight_slots(prefix + self.names[1])
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from self.fc1.weight_targets(prefix + self.names[0])
+        yield from self.fc2.weight_targets(prefix + self.names[1])
 
 
 class DeepstackMerger(PatchMerger):
@@ -53,6 +53,6 @@ class DeepstackMerger(PatchMerger):
         """Hidden states [T, D], float32 -> [M, O]."""
         return super().forward(self.norm(residual.view(-1, self.joined)), out)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.norm.weight_slots(f"{prefix}norm.")
-        yield from super().weight_slots(prefix)
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from self.norm.weight_targets(f"{prefix}norm.")
+        yield from super().weight_targets(prefix)

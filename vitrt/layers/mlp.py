@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
-from vitrt.distributed import ParallelContext
 from vitrt.layers.linear import (
     ColumnParallelLinear,
     GateUpLinear,
@@ -18,7 +17,8 @@ from vitrt.layers.linear import (
     padded_width,
 )
 from vitrt.layers.norm import Norm
-from vitrt.layers.slots import WeightSlot
+from vitrt.layers.weights import WeightTarget
+from vitrt.parallel.context import ParallelContext
 
 
 class MLP(nn.Module):
@@ -41,9 +41,9 @@ class MLP(nn.Module):
         """
         return self.down.add_norm_(residual, self.up(normed), norm, spare)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.up.weight_slots(prefix + self.up_name)
-        yield from self.down.weight_slots(prefix + self.down_name)
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from self.up.weight_targets(prefix + self.up_name)
+        yield from self.down.weight_targets(prefix + self.down_name)
 
 
 class SwiGLU(MLP):

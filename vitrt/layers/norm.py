@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrt.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from vitrt.layers.slots import WeightSlot, whole
+from vitrt.layers.weights import WeightTarget, whole
 
 EPS = 1e-6  # every norm of both families
 
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
             delta, delta_bias, residual, self.weight, EPS, sum_out=residual, out=out
         )[1]
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield whole(f"{prefix}weight", self.weight)
 
 
@@ -85,6 +85,6 @@ class LayerNorm(nn.Module):
             delta, delta_bias, residual, self.weight, self.bias, EPS, sum_out=residual, out=out
         )[1]
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield whole(f"{prefix}weight", self.weight)
         yield whole(f"{prefix}bias", self.bias)

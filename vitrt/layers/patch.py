@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vitrt.config import VisionConfig
 from vitrt.layers.linear import Linear
-from vitrt.layers.slots import WeightSlot, whole
+from vitrt.layers.weights import WeightTarget, whole
 
 
 class PatchEmbed(Linear):
@@ -25,7 +25,7 @@ class PatchEmbed(Linear):
             config.patch_size,
         )
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield whole(f"{prefix}proj.weight", self.weight, self.conv_shape)
         if self.bias is not None:
             yield whole(f"{prefix}proj.bias", self.bias)

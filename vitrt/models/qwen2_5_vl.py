@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from vitrt.attention.registry import AttentionChoice
 from vitrt.config import VisionConfig
-from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.layers.merger import PatchMerger
 from vitrt.layers.mlp import SwiGLU
 from vitrt.layers.norm import Norm, RMSNorm
 from vitrt.layers.patch import PatchEmbed
-from vitrt.layers.slots import WeightSlot
-from vitrt.models.device_plan import DevicePlan
+from vitrt.layers.weights import WeightTarget
+from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.plan import FramePlan, window_order
 from vitrt.models.tower import TowerOutput, VisionBlock, VisionTower
+from vitrt.parallel.context import SINGLE, ParallelContext
 
 
 class Qwen25VLVisionTower(VisionTower):
@@ -77,9 +77,9 @@ class Qwen25VLVisionTower(VisionTower):
         embeddings = self.merger(normed).index_select(0, plan.inverse)
         return TowerOutput(embeddings, None, kept)
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        yield from self.patch_embed.weight_slots("patch_embed.")
+    def weight_targets(self) -> Iterator[WeightTarget]:
+        yield from self.patch_embed.weight_targets("patch_embed.")
         for index in range(len(self.blocks)):
-            yield from self.block(index).weight_slots(f"blocks.{index}.")
-        yield from self.merger_norm.weight_slots("merger.ln_q.")
-        yield from self.merger.weight_slots("merger.")
+            yield from self.block(index).weight_targets(f"blocks.{index}.")
+        yield from self.merger_norm.weight_targets("merger.ln_q.")
+        yield from self.merger.weight_targets("merger.")

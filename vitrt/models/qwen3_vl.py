@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from vitrt.attention.registry import AttentionChoice
 from vitrt.config import VisionConfig
-from vitrt.distributed import SINGLE, ParallelContext
 from vitrt.kernels.pos_embed import add_position_embedding_
 from vitrt.layers.merger import DeepstackMerger, PatchMerger
 from vitrt.layers.mlp import GeluMLP
 from vitrt.layers.norm import LayerNorm, Norm
 from vitrt.layers.patch import PatchEmbed
-from vitrt.layers.slots import WeightSlot, whole
-from vitrt.models.device_plan import DevicePlan
+from vitrt.layers.weights import WeightTarget, whole
+from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.plan import FramePlan, position_taps
 from vitrt.models.tower import TowerOutput, VisionBlock, VisionTower
+from vitrt.parallel.context import SINGLE, ParallelContext
 
 
 class Qwen3VLVisionTower(VisionTower):
@@ -92,12 +92,14 @@ class Qwen3VLVisionTower(VisionTower):
         embeddings = self.merger(normed)
         return TowerOutput(embeddings, deepstack if levels else None, kept)
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        yield from self.patch_embed.weight_slots("patch_embed.")
+    def weight_targets(self) -> Iterator[WeightTarget]:
+        yield from self.patch_embed.weight_targets("patch_embed.")
         yield whole("pos_embed.weight", self.pos_embed)
         for index in range(len(self.blocks)):
-            yield from self.block(index).weight_slots(f"blocks.{index}.")
-        yield from self.merger_norm.weight_slots("merger.norm.")
-        yield from self.merger.weight_slots("merger.")
+            yield from self.block(index).weight_targets(f"blocks.{index}.")
+        yield from self.merger_norm.weight_targets("merger.norm.")
+        yield from self.merger.weight_targets("merger.")
         for level in range(len(self.deepstack_mergers)):
-            yield from self.deepstack_merger(level).weight_slots(f"deepstack_merger_list.{level}.")
+            yield from self.deepstack_merger(level).weight_targets(
+                f"deepstack_merger_list.{level}."
+            )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vitrt.attention.base import AttentionBackend, Rotary, Segments
 from vitrt.attention.registry import AttentionChoice
 from vitrt.config import VisionConfig
-from vitrt.distributed import ParallelContext
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import Linear
@@ -24,9 +23,10 @@ from vitrt.layers.mlp import MLP
 from vitrt.layers.norm import LayerNorm, Norm, RMSNorm
 from vitrt.layers.patch import PatchEmbed
 from vitrt.layers.rotary import RotaryPosMixin
-from vitrt.layers.slots import WeightSlot
-from vitrt.models.device_plan import DevicePlan
+from vitrt.layers.weights import WeightTarget
+from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.plan import ForwardPlan, FramePlan, Grid, build_plan, check_grids
+from vitrt.parallel.context import ParallelContext
 
 _FRAME_CACHE_BYTES = 64 << 20
 _PLAN_CACHE_BYTES = 64 << 20
@@ -101,11 +101,11 @@ class VisionBlock(nn.Module):
             next_norm.add_(residual[rows], out[rows], down.bias)
         return out
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.norm1.weight_slots(f"{prefix}norm1.")
-        yield from self.attn.weight_slots(f"{prefix}attn.")
-        yield from self.norm2.weight_slots(f"{prefix}norm2.")
-        yield from self.mlp.weight_slots(f"{prefix}mlp.")
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from self.norm1.weight_targets(f"{prefix}norm1.")
+        yield from self.attn.weight_targets(f"{prefix}attn.")
+        yield from self.norm2.weight_targets(f"{prefix}norm2.")
+        yield from self.mlp.weight_targets(f"{prefix}mlp.")
 
 
 class VisionTower(RotaryPosMixin, nn.Module):
@@ -213,6 +213,6 @@ class VisionTower(RotaryPosMixin, nn.Module):
             if isinstance(module, Linear):
                 module.prepare()
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
+    def weight_targets(self) -> Iterator[WeightTarget]:
         """Every tensor of the checkpoint's tower, once."""
         raise NotImplementedError

@@ -1,1 +1,3 @@
-"""The files of an output folder and their durability, behind vitrt/output.py."""
+"""The output folder: shards, manifests, recovery, checks, reading."""
+
+__all__ = ["check", "durable", "encoded_index", "lock", "manifest", "recovery", "writer"]

@@ -1,0 +1,307 @@
+"""Graphs keyed by buckets: what fits where, inert padding, and replays equal to eager forwards."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+from torch import Tensor
+
+from tests.support.checkpoints import tiny_checkpoint
+from vitrt import VisionEncoder
+from vitrt.engine.batch import ValuesFeed
+from vitrt.engine.eager_runner import EagerRunner
+from vitrt.engine.graph_pool import GraphPool
+from vitrt.engine.graph_runner import GraphKey, GraphRunner, _Recording, default_buckets
+from vitrt.engine.recording import _Recorder
+from vitrt.models.packed_plan import PlanLayout, pack_plan, view_plan
+from vitrt.parallel.symmetric_memory import SymmetricMemory
+
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
+
+
+@pytest.mark.parametrize("most", [64, 1000, 1024, 4096, 8192, 65536])
+def test_bucket_steps(most: int):
+    buckets = default_buckets(most)
+    assert buckets[0] == 64 and buckets[-1] <= most
+    assert list(buckets) == sorted(set(buckets))
+    for low, high in pairwise(buckets):
+        assert high - low <= (64 if high <= 1024 else low / 8)
+    assert most - buckets[-1] <= max(64, most / 8)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("grids", [[(1, 8, 8)], [(2, 6, 10), (1, 2, 2)], [(1, 14, 18)]], ids=str)
+def test_padding_is_inert(folder: Path, grids):
+    """The same tower with room to spare, every padded row NaN: real rows come out the same."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    plan = encoder.tower.plan(grids)
+    values = torch.randn(plan.num_patches, encoder.config.patch_dim)
+    if plan.patch_order is not None:
+        values = values[torch.from_numpy(plan.patch_order)]
+    exact_layout = PlanLayout.exact(plan)
+    bucket = plan.num_patches + 100
+    windows = None if plan.windows is None else 40
+    roomy = PlanLayout.bucket(bucket, 17, windows, plan.merge_unit, plan.taps is not None)
+    assert roomy.fits(plan)
+
+    def run(layout: PlanLayout, patches: Tensor, padded: bool):
+        buffer = pack_plan(plan, layout, feed=None, pinned=False)
+        views = view_plan(buffer, layout, plan, max_seqlen=layout.patches, padded=padded)
+        with torch.inference_mode():
+            return encoder.tower(patches, views, encoder.attention)
+
+    exact = run(exact_layout, values, padded=False)
+    poisoned = torch.full((bucket, values.shape[1]), torch.nan)
+    poisoned[: len(values)] = values
+    padded = run(roomy, poisoned, padded=True)
+    tokens = sum(plan.tokens)
+    torch.testing.assert_close(padded.embeddings[:tokens], exact.embeddings, rtol=1e-5, atol=1e-5)
+    if exact.deepstack is not None:
+        torch.testing.assert_close(
+            padded.deepstack[:, :tokens], exact.deepstack, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_plan_that_does_not_fit_is_refused(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    plan = encoder.tower.plan([(1, 4, 4)] * 5)
+    windows = None if plan.windows is None else 5
+    taps = plan.taps is not None
+    assert PlanLayout.bucket(80, 5, windows, 4, taps).fits(plan)
+    assert not PlanLayout.bucket(79, 5, windows, 4, taps).fits(plan)
+    assert not PlanLayout.bucket(80, 4, windows, 4, taps).fits(plan)
+    if windows:
+        assert not PlanLayout.bucket(80, 5, 4, 4, taps).fits(plan)
+
+
+def test_graphs_asked_for_without_a_gpu_are_refused(folder: Path):
+    with pytest.raises(ValueError, match="cuda_graphs=True needs a CUDA device"):
+        VisionEncoder.from_pretrained(folder, device="cpu", cuda_graphs=True)
+
+
+def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
+    """What loads the static inputs; only recording needs a GPU."""
+    return GraphRunner(
+        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=0
+    )
+
+
+def test_memory_made_in_inference_mode_can_be_written_outside(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What lasts from one call to the next: static inputs, results of splits, buffers of sums."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    plan = encoder.tower.plan([(1, 4, 4)])
+    monkeypatch.setattr(symm_mem, "empty", torch.empty)
+    monkeypatch.setattr(symm_mem, "rendezvous", lambda buffer, group: None)
+    group = cast("dist.ProcessGroup", SimpleNamespace(size=lambda: 2))
+    symmetric = SymmetricMemory(group, encoder.device, always=True)
+    recorder = _Recorder(None)
+
+    def places() -> tuple[Tensor, ...]:
+        summed = symmetric.buffer("block", (16, 64), torch.float32)
+        assert summed is not None
+        return *runner._static(64), recorder.out_for(torch.zeros(16, 3, 2, 8)), summed
+
+    with torch.inference_mode():
+        first = [place.data_ptr() for place in places()]
+    assert [place.zero_().data_ptr() for place in places()] == first
+    feed = ValuesFeed(torch.randn(16, encoder.config.patch_dim), reordered=plan.order is not None)
+    runner._load(plan, runner._layout(runner._key(plan)), feed, *runner._static(64))
+
+
+def test_static_inputs_keep_no_history(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    plan = encoder.tower.plan([(1, 4, 4)])
+    patches, buffer = runner._static(64)
+    values = torch.randn(16, encoder.config.patch_dim, requires_grad=True)
+    feed = ValuesFeed(values, reordered=plan.order is not None)
+    runner._load(plan, runner._layout(runner._key(plan)), feed, patches, buffer)
+    assert not runner._static(64)[0].requires_grad
+
+
+def test_a_recording_too_large_by_itself_costs_no_other(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    runner.limit_bytes = 100
+    pool = SimpleNamespace(nbytes=40)
+
+    def add(bucket: int, nbytes: int) -> GraphKey:
+        key = GraphKey(bucket, 8, "sdpa", cut=False)
+        runner._pool = runner._pool or cast("GraphPool", pool)
+        runner._recordings[key] = cast("_Recording", SimpleNamespace(nbytes=nbytes))
+        runner._evict()
+        return key
+
+    first, second = add(64, 20), add(128, 20)
+    huge = add(192, 61)
+    assert list(runner._recordings) == [first, second] and runner._too_large == {huge}
+    third = add(256, 40)  # fits by itself, so the least recently used goes
+    assert list(runner._recordings) == [second, third] and runner._too_large == {huge}
+    assert runner.stats.graph_bytes == 100
+    pool.nbytes = 90  # what the newest needs of the pool stays there until all are gone
+    add(320, 20)
+    assert not runner._recordings and runner._pool is None and runner.stats.graph_bytes == 0
+
+
+def test_graphs_need_triton(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without it the functions that stand in ask the device for numbers, which no graph may."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    encoder.device = torch.device("cuda")
+    assert isinstance(encoder._make_runner(), GraphRunner)
+    monkeypatch.setattr("vitrt.encoder.HAVE_TRITON", False)
+    assert type(encoder._make_runner()) is EagerRunner
+    encoder.runtime = replace(encoder.runtime, cuda_graphs=True)
+    with pytest.raises(ValueError, match="needs Triton"):
+        encoder._make_runner()
+
+
+def test_warmup_takes_numbers_of_patches(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
+    recorded: list[int] = []
+    monkeypatch.setattr(runner, "_record", lambda key, plan, feed: recorded.append(key.bucket))
+    runner.warmup([1001, 64])
+    assert set(recorded) == {64, 1024} and recorded == sorted(recorded, reverse=True)
+    for patches in (0, -64, 4097):
+        with pytest.raises(ValueError, match=rf"no graph holds {patches} patches; .* up to 4096"):
+            runner.warmup([64, patches])
+
+
+def test_callers_on_several_streams_take_turns(folder: Path):
+    class Stream:
+        def __init__(self) -> None:
+            self.waited_for: list[Stream] = []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waited_for.append(other)
+
+    runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
+    first, second = Stream(), Stream()
+    for stream in (first, first, second, first):
+        runner._take_turns(stream)
+    assert second.waited_for == [first] and first.waited_for == [second]
+
+
+# On a GPU
+
+DTYPE = torch.bfloat16
+
+
+def poison_free_memory() -> None:
+    """Leave NaN in what the allocator hands out next."""
+    blocks = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(16)]
+    del blocks
+
+
+def random_grids(rng: random.Random, most: int) -> list[tuple[int, int, int]]:
+    grids: list[tuple[int, int, int]] = []
+    left = rng.randint(16, most)
+    while left >= 4 and len(grids) < 12:
+        h = 2 * rng.randint(1, 24)
+        w = 2 * rng.randint(1, max(1, min(40, left // (2 * h))))
+        t = rng.choice([1, 1, 1, 1, 2, 3])
+        if t * h * w > left:
+            break
+        grids.append((t, h, w))
+        left -= t * h * w
+    return grids or [(1, 2, 2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["auto", "triton", "sdpa"])
+def test_replays_equal_eager_forwards(folder: Path, attention: str):
+    graphs = VisionEncoder.from_pretrained(
+        folder, device="cuda", attention=attention, cuda_graphs=True
+    )
+    eager = VisionEncoder.from_pretrained(
+        folder, device="cuda", attention=attention, cuda_graphs=False
+    )
+    runner = graphs.runner
+    assert isinstance(runner, GraphRunner)
+    runner.buckets = default_buckets(4096)
+    rng = random.Random(attention)
+    for _ in range(60):
+        grids = random_grids(rng, 3000)
+        patches = sum(t * h * w for t, h, w in grids)
+        values = torch.randn(patches, graphs.config.patch_dim, device="cuda")
+        poison_free_memory()
+        if runner._patches is not None:
+            runner._patches.fill_(torch.nan)
+        got, want = graphs(values, grids), eager(values, grids)
+        assert not got.embeddings.isnan().any()
+        error = (got.embeddings.float() - want.embeddings.float()).norm()
+        assert error <= 1e-2 * want.embeddings.float().norm(), grids
+        if want.deepstack is not None:
+            error = (got.deepstack.float() - want.deepstack.float()).norm()
+            assert error <= 1e-2 * want.deepstack.float().norm(), grids
+    stats = graphs.stats()
+    assert stats.hits.total() > 20
+    assert stats.captures <= len(stats.hits) * 2 + 1
+
+
+@pytest.mark.gpu
+def test_same_token_count_other_boundaries(folder: Path):
+    """A graph replayed with another image's boundaries: PEERS, sglang PR 16902."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=True)
+    eager = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=False)
+    values = torch.randn(256, encoder.config.patch_dim, device="cuda")
+    layouts = [[(1, 16, 16)], [(4, 8, 8)], [(1, 2, 128)], [(1, 8, 16), (2, 8, 8)], [(1, 16, 16)]]
+    for grids in [*layouts, *reversed(layouts)]:
+        got, want = encoder(values, grids).embeddings, eager(values, grids).embeddings
+        assert (got - want).float().norm() <= 1e-2 * want.float().norm()
+
+
+@pytest.mark.gpu
+def test_results_are_never_overwritten_by_the_next_replay(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=True)
+    values = [torch.randn(64, encoder.config.patch_dim, device="cuda") for _ in range(6)]
+    outputs = [encoder(v, [(1, 8, 8)]) for v in values]
+    kept = [output.embeddings.clone() for output in outputs]
+    for v in values:
+        encoder(v.flip(0), [(1, 8, 8)])
+    assert encoder.stats().hits.total() >= 10
+    for output, copy in zip(outputs, kept, strict=True):
+        assert torch.equal(output.embeddings, copy)
+
+
+@pytest.mark.gpu
+def test_memory_limit_evicts_and_stays_right(folder: Path):
+    encoder = VisionEncoder.from_pretrained(
+        folder, device="cuda", cuda_graphs=True, graph_memory_mib=0
+    )
+    values = torch.randn(64, encoder.config.patch_dim, device="cuda")
+    first = [encoder(values, [(1, 8, 8)]).embeddings for _ in range(4)]
+    assert encoder.stats().graph_bytes == 0
+    assert all(torch.equal(first[0], other) for other in first)
+
+
+@pytest.mark.gpu
+def test_a_forward_never_waits_for_the_device(folder: Path):
+    """Nothing inside a forward may synchronise, eager or replayed."""
+    for cuda_graphs in (False, True):
+        encoder = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=cuda_graphs)
+        values = torch.randn(2 * 140, encoder.config.patch_dim, device="cuda")
+        grids = [(2, 14, 10)]
+        for _ in range(3):
+            encoder(values, grids)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            encoder(values, grids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,272 @@
+"""Inputs that are no usable image: each an ImageError that names the image and says why."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from vitrt.images.processor import ImageError, ImageProcessor, normalisation_table
+
+PROCESSOR = ImageProcessor(14, 2, 2, 56 * 56, 28 * 28 * 64)
+
+
+def photo(height: int = 60, width: int = 80) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    photo().save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises this size and holds next to nothing: a decompression bomb's outside."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+
+
+def cut(content: bytes, share: float) -> bytes:
+    return content[: int(len(content) * share)]
+
+
+BAD_FILES = {  # name -> content, part of the reason
+    "empty.png": (b"", "empty"),
+    "empty.jpg": (b"", "empty"),
+    "text.png": (b"this is not a picture\n" * 20, "not an image"),
+    "page.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image"),
+    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "zeros.jpg": (bytes(4096), "not an image"),
+    "marker.jpg": (b"\xff\xd8\xff", "not an image"),
+    "signature.png": (b"\x89PNG\r\n\x1a\n", "not an image"),
+    "header.png": (png_header(40, 40)[:33], ""),
+    "half.jpg": (cut(encoded("JPEG"), 0.5), "truncated"),
+    "almost.jpg": (cut(encoded("JPEG"), 0.9), "truncated"),
+    "head.jpg": (cut(encoded("JPEG"), 0.2), "truncated"),
+    "half.png": (cut(encoded("PNG"), 0.5), "truncated"),
+    "half.gif": (cut(encoded("GIF"), 0.5), "truncated"),
+    "half.bmp": (cut(encoded("BMP"), 0.5), "truncated"),
+    "half.ppm": (cut(encoded("PPM"), 0.5), "truncated"),
+    "half.tif": (cut(encoded("TIFF"), 0.5), ""),
+    "half.webp": (cut(encoded("WEBP"), 0.5), ""),
+    "short.png": (png_header(300, 300), ""),
+    "bomb.png": (png_header(20000, 20000), "400000000 pixels"),
+    "narrow.png": (png_header(0, 40), ""),
+}
+
+
+def assert_refused(image, name: str, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        PROCESSOR.prepare(image)
+    message = str(caught.value)
+    assert name in message
+    assert reason in message
+    assert message.removeprefix(name).strip(": ")  # a name alone is no reason
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(tmp_path: Path, name: str) -> None:
+    content, reason = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert_refused(path, str(path), reason)
+    with pytest.raises(ImageError, match=f"given-{name}: .*{reason}"):
+        PROCESSOR.prepare(content, name=f"given-{name}")
+
+
+def test_broken_exif_does_not_cost_the_image() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    broken = encoded("JPEG", exif=exif).replace(b"MM\0*", b"junk").replace(b"II*\0", b"junk")
+    assert b"junk" in broken
+    np.testing.assert_array_equal(
+        PROCESSOR.prepare(broken).pixels, PROCESSOR.prepare(encoded("JPEG")).pixels
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1), (2, 401), (10, 2001)])
+def test_aspect_ratio_over_200(tmp_path: Path, height: int, width: int) -> None:
+    path = tmp_path / "strip.png"
+    photo(height, width).save(path)
+    assert_refused(path, str(path), f"{height} x {width} (height x width), an aspect ratio of")
+    assert_refused(np.zeros((height, width, 3), np.uint8), "array", "at most 200")
+    assert_refused(photo(height, width), "PIL image", "at most 200")
+
+
+def test_things_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    assert_refused(tmp_path / "folder.jpg", "folder.jpg", "directory")
+    assert_refused(tmp_path / "missing.jpg", "missing.jpg", "No such file")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    assert_refused(tmp_path / "dangling.jpg", "dangling.jpg", "No such file")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert_refused(tmp_path / "loop.jpg", "loop.jpg", "symbolic links")
+    os.mkfifo(tmp_path / "pipe.jpg")  # opening it would never return
+    assert_refused(tmp_path / "pipe.jpg", "pipe.jpg", "not a regular file")
+    assert_refused(str(tmp_path / "nul\0.jpg"), "nul", "null")
+    assert_refused("https://example.com/cat.jpg", "https://example.com/cat.jpg", "No such file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    photo().save(path)
+    path.chmod(0)
+    assert_refused(path, str(path), "Permission denied")
+
+
+def test_a_file_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for whoever runs the tests as root."""
+    path = tmp_path / "secret.png"
+    photo().save(path)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image.builtins, "open", refuse)
+    assert_refused(path, str(path), "Permission denied")
+
+
+def test_a_tiff_of_float64_pixels() -> None:
+    path = Path(skimage.__file__).parent / "data" / "multipage_rgb.tif"
+    assert_refused(path, str(path), "not an image in a format that Pillow can read")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((40, 40, 3), np.float32),
+        np.zeros((40, 40, 3), np.uint16),
+        np.zeros((40, 40, 3), np.int64),
+        np.zeros((40, 40), bool),
+        np.zeros((40, 40, 3), object),
+        np.zeros((40, 40, 4), np.uint8),
+        np.zeros((40, 40, 2), np.uint8),
+        np.zeros((3, 40, 40), np.uint8),
+        np.zeros((2, 3, 40, 40), np.uint8),
+        np.zeros((2, 40, 40, 1), np.uint8),
+        np.zeros((2, 40, 40, 4), np.uint8),
+        np.zeros((1, 2, 40, 40, 3), np.uint8),
+        np.zeros(40, np.uint8),
+        np.zeros((), np.uint8),
+        np.zeros((0, 40, 3), np.uint8),
+        np.zeros((40, 0, 3), np.uint8),
+        np.zeros((0, 0), np.uint8),
+        np.zeros((0, 40, 40, 3), np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)
+def test_bad_array(array: np.ndarray) -> None:
+    assert_refused(array, str(array.dtype), str(list(array.shape)))
+    with pytest.raises(ImageError, match=r"^frame 7: .*expected"):
+        PROCESSOR.prepare(array, name="frame 7")
+
+
+def test_hints_say_what_would_be_right() -> None:
+    assert_refused(np.zeros((40, 40, 3), np.float32), "array", "scale it to 0..255 and cast it")
+    assert_refused(np.zeros((40, 40, 4), np.uint8), "array", "array[..., :3]")
+    assert_refused(np.zeros((3, 40, 40), np.uint8), "array", "move the channels to the last axis")
+
+
+def test_bad_pil_images() -> None:
+    closed = photo()
+    closed.close()
+    assert_refused(closed, "PIL image", "closed")
+    assert_refused(Image.new("RGB", (0, 5)), "PIL image", "must be positive")
+    assert_refused(Image.new("La", (5, 5)), "PIL image (La, 5 x 5)", "not supported")
+    assert_refused(Image.open(io.BytesIO(cut(encoded("PNG"), 0.5))), "PIL image", "truncated")
+
+
+@pytest.mark.parametrize("thing", [None, 3, ["a.png"], torch.zeros(3, 4, 4), io.BytesIO(b"x")])
+def test_things_that_are_no_images(thing) -> None:
+    assert_refused(thing, type(thing).__name__, "expected a path")
+
+
+def test_decompression_bombs_follow_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded("PNG")  # 4800 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
+    with pytest.raises(ImageError, match=r"^big\.png: .*4800 pixels.*limit of 4798.*--max-"):
+        PROCESSOR.prepare(content, name="big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
+    with pytest.warns(Image.DecompressionBombWarning, match="4800 pixels"):
+        PROCESSOR.prepare(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    PROCESSOR.prepare(content)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow comments on what it finds in broken files
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_broken_bytes_give_pixels_or_an_image_error(file_format: str) -> None:
+    content = encoded(file_format)
+    messages: list[str] = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(
+        changes=st.lists(
+            st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=20
+        ),
+        # Headers are where most can go wrong.
+        header=st.lists(st.tuples(st.integers(0, 63), st.integers(0, 255)), max_size=3),
+        length=st.integers(0, len(content)) | st.just(len(content)),
+    )
+    def check(changes, header, length) -> None:
+        broken = bytearray(content)
+        for position, value in changes + header:
+            broken[position] = value
+        try:
+            prepared = PROCESSOR.prepare(bytes(broken[:length]), name="broken image")
+        except ImageError as error:
+            messages.append(str(error))
+            return
+        _, h, w = prepared.grid_thw
+        assert prepared.pixels.shape == (1, 14 * h, 14 * w, 3)
+
+    check()
+    assert messages
+    assert all(message.startswith("broken image: ") for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"merge_size": -1}, "merge_size is -1"),
+        ({"temporal_patch_size": 0}, "temporal_patch_size is 0"),
+        ({"min_pixels": 0}, "min_pixels is 0"),
+        ({"min_pixels": 5000, "max_pixels": 4000}, "max_pixels 4000 is below min_pixels 5000"),
+        ({"min_pixels": 1, "max_pixels": 783}, "max_pixels is 783.*28 x 28 = 784"),
+        ({"resize": "lanczos"}, "resize is 'lanczos'.*pillow.*torch"),
+    ],
+)
+def test_bad_processor_settings(change: dict, message: str) -> None:
+    settings = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"min_pixels": 3136, "max_pixels": 12845056}
+    with pytest.raises(ValueError, match=message):
+        ImageProcessor(**{**settings, **limits, **change})
+
+
+def test_bad_normalisation() -> None:
+    with pytest.raises(ValueError, match="three values each"):
+        normalisation_table((0.5,), (0.5, 0.5, 0.5), "pillow")
+    with pytest.raises(ValueError, match="without zeros"):
+        normalisation_table((0.5, 0.5, 0.5), (0.5, 0.0, 0.5), "pillow")
+    with pytest.raises(ValueError, match="resize is 'gpu'"):
+        normalisation_table((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "gpu")

@@ -1,0 +1,153 @@
+"""What tests of output folders share: small images, an encoder without a model, and its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitrt.features import ImageFeatures
+from vitrt.images.processor import ImageProcessor, PreparedImage
+from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
+from vitrt.job.progress import Progress
+from vitrt.sources.folder import Record, walk
+from vitrt.store.check import check_folder
+from vitrt.store.durable import make_folder
+from vitrt.store.encoded_index import DoneIndex
+from vitrt.store.lock import FolderLock
+from vitrt.store.manifest import RunIdentity
+from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
+from vitrt.store.writer import FeatureStore, FeatureWriter
+
+WIDTH = 6
+LEVELS = 2
+IDENTITY = RunIdentity(
+    model="some/model",
+    model_type="qwen3_vl",
+    weights="0123456789abcdef",
+    dtype="float32",
+    min_pixels=1024,
+    max_pixels=65536,
+    resize="pillow",
+    pool="none",
+)
+SHARD_MIB = 1 / 2048  # two or three of the images below
+
+
+class FakeEncoder:
+    """Features that depend on every pixel of their own image alone, on the CPU."""
+
+    def __init__(self, budget: int = 64, memory: int | None = None) -> None:
+        """`memory`: patches that fit at once."""
+        self.device = torch.device("cpu")
+        self.max_batch_tokens = budget
+        self.memory = memory
+        self.batches: list[int] = []
+        self.processor = ImageProcessor(
+            patch_size=16,
+            merge_size=2,
+            temporal_patch_size=2,
+            min_pixels=IDENTITY.min_pixels,
+            max_pixels=IDENTITY.max_pixels,
+        )
+
+    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        patches = sum(int(np.prod(image.grid_thw)) for image in images)
+        if self.memory is not None and patches > self.memory:
+            raise torch.OutOfMemoryError(f"{patches} patches")
+        self.batches.append(len(images))
+        return [fake_features(image) for image in images]
+
+
+def fake_features(image: PreparedImage) -> ImageFeatures:
+    t, h, w = image.grid_thw
+    blocks = image.pixels.reshape(-1, h // 2, 32, w // 2, 32, 3).mean((0, 2, 4), dtype=np.float64)
+    base = torch.from_numpy(blocks.astype(np.float32)).reshape(-1, 3).repeat(t, 1)
+    embeddings = torch.cat([base, base**0.5], dim=1)
+    return ImageFeatures(embeddings, torch.stack([embeddings + 1, embeddings * 2]), (t, h, w))
+
+
+def photo(path: Path, seed: int, height: int = 40, width: int = 70) -> Path:
+    """A small PNG of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def photos(folder: Path, count: int) -> Path:
+    """Images of several sizes, some in a subfolder."""
+    for index in range(count):
+        name = f"sub/{index:03}.png" if index % 3 == 2 else f"{index:03}.png"
+        photo(folder / name, index, 30 + 17 * (index % 5), 40 + 23 * (index % 4))
+    return folder
+
+
+def encode(
+    folder: Path,
+    output: Path,
+    *,
+    encoder: FakeEncoder | None = None,
+    identity: RunIdentity = IDENTITY,
+    sources: Iterable[Record] | None = None,
+    options: PipelineOptions | None = None,
+    overwrite: bool = False,
+    shard_mib: float = SHARD_MIB,
+    stop: Stop | None = None,
+    progress: Progress | None = None,
+    rank: int = 0,
+) -> Outcome:
+    """One run over a folder, as `vitrt encode` does it, without a model."""
+    check_identity(output, identity)
+    make_folder(output)
+    with FolderLock(output, rank):
+        if overwrite:
+            clear(output)
+        recover(output)
+        writer = FeatureWriter(
+            output,
+            identity,
+            rank=rank,
+            first_shard=ShardNumbers(output).take(rank),
+            shard_mib=shard_mib,
+        )
+        outcome = encode_sources(
+            encoder or FakeEncoder(),
+            walk(str(folder)) if sources is None else sources,
+            writer,
+            DoneIndex(output),
+            options or PipelineOptions(workers=2, pool=identity.pool == "mean"),
+            progress=progress or Progress(),
+            stop=stop or Stop(),
+        )
+        compact(output, outcome.dropped)
+    return outcome
+
+
+def expected(folder: Path) -> dict[str, ImageFeatures]:
+    """What a folder of good images must come to."""
+    encoder = FakeEncoder()
+    return {
+        source.id: fake_features(encoder.processor.prepare(source.path))
+        for source in walk(str(folder))
+    }
+
+
+def assert_holds(output: Path, features: dict[str, ImageFeatures]) -> None:
+    """The folder is clean and holds exactly these features."""
+    assert check_folder(output).problems == []
+    store = FeatureStore(output)
+    assert set(store) == set(features)
+    for name, feature in features.items():
+        assert_same(store[name], feature)
+
+
+def assert_same(found: ImageFeatures, wanted: ImageFeatures) -> None:
+    assert found.grid_thw == wanted.grid_thw
+    assert torch.equal(found.embeddings, wanted.embeddings)
+    assert (found.deepstack is None) == (wanted.deepstack is None)
+    if found.deepstack is not None and wanted.deepstack is not None:
+        assert torch.equal(found.deepstack, wanted.deepstack)

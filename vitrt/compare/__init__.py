@@ -1,0 +1,3 @@
+"""transformers as the reference, and errors against it."""
+
+__all__ = ["errors", "reference", "verify", "verify_table"]

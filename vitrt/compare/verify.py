@@ -1,0 +1,224 @@
+"""`vitrt verify`: how far every way to run a tower here is from transformers, in numbers.
+
+The reference is transformers' own image processor and tower in float32. What a dtype costs by
+itself is measured on transformers' tower in that dtype: vitrt may be 1.05 times as far from the
+reference, and in float32 1e-5 (relative L2).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
+
+import numpy as np
+import torch
+from PIL.Image import Image, fromarray
+from torch import Tensor
+
+from vitrt.attention import window
+from vitrt.attention.registry import AutoBackend, resolve, usable
+from vitrt.bench.peers import Output
+from vitrt.checkpoint.opened import Checkpoint
+from vitrt.compare.errors import Errors, compare, full_precision
+from vitrt.compare.reference import Source, build_tower
+from vitrt.compare.sample_images import sample_images
+from vitrt.compare.verify_table import Row, Verification
+from vitrt.config import RuntimeConfig
+from vitrt.encoder import VisionEncoder
+from vitrt.engine.batcher import pack
+from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+from vitrt.images.decode import describe
+from vitrt.images.processor import PreparedImage, patches_reference
+from vitrt.sources.inputs import Inputs
+
+logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 16  # by default
+_RUNS = 3  # of a batch with graphs: the second one records, the third one replays
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """An image as vitrt takes it, and as transformers' processor made it."""
+
+    prepared: PreparedImage
+    pixel_values: Tensor  # float32 [T, P]
+    name: str
+    equal: bool  # to what vitrt makes of it, bit by bit
+
+
+def verify(
+    checkpoint: Checkpoint, runtime: RuntimeConfig, images: Sequence[str | Image]
+) -> Verification:
+    """Run `images` (paths or PIL images) in every way that this machine has.
+
+    `runtime` gives device, pixel limits and dtype, where "auto" is float32 and bfloat16. Raises
+    ValueError where transformers is not installed, ImageError for an image that cannot be used.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            "vitrt verify compares with transformers, which is not installed: pip install "
+            "'vitrt[transformers]'"
+        )
+    device = resolve_device(runtime.device)
+    dtypes = _dtypes(runtime.dtype, device)
+    with full_precision(), torch.inference_mode():
+        encoder = VisionEncoder.from_checkpoint(checkpoint, replace(runtime, dtype="float32"))
+        samples = _samples(checkpoint, encoder, images)
+        sizes = [sample.prepared.num_patches for sample in samples]
+        batches = [[samples[n] for n in part] for part in pack(sizes, encoder.max_batch_tokens)]
+        del encoder
+        differing = [sample.name for sample in samples if not sample.equal]
+        result = Verification(checkpoint.name, device, len(samples), sum(sizes), differing)
+        exact = _transformers(checkpoint, batches, device, torch.float32)
+        for dtype in dtypes:
+            peer = None
+            if dtype != torch.float32:
+                peer = compare(_transformers(checkpoint, batches, device, dtype), exact)
+                result.rows.append(Row(dtype, "transformers", False, peer, peer, ours=False))
+            here = replace(runtime, dtype=dtype_name(dtype))
+            _measure(result, VisionEncoder.from_checkpoint(checkpoint, here), batches, exact, peer)
+    return result
+
+
+def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | Image]:
+    """The first `most` images of the inputs (None: MOST_IMAGES), or without inputs made-up ones.
+
+    ValueError for inputs that hold no image.
+    """
+    if not inputs:
+        return list(sample_images())
+    most = MOST_IMAGES if most is None else most
+    if most < 1:
+        raise ValueError(f"most images must be at least 1, got {most}")
+    sources = list(islice(Inputs(inputs), most + 1))
+    if not sources:
+        raise ValueError(f"no image in {', '.join(inputs)}")
+    if len(sources) > most:
+        logger.info("taking the first %d images", most)
+    return [source.path for source in sources[:most]]
+
+
+def _dtypes(name: str, device: torch.device) -> list[torch.dtype]:
+    if name != "auto":
+        return [resolve_dtype(name, device)]
+    half = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return [torch.float32, torch.bfloat16] if half else [torch.float32]
+
+
+def _samples(
+    checkpoint: Checkpoint, encoder: VisionEncoder, images: Sequence[str | Image]
+) -> list[_Sample]:
+    """Every image twice: by `encoder`'s processor, and by transformers' own from its own files."""
+    from transformers import AutoImageProcessor
+    from transformers.image_utils import load_image
+
+    theirs = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+    ours, config = encoder.processor, encoder.config
+    limits = {"shortest_edge": ours.min_pixels, "longest_edge": ours.max_pixels}
+    table = encoder.table.cpu().numpy()
+    samples = []
+    for image in images:
+        prepared = ours.prepare(image)
+        # The colours alone: its processor would blend what is transparent onto white.
+        colours = fromarray(np.asarray(load_image(image)))
+        inputs = theirs(images=[colours], return_tensors="pt", size=limits)
+        grid = tuple(inputs["image_grid_thw"][0].tolist())
+        if grid != prepared.grid_thw:
+            raise ValueError(
+                f"{describe(image)}: vitrt makes a grid of {prepared.grid_thw} patches of it, "
+                f"transformers one of {grid}; please report this"
+            )
+        sizes = config.patch_size, config.temporal_patch_size, config.spatial_merge_size
+        values = torch.from_numpy(patches_reference(prepared, table, *sizes))
+        equal = torch.equal(values, inputs["pixel_values"])
+        samples.append(_Sample(prepared, inputs["pixel_values"], describe(image), equal))
+    return samples
+
+
+def _transformers(
+    checkpoint: Checkpoint,
+    batches: Sequence[Sequence[_Sample]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Output:
+    """What transformers' own tower makes of all images, on the CPU."""
+    logger.info("transformers in %s", dtype_name(dtype))
+    source = Source(checkpoint.name, checkpoint.vision_config(), checkpoint)
+    tower = build_tower(source, device=device, dtype=dtype)
+    parts: list[Output] = []
+    for batch in batches:
+        values = torch.cat([sample.pixel_values for sample in batch]).to(device, dtype)
+        grids = torch.tensor([sample.prepared.grid_thw for sample in batch], device=device)
+        output = tower(values, grid_thw=grids)
+        levels = getattr(output, "deepstack_features", None) or ()
+        parts.append((output.pooler_output.cpu(), [level.cpu() for level in levels]))
+    return _joined(parts)
+
+
+def _measure(
+    result: Verification,
+    encoder: VisionEncoder,
+    batches: Sequence[Sequence[_Sample]],
+    exact: Output,
+    peer: Errors | None,
+) -> None:
+    """A row for each backend and mode that `encoder`'s tower can run with."""
+    dtype = encoder.dtype
+    modes = (False, True) if encoder.device.type == "cuda" else (False,)
+    for name, graphs in product(_backends(result, encoder), modes):
+        logger.info("vitrt in %s, %s%s", dtype_name(dtype), name, ", CUDA graphs" * graphs)
+        row = Row(dtype, name, graphs, None, peer)
+        runtime = replace(encoder.runtime, attention=name, cuda_graphs=graphs)
+        try:
+            output, note = _run(encoder, runtime, batches)
+            row = replace(row, errors=compare(output, exact), note=note)
+        except Exception as error:  # a backend's failure is its result
+            logger.debug("", exc_info=True)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            row = replace(row, note=f"failed: {lines[0]}")
+        result.rows.append(row)
+
+
+def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
+    """The names to run; those that cannot are noted in `result`."""
+    device, dtype, head_dim = encoder.device, encoder.dtype, encoder.config.head_dim
+    names = []
+    for name, reason in usable(device, dtype, head_dim):
+        if reason is not None:
+            result.unusable.setdefault((name, reason), []).append(dtype)
+        elif name != window.SPEC.name:  # a part of "auto"
+            names.append(name)
+    choice = resolve("auto", device=device, dtype=dtype, head_dim=head_dim)
+    is_mixed = isinstance(choice.full, AutoBackend) or choice.full.name != choice.window.name
+    return ["auto", *names] if is_mixed else names
+
+
+def _run(
+    encoder: VisionEncoder, runtime: RuntimeConfig, batches: Sequence[Sequence[_Sample]]
+) -> tuple[Output, str]:
+    """The features of all images by the same tower, run as `runtime` says; and a note."""
+    other = VisionEncoder(
+        encoder.tower, encoder.preprocessor, runtime, device=encoder.device, dtype=encoder.dtype
+    )
+    graphs = runtime.cuda_graphs is True
+    parts: list[Output] = []
+    for batch in batches:
+        for _ in range(_RUNS if graphs else 1):
+            features = other.encode_prepared([sample.prepared for sample in batch])
+        embeddings = torch.cat([feature.embeddings for feature in features])
+        stacked = [f.deepstack for f in features if f.deepstack is not None]
+        levels = torch.cat(stacked, dim=1).cpu().unbind(0) if stacked else ()
+        parts.append((embeddings.cpu(), levels))
+    note = ""
+    if graphs and not other.stats().hits:
+        note = f"no graph replayed: {', '.join(other.stats().eager)}"
+    return _joined(parts), note
+
+
+def _joined(parts: Sequence[Output]) -> Output:
+    levels = list(map(torch.cat, zip(*(levels for _, levels in parts), strict=True)))
+    return torch.cat([embeddings for embeddings, _ in parts]), levels

@@ -1,0 +1,150 @@
+"""How the ranks of a job share a folder: who encodes what, and when to wait for each other.
+
+One rank lists the images and publishes them in small blocks in the store; every rank draws the next
+block by a shared counter when it has room for it. No collective is involved, so ranks differ in
+speed as they like, and each image goes to exactly one of them, whatever happens to the folder
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vitrt.sources.folder import Record
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_BLOCK_IMAGES = 4  # few, so that ranks end at about the same time
+_BLOCKS_AHEAD = 64  # published and not yet drawn, for each rank
+_POLL_SECONDS = 0.02
+_PATIENCE_SECONDS = 0.02  # how long a rank lets others draw that have drawn less
+_LEAVE_SECONDS = 3.0  # how long an interrupted rank waits for the others
+
+
+class SharedWork:
+    """This rank's part of a job. The ranks here are those that write: one for each tower."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        check: Callable[[], None],
+        leaving: Callable[[], bool],
+    ) -> None:
+        """`check` raises where another rank failed; `leaving`: whether this one was interrupted."""
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._check = check
+        self._leaving = leaving
+        self._steps = 0  # calls that every rank makes, in one order
+        self._left = False  # without the others
+        self._listing_error: BaseException | None = None
+
+    # Waiting
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, JSON values in the order of the ranks.
+
+        If this rank was interrupted, only of those that gave something within a few seconds.
+        """
+        self._steps += 1
+        keys = [f"step/{self._steps}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        since: float | None = None
+        while not self._store.check(keys):
+            self._check()
+            if self._leaving():
+                since = since or time.monotonic()
+                if self._left or time.monotonic() - since > _LEAVE_SECONDS:
+                    self._left = True  # who did not come to this step comes to no later one
+                    break
+            time.sleep(_POLL_SECONDS)
+        return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]
+
+    # Sharing
+
+    def share(self, sources: Iterable[Record]) -> Iterator[Record]:
+        """This rank's part of what the first rank's `sources` yield. To be called once, by all."""
+        self.gather(None)  # start together: in a small folder the first to come would take it all
+        if self.rank == 0:
+            threading.Thread(
+                target=self._publish, args=(sources,), name="vitrt-share", daemon=True
+            ).start()
+        return self._draw()
+
+    def _publish(self, sources: Iterable[Record]) -> None:
+        block: list[dict[str, Any]] = []
+        published = 0
+        try:
+            for source in sources:
+                block.append(asdict(source))
+                if len(block) == _BLOCK_IMAGES:
+                    self._put(published, block)
+                    block, published = [], published + 1
+                    self._wait_for_room(published)
+                if self._leaving():
+                    break
+            if block:
+                self._put(published, block)
+                published += 1
+        except BaseException as error:
+            self._listing_error = error
+        self._store.set("published", str(published))
+
+    def _put(self, number: int, block: list[dict[str, Any]]) -> None:
+        self._store.set(f"block/{number}", json.dumps(block))
+
+    def _wait_for_room(self, published: int) -> None:
+        while published - self._store.add("drawn", 0) > _BLOCKS_AHEAD * self.size:
+            if self._leaving():
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _draw(self) -> Iterator[Record]:
+        mine = 0
+        while not self._leaving():
+            self._let_others_draw(mine)
+            mine += 1
+            number = self._store.add("drawn", 1) - 1
+            block = self._wait_for_block(number)
+            if block is None:
+                break
+            yield from (Record(**fields) for fields in block)
+        if self._listing_error is not None:
+            raise self._listing_error
+
+    def _let_others_draw(self, mine: int) -> None:
+        """Near the end, wait a moment for ranks that have drawn less.
+
+        No rank should sit on the last images while another one has nothing to do.
+        """
+        if not self._store.check(["published"]):
+            return
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while mine * self.size > self._store.add("drawn", 0) and time.monotonic() < deadline:
+            time.sleep(_PATIENCE_SECONDS / 5)
+
+    def _wait_for_block(self, number: int) -> list[dict[str, Any]] | None:
+        """The block, or None where there are fewer."""
+        key = f"block/{number}"
+        while not self._leaving():
+            # In this order: what was published before the end was announced is there.
+            ended = self._store.check(["published"])
+            if self._store.check([key]):
+                block: list[dict[str, Any]] = json.loads(self._store.get(key))
+                self._store.delete_key(key)
+                return block
+            if ended:
+                return None
+            self._check()
+            time.sleep(_POLL_SECONDS)
+        return None

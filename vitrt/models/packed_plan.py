@@ -1,0 +1,237 @@
+"""A plan on the device: one packed int32 buffer, and named views into it.
+
+Shapes: T patches, M merged tokens, S segments, C tiles, W windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrt.attention.base import TILE_ROWS, QueryCut, Segments
+from vitrt.attention.rests import MOST_RESTS, rest_list
+from vitrt.models.plan import ForwardPlan, IntArray
+
+# What brings patches into the order of execution; see vitrt/engine/batch.py.
+Feed = Literal["order", "sources"]
+_FEED_COLUMNS: dict[Feed, int] = {"order": 1, "sources": 3}
+_COUNTS = 5  # patches, segments, tiles, windows, rests in use
+# int32 values: every field starts on 16 bytes, so that kernels may load it in wide words.
+_ALIGNMENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLayout:
+    """How many of each a packed plan has room for; where its fields lie follows from that alone."""
+
+    patches: int
+    segments: int
+    tiles: int
+    windows: int | None  # None: a tower without windows
+    merge_unit: int
+    taps: bool  # a tower with a position table
+    cut: bool = False  # the query rows of full attention, see vitrt/attention/rests.py
+    feed: Feed | None = None  # last in the buffer: a graph's fields lie the same whatever feeds it
+
+    @classmethod
+    def exact(cls, plan: ForwardPlan) -> PlanLayout:
+        windows = None if plan.windows is None else len(plan.windows) - 1
+        return cls(
+            patches=plan.num_patches,
+            segments=len(plan.segments) - 1,
+            tiles=len(plan.tiles),
+            windows=windows,
+            merge_unit=plan.merge_unit,
+            taps=plan.taps is not None,
+        )
+
+    @classmethod
+    def bucket(
+        cls, patches: int, segments: int, windows: int | None, merge_unit: int, taps: bool
+    ) -> PlanLayout:
+        """Room for any batch of at most so many patches, segments and windows."""
+        # Every segment ends in at most one tile that is not full.
+        tiles = patches // TILE_ROWS + segments
+        return cls(patches, segments, tiles, windows, merge_unit, taps)
+
+    def fits(self, plan: ForwardPlan) -> bool:
+        need = PlanLayout.exact(plan)
+        return (
+            need.patches <= self.patches
+            and need.segments <= self.segments
+            and (need.windows or 0) <= (self.windows or 0)
+        )
+
+    def with_cut(self, cut: bool) -> PlanLayout:
+        """The same layout with or without room for a cut of the query rows."""
+        return replace(self, cut=cut)
+
+    def fed_by(self, feed: Feed | None) -> PlanLayout:
+        """The same layout with room for what feeds the patches."""
+        return replace(self, feed=feed)
+
+    def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Name -> (offset in int32 values, shape)."""
+        return _fields(self)
+
+    @property
+    def size(self) -> int:
+        """int32 values of the whole buffer."""
+        offset, shape = list(self.fields().values())[-1]
+        return offset + prod(shape)
+
+
+@lru_cache(maxsize=1024)
+def _fields(layout: PlanLayout) -> dict[str, tuple[int, tuple[int, ...]]]:
+    fields: dict[str, tuple[int, tuple[int, ...]]] = {}
+    offset = 0
+    for name, shape in _shapes(layout):
+        fields[name] = (offset, shape)
+        offset += -(-prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return fields
+
+
+def _shapes(layout: PlanLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "counts", (_COUNTS,)
+    yield "positions", (layout.patches, 2)
+    yield "segments", (layout.segments + 1,)
+    yield "tiles", (layout.tiles, 3)
+    if layout.cut:
+        yield "whole", (layout.segments,)
+        yield "rests", (MOST_RESTS, 3)
+    if layout.windows is not None:
+        yield "windows", (layout.windows + 1,)
+        yield "inverse", (layout.patches // layout.merge_unit,)
+    if layout.taps:
+        yield "taps", (layout.patches, 4)
+        yield "tap_weights", (layout.patches, 4)
+    if layout.feed is not None:
+        yield "feed", (layout.patches, _FEED_COLUMNS[layout.feed])
+
+
+def pack_plan(
+    plan: ForwardPlan,
+    layout: PlanLayout,
+    *,
+    feed: np.ndarray | None,
+    pinned: bool,
+    whole: IntArray | None = None,
+) -> Tensor:
+    """The plan's arrays at the layout's offsets, int32 [layout.size] on the host.
+
+    `feed` [T, columns] goes with `layout.feed`, `whole` [S] with `layout.cut`. What is left over is
+    inert: boundaries repeat their last value, positions, taps and whole rows are 0, the feed is -1,
+    and the order of padded tokens maps each to itself.
+    """
+    buffer = torch.zeros(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
+    values = buffer.numpy()
+
+    def field(name: str) -> np.ndarray:
+        offset, shape = layout.fields()[name]
+        return values[offset : offset + prod(shape)].reshape(shape)
+
+    windows = 0 if plan.windows is None else len(plan.windows) - 1
+    rests = 0
+    if whole is not None:
+        work = rest_list(plan.segments, whole)
+        rests = len(work)
+        field("whole")[: len(whole)] = whole
+        field("rests")[:rests] = work
+    segments = len(plan.segments) - 1
+    field("counts")[:] = (plan.num_patches, segments, len(plan.tiles), windows, rests)
+    field("positions")[: plan.num_patches] = plan.positions
+    _fill_boundaries(field("segments"), plan.segments)
+    field("tiles")[: len(plan.tiles)] = plan.tiles
+    if plan.windows is not None and plan.order is not None:
+        _fill_boundaries(field("windows"), plan.windows)
+        inverse = field("inverse")
+        inverse[:] = np.arange(len(inverse))
+        inverse[plan.order] = np.arange(len(plan.order))
+    if plan.taps is not None and plan.tap_weights is not None:
+        field("taps")[: plan.num_patches] = plan.taps
+        field("tap_weights")[: plan.num_patches] = plan.tap_weights.view(np.int32)
+    if feed is not None:
+        rows = field("feed")
+        rows[: plan.num_patches] = feed.reshape(plan.num_patches, -1)
+        rows[plan.num_patches :] = -1
+    return buffer
+
+
+def _fill_boundaries(target: np.ndarray, boundaries: np.ndarray) -> None:
+    target[: len(boundaries)] = boundaries
+    target[len(boundaries) :] = boundaries[-1]
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What a forward reads: tensors on the device and a few bounds on the host."""
+
+    positions: Tensor  # int32 [T, 2]
+    valid: Tensor | None  # int32 [1] patches that are no padding; None where none is
+    full: Segments
+    window: Segments | None
+    inverse: Tensor | None  # int32 [M] place of execution of each merged token
+    taps: Tensor | None  # int32 [T, 4]
+    tap_weights: Tensor | None  # float32 [T, 4]
+    feed: Tensor | None  # int32 [T, 1 or 3]
+    largest_position: int  # host bound of `positions`
+
+    @cached_property
+    def hidden_inverse(self) -> Tensor:
+        """[T] place of execution of each patch, for hidden states of a reordered tower."""
+        assert self.inverse is not None
+        unit = self.positions.shape[0] // self.inverse.shape[0]
+        steps = torch.arange(unit, dtype=torch.int32, device=self.inverse.device)
+        return (self.inverse[:, None] * unit + steps).reshape(-1)
+
+
+def view_plan(
+    buffer: Tensor, layout: PlanLayout, plan: ForwardPlan, *, max_seqlen: int, padded: bool
+) -> DevicePlan:
+    """Named views of a packed plan on the device.
+
+    `max_seqlen` bounds the segments for as long as the views are used.
+    """
+
+    def field(name: str) -> Tensor:
+        offset, shape = layout.fields()[name]
+        return buffer[offset : offset + prod(shape)].view(shape)
+
+    counts = field("counts")
+    full = Segments(
+        cu_seqlens=field("segments"),
+        count=counts[1:2],
+        tiles=field("tiles"),
+        tile_count=counts[2:3],
+        lengths=plan.segment_lengths,
+        max_seqlen=max_seqlen,
+        cut=QueryCut(field("whole"), field("rests"), counts[4:5]) if layout.cut else None,
+    )
+    window = None
+    if plan.windows is not None:
+        window = Segments(
+            cu_seqlens=field("windows"),
+            count=counts[3:4],
+            tiles=None,
+            tile_count=None,
+            lengths=plan.window_lengths,
+            max_seqlen=plan.window_patches,
+        )
+    return DevicePlan(
+        positions=field("positions"),
+        valid=counts[0:1] if padded else None,
+        full=full,
+        window=window,
+        inverse=field("inverse") if layout.windows is not None else None,
+        taps=field("taps") if layout.taps else None,
+        tap_weights=field("tap_weights").view(torch.float32) if layout.taps else None,
+        feed=field("feed") if layout.feed is not None else None,
+        largest_position=plan.largest_position,
+    )

@@ -1,0 +1,3 @@
+"""Ranks: how they are arranged, their sums, their memory."""
+
+__all__ = ["context"]

@@ -1,0 +1,181 @@
+"""The images below a folder, one after the other, however large it is.
+
+Walks follow links (except back into a folder they are in), skip hidden files and folders, and take
+files by their extension. A byte of a path that is not UTF-8 becomes \\xNN in the id; of such a path
+alone, a backslash becomes two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
+
+IMAGE_EXTENSIONS = frozenset(
+    f".{name}"
+    for name in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif", "heic", "heif", "tga", "ico"),
+    )
+)
+_SORTED_NAMES = 10_000  # a folder's names are sorted this many at a time
+_ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image to encode."""
+
+    id: str
+    path: str
+    size: int = 0  # in bytes
+    mtime: float = 0.0  # in seconds
+    problem: str | None = None  # why it is known to be unusable
+
+
+@dataclass(slots=True)
+class _Level:
+    """A folder on the way down."""
+
+    prefix: str  # of the ids in it
+    path: str
+    key: tuple[int, int]  # device and inode
+    entries: Iterator[os.DirEntry[str]]
+    chunk: list[os.DirEntry[str]] = field(default_factory=list)
+    images: int = 0  # found in it and below
+
+
+def walk(root: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+    """The images of a folder and of the folders in it: sorted, files before folders.
+
+    Ends early once `should_stop`, even where there is no image for long.
+    """
+    stack = [_open_level("", root)]
+    while stack and not should_stop():
+        level = stack[-1]
+        if not level.chunk:
+            try:
+                entries = islice(level.entries, _SORTED_NAMES)
+                names = list(takewhile(lambda entry: not should_stop(), entries))
+            except OSError as error:
+                names = []
+                yield _unlisted(level.prefix[:-1] or ".", level.path, error)
+            if should_stop():
+                return
+            level.chunk = sorted(names, key=_files_first, reverse=True)
+            if not level.chunk:
+                stack.pop()
+                yield from _close_level(level, stack)
+                continue
+        entry = level.chunk.pop()
+        if entry.name.startswith("."):
+            continue
+        name = level.prefix + entry.name
+        if not _is_folder(entry):
+            if is_image_name(entry.name):
+                level.images += 1
+                yield _checked(root, named(id_from(name), entry.path))
+            continue
+        try:
+            inner = _open_level(name + "/", entry.path)
+        except OSError as error:
+            level.images += 1
+            yield _unlisted(name, entry.path, error)
+            continue
+        if inner.key not in {outer.key for outer in stack}:
+            stack.append(inner)
+
+
+def _open_level(prefix: str, path: str) -> _Level:
+    status = os.stat(path)
+    return _Level(prefix, path, (status.st_dev, status.st_ino), os.scandir(path))
+
+
+def _close_level(level: _Level, stack: Sequence[_Level]) -> Iterator[Record]:
+    if not stack:
+        return
+    if not level.images and is_image_name(level.path):
+        # Somebody expects a picture there.
+        level.images = 1
+        yield Record(
+            id_from(level.prefix[:-1]), level.path, problem="it is a folder, with no image in it"
+        )
+    stack[-1].images += level.images
+
+
+def _files_first(entry: os.DirEntry[str]) -> tuple[bool, str]:
+    return _is_folder(entry), entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in a circle
+        return False
+
+
+def _unlisted(name: str, path: str, error: OSError) -> Record:
+    problem = f"the folder cannot be listed: {error.strerror or error}"
+    return Record(id_from(name), path, problem=problem)
+
+
+def would_be_met(relative: str) -> bool:
+    """Whether a walk takes the file of this path below its root."""
+    hidden = any(name.startswith(".") for name in relative.split(os.sep))
+    return not hidden and is_image_name(relative)
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def named(image_id: str, path: str) -> Record:
+    """With size and mtime; what cannot be an image file says so in `problem`."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Record(image_id, path, problem=f"cannot be read: {reason}")
+    if stat.S_ISDIR(status.st_mode):
+        return Record(image_id, path, problem="it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        return Record(image_id, path, problem="it is not a regular file")
+    return Record(image_id, path, status.st_size, status.st_mtime)
+
+
+def _checked(root: str, source: Record) -> Record:
+    """The same, or with a problem where an escaped id is another file's true name."""
+    if "\\x" in source.id and os.path.lexists(os.path.join(root, source.id)):
+        relative = os.path.relpath(source.path, root)
+        if printable(relative) != relative:
+            reason = "its name is not UTF-8, and written as such it is the name of another file"
+            return Record(source.id + " (not UTF-8)", source.path, problem=reason)
+    return source
+
+
+def id_from(path: str) -> str:
+    """A path as an id: POSIX, UTF-8."""
+    if os.sep != "/":
+        path = path.replace(os.sep, "/")
+    return printable(path)
+
+
+def printable(path: str) -> str:
+    """A path with every byte that is not UTF-8 written as \\xNN, and then each backslash as two."""
+    raw = os.fsencode(path)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+
+
+def unprintable(text: str) -> str | None:
+    """The path with bytes that are not UTF-8 of which `printable` makes `text`, if there is one."""
+    if "\\x" not in text:
+        return None
+    raw = _ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", text.encode())
+    path = os.fsdecode(raw)
+    return path if path != text and printable(path) == text else None

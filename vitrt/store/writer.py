@@ -1,0 +1,200 @@
+"""The output folder: FeatureWriter fills it shard by shard, FeatureStore (in store/) reads it.
+
+An image is in the folder once its manifest line is: the line is flushed to the disk only after the
+whole shard is there under its final name.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vitrt.features import ImageFeatures
+from vitrt.store.durable import AppendError, OutputError, append, discard, write_file
+from vitrt.store.feature_shard import MERGE_SIZE, encode_shard
+from vitrt.store.feature_store import FeatureStore
+from vitrt.store.manifest import (
+    Entry,
+    RunIdentity,
+    error_line,
+    errors_name,
+    manifest_name,
+    shard_name,
+    temporary_path,
+)
+
+if TYPE_CHECKING:
+    from vitrt.sources.inputs import Record
+
+__all__ = [
+    "DEFAULT_SHARD_MIB",
+    "SHARD_IMAGES",
+    "FeatureStore",
+    "FeatureWriter",
+    "tokens_of",
+]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARD_MIB = 256
+SHARD_IMAGES = 1024  # most images of a shard: what a kill costs stays small where features are
+
+
+class FeatureWriter:
+    """Writes features into one rank's shards. Not for several threads at once.
+
+    A full shard is written by a thread while the next one fills; one at a time, in order. Nothing
+    is durable before `flush`. An OutputError of that thread surfaces in the next call that needs
+    it; the writer is closed for good then, and what it finished before stays valid.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: RunIdentity,
+        *,
+        rank: int = 0,
+        first_shard: int = 0,
+        shard_mib: float = DEFAULT_SHARD_MIB,
+        merge_size: int = MERGE_SIZE,
+    ) -> None:
+        """`folder` exists and was recovered; `first_shard` is this rank's first free number."""
+        self.folder = folder
+        self.rank = rank
+        self.images = 0  # durable ones
+        self._metadata = identity.metadata() | {"merge_size": str(merge_size)}
+        self._next_shard = first_shard
+        self._shard_bytes = shard_mib * (1 << 20)
+        self._manifest = folder / manifest_name(rank)
+        self._errors = folder / errors_name(rank)
+        self._pool = identity.pool == "mean"
+        self._held: list[tuple[Record, ImageFeatures, str | None]] = []
+        self._held_ids: set[str] = set()
+        self._held_bytes = 0
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if not self._manifest.exists():
+            write_file(self._manifest, [], temporary=temporary_path(self._manifest))
+
+    def add(self, source: Record, features: ImageFeatures, *, replaces: str | None = None) -> None:
+        """Take the features of one image, on the CPU; kept by reference until its shard is written.
+
+        `replaces` names the shard that holds the features of an older state of the image. Of a run
+        with `--pool mean` only `features.pooled()` is kept. A shard cannot hold two images of one
+        id: the first is kept, the other one is recorded as an error.
+        """
+        if source.id in self._held_ids:
+            message = f"{source.id}: {source.path} is a second image with this id"
+            logger.warning("skipped: %s", message)
+            self.add_error(source.id, "ValueError", message)
+            return
+        if self._pool:
+            row = features.pooled()[None]
+            features = ImageFeatures(row, None, features.grid_thw, features.merge_size)
+        self._held.append((source, features, replaces))
+        self._held_ids.add(source.id)
+        self._held_bytes += features.embeddings.nbytes
+        self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
+        self._held_bytes += 0 if features.hidden is None else features.hidden.nbytes
+        if self._held_bytes >= self._shard_bytes or len(self._held) >= SHARD_IMAGES:
+            self._hand_over()
+
+    def add_error(self, image_id: str, error_class: str, message: str) -> None:
+        """Record an image that could not be encoded."""
+        append(self._errors, error_line(image_id, error_class, message), flush=False)
+
+    def flush(self) -> None:
+        """Write and list everything added so far; durable on return."""
+        self._hand_over()
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Flush everything, the errors as well."""
+        self.flush()
+        if self._errors.exists():
+            append(self._errors, b"", flush=True)
+
+    def wait(self) -> None:
+        """Until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _hand_over(self) -> None:
+        """Start writing the shard in hand, when the one before it is done."""
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+        if not self._held:
+            return
+        held, self._held, self._held_ids, self._held_bytes = self._held, [], set(), 0
+        self._thread = threading.Thread(target=self._write, args=[held], name="vitrt-shard")
+        self._thread.start()
+
+    def _write(self, held: list[tuple[Record, ImageFeatures, str | None]]) -> None:
+        try:
+            self._write_shard(held)
+        except BaseException as error:
+            self._failure = error
+
+    def _write_shard(self, held: list[tuple[Record, ImageFeatures, str | None]]) -> None:
+        path = self.folder / shard_name(self.rank, self._next_shard)
+        self._next_shard += 1
+        shard = encode_shard(self._tensors(held), self._metadata)
+        try:
+            write_file(path, shard, temporary=temporary_path(path))
+        except OutputError:
+            discard(path)
+            raise
+        lines = "".join(
+            Entry(
+                source.id,
+                path.name,
+                features.grid_thw,
+                tokens_of(features),
+                source.size,
+                source.mtime,
+                replaces,
+            ).line()
+            for source, features, replaces in held
+        )
+        try:
+            append(self._manifest, lines.encode(), flush=True)
+        except AppendError as error:
+            if error.undone:
+                discard(path)  # not listed, so nobody would ever read it
+            raise
+        self.images += len(held)
+
+    def _tensors(
+        self, held: list[tuple[Record, ImageFeatures, str | None]]
+    ) -> list[tuple[str, Tensor]]:
+        if self._pool:
+            return [(f"{source.id}/pooled", features.embeddings[0]) for source, features, _ in held]
+        tensors = [
+            (
+                f"{source.id}/grid_thw",
+                torch.tensor(features.grid_thw, dtype=torch.int64, device="cpu"),
+            )
+            for source, features, _ in held
+        ]
+        for source, features, _ in held:
+            tensors.append((f"{source.id}/embeddings", features.embeddings.contiguous()))
+            if features.deepstack is not None:
+                tensors.append((f"{source.id}/deepstack", features.deepstack.contiguous()))
+            if features.hidden is not None:
+                tensors.append((f"{source.id}/hidden", features.hidden.contiguous()))
+        return tensors
+
+
+def tokens_of(features: ImageFeatures) -> int:
+    """Merged tokens by the grid: pooled features hold only one row."""
+    t, h, w = features.grid_thw
+    return t * h * w // features.merge_size**2
