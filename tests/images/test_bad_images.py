@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from vitrt.images.decode import size_of
 from vitrt.images.processor import ImageError, ImageProcessor, normalisation_table
 
 PROCESSOR = ImageProcessor(14, 2, 2, 56 * 56, 28 * 28 * 64)
@@ -121,6 +122,8 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
     assert_refused(tmp_path / "loop.jpg", "loop.jpg", "symbolic links")
     os.mkfifo(tmp_path / "pipe.jpg")  # opening it would never return
     assert_refused(tmp_path / "pipe.jpg", "pipe.jpg", "not a regular file")
+    with pytest.raises(OSError, match="not a regular file"):
+        size_of(tmp_path / "pipe.jpg")
     assert_refused(str(tmp_path / "nul\0.jpg"), "nul", "null")
     assert_refused("https://example.com/cat.jpg", "https://example.com/cat.jpg", "No such file")
 

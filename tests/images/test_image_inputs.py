@@ -162,6 +162,40 @@ def test_a_clip_is_its_frames_and_the_last_one_repeated(frames: int, resize: str
         np.testing.assert_array_equal(prepared.pixels[index], frame)
 
 
+@pytest.mark.parametrize("frames", [1, 4, 7])
+def test_a_span_of_a_clip_is_that_part_of_the_whole(frames: int) -> None:
+    clip = np.stack([np.asarray(photo(seed=seed)) for seed in range(frames)])
+    whole = processor().prepare(clip)
+    t, h, w = whole.grid_thw
+    for start in range(t):
+        for stop in range(start + 1, t + 1):
+            part = processor().prepare(clip, span=(start, stop))
+            assert part.grid_thw == (stop - start, h, w)
+            np.testing.assert_array_equal(part.pixels, whole.pixels[2 * start : 2 * stop])
+
+
+def test_the_grid_is_known_from_a_header_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo().save(tmp_path / "upright.png")
+    photo().save(tmp_path / "turned.jpg", exif=exif)
+    clip = np.zeros((5, 90, 150, 3), np.uint8)
+    content = (tmp_path / "turned.jpg").read_bytes()
+    images = [tmp_path / "upright.png", str(tmp_path / "turned.jpg"), content, photo(), clip]
+    images.append(Image.open(tmp_path / "turned.jpg"))
+    expected = [processor().prepare(image).grid_thw for image in images]
+    assert len(set(expected)) == 3  # upright, turned, and a clip
+    images[-1] = Image.open(tmp_path / "turned.jpg")
+
+    def decoded(image: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", decoded)
+    assert [processor().grid_of(image) for image in images] == expected
+
+
 def test_patches_of_a_clip_are_ordered_as_transformers_orders_video() -> None:
     """Each value is looked up where the definition of the order says it lies."""
     clip = np.stack([np.asarray(photo(84, 112, seed=seed)) for seed in range(3)])

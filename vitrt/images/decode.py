@@ -89,11 +89,7 @@ def decode(image: object, name: str) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return _upright_rgb(image, name)
-        source = io.BytesIO(image) if isinstance(image, bytes) else os.fsdecode(image)
-        length = len(image) if isinstance(image, bytes) else _file_length(os.fsdecode(image))
-        if length == 0:
-            raise ValueError("empty (0 bytes)")
-        with Image.open(source) as opened:
+        with _open(image) as opened:
             return _upright_rgb(opened, name)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a format that Pillow can read") from error
@@ -106,6 +102,34 @@ def decode(image: object, name: str) -> Image.Image:
         # Broken files make Pillow's plugins raise nearly anything (SyntaxError, struct.error, ...).
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{name}: cannot be read as an image: {reason}") from error
+
+
+def size_of(image: ImageInput) -> tuple[int, int]:
+    """(height, width) of an image, or of a clip's frames, as it will be decoded: from its header.
+
+    Raises whatever an image that cannot be read makes Pillow raise; `decode` says what that means.
+    """
+    if isinstance(image, np.ndarray):
+        height, width = image.shape[:2] if image.ndim < 4 else image.shape[1:3]
+        return height, width
+    if isinstance(image, Image.Image):
+        return _upright_size(image)
+    with _open(image) as opened:
+        return _upright_size(opened)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
+    """A file or its content as Pillow opens it, not yet loaded. Refuses what is no regular file."""
+    source = io.BytesIO(image) if isinstance(image, bytes) else os.fsdecode(image)
+    length = len(image) if isinstance(image, bytes) else _file_length(os.fsdecode(image))
+    if length == 0:
+        raise ValueError("empty (0 bytes)")
+    return Image.open(source)
 
 
 def _file_length(path: str) -> int:

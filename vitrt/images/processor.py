@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vitrt.config import PreprocessorConfig, RuntimeConfig
-from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe
+from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe, size_of
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
 
@@ -124,7 +124,22 @@ class ImageProcessor:
         height, width = self.resized(height, width)
         return 1, height // self.patch_size, width // self.patch_size
 
-    def prepare(self, image: ImageInput, name: str | None = None) -> PreparedImage:
+    def grid_of(self, image: ImageInput) -> tuple[int, int, int]:
+        """The grid that `prepare` will give an image or clip, without decoding it.
+
+        Raises whatever an image that cannot be read makes its reader raise.
+        """
+        _, h, w = self.grid(*size_of(image))
+        frames = len(image) if isinstance(image, np.ndarray) and image.ndim == 4 else 1
+        return -(-frames // self.temporal_patch_size), h, w
+
+    def prepare(
+        self,
+        image: ImageInput,
+        name: str | None = None,
+        *,
+        span: tuple[int, int] | None = None,
+    ) -> PreparedImage:
         """Decode and resize one image, or a clip given as an array [F, H, W, 3].
 
         A clip whose frames do not fill the last temporal patch has its last frame repeated.
@@ -132,6 +147,8 @@ class ImageProcessor:
         Args:
             image: a path, the bytes of an image file, a PIL image or a uint8 array.
             name: what error messages call the image; None: its path, or a description of it.
+            span: of a clip, only these frames of its grid, [start, stop): at the size that they
+                have in the whole.
 
         Raises:
             ImageError: the image cannot be read, decoded or resized.
@@ -152,6 +169,9 @@ class ImageProcessor:
             size = self.resized(height, width)
         except ValueError as error:
             raise ImageError(f"{name}: {error}") from error
+        if span is not None and is_clip:
+            start, stop = (edge * self.temporal_patch_size for edge in span)
+            frames = frames[start:stop]
         grid_t = -(-len(frames) // self.temporal_patch_size)
         rows = grid_t * self.temporal_patch_size if is_clip else 1
         pixels = np.empty((rows, *size, 3), dtype=np.uint8)
