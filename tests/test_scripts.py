@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(script: str, *arguments: object) -> str:
+def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def run(script: str, *arguments: object) -> str:
+    done = start(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -31,3 +36,26 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
 def test_end_to_end_rate() -> None:
     out = run("bench_end_to_end.py", "--tiny", "--images", 20, "--size", "90x60", "--workers", 1)
     assert "of the device's" in out
+
+
+TINY = ("--tiny", "--models", "qwen3-vl-8b", "--workloads", "1x64,mixed16", "--seconds", 0.01)
+
+
+def test_two_checkouts_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "both.json"
+    options = (*TINY, "--pairs", 2, "--rounds", 3, "--json", file)
+    out = run("bench/old_new.py", ROOT, *options)
+    assert out.count("bit-equal") == 2
+    for row in json.loads(file.read_text())["rows"]:
+        for side in ("old", "new"):
+            assert len(row["figures"][side]["wall_ms"]) == 6
+            assert row["outputs"][side]["error"] < 1e-5
+        assert row["ratios"]["rate_ms"] > 0
+
+
+def test_a_checkout_that_cannot_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vitrt").mkdir()
+    (tmp_path / "vitrt" / "__init__.py").write_text("__version__ = '0'\n")
+    done = start("bench/old_new.py", tmp_path, *TINY)
+    assert done.returncode == 1
+    assert "failed: old: AttributeError" in done.stderr and "VisionEncoder" in done.stderr

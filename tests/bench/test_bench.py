@@ -24,8 +24,9 @@ from torch import Tensor
 from tests.support.checkpoints import reference_tower
 from vitrt import cli
 from vitrt.attention.base import Rotary
-from vitrt.bench import add_arguments, peers, run
+from vitrt.bench import peers
 from vitrt.bench.ablate import ablate, native_rope_
+from vitrt.bench.cli import add_arguments, run
 from vitrt.bench.peers import Compiled, Eager, UnavailableError, Vitrt, build_peer
 from vitrt.bench.profiling import Span, kernel_group, summarise
 from vitrt.bench.runs import run_bench

@@ -33,6 +33,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Samples:
+    """What has been measured of one contender on one workload, burst by burst."""
+
+    def __init__(self, call: Call, inputs: Sequence[Tensor], device: torch.device) -> None:
+        self.call, self.inputs, self.device = call, inputs, device
+        self.rates: list[float] = []
+        self.walls: list[float] = []
+        self.hosts: list[float] = []
+        self.seconds = warm(call, inputs, device)  # of one call, roughly
+
+    def burst(self, count: int) -> None:
+        """`count` calls queued without a pause; one more before them fills the queue."""
+        self.rates += _rates(self.call, self.inputs, self.device, count + 1)[1:]
+
+    def single_calls(self, count: int) -> None:
+        """`count` calls, each of which finds the device idle."""
+        walls, hosts = _latencies(self.call, self.inputs, self.device, count)
+        self.walls += walls
+        self.hosts += hosts
+
+    def timing(self) -> Timing:
+        """Medians of what was measured. ValueError before the second call of a burst."""
+        if len(self.rates) < 2:
+            raise ValueError(f"a timing takes at least 2 calls, there were {len(self.rates)}")
+        quartiles = statistics.quantiles(self.rates, n=4)
+        median = statistics.median(self.rates)
+        spread = (quartiles[2] - quartiles[0]) / 2 / median
+        wall, host = (
+            statistics.median(times) if times else None for times in (self.walls, self.hosts)
+        )
+        return Timing(median, wall, host, spread, len(self.rates))
+
+
 def measure(
     call: Call,
     inputs: Sequence[Tensor],
@@ -42,16 +75,12 @@ def measure(
     latency: bool = False,
 ) -> Timing:
     """Time `call` on `inputs` in turn, for about `seconds` after warming up."""
-    one = warm(call, inputs, device)
-    count = max(MIN_CALLS, min(MAX_CALLS, int(seconds / one)))
-    rates = _rates(call, inputs, device, count)
-    quartiles = statistics.quantiles(rates, n=4)
-    median = statistics.median(rates)
-    wall = host = None
+    samples = Samples(call, inputs, device)
+    count = max(MIN_CALLS, min(MAX_CALLS, int(seconds / samples.seconds)))
+    samples.burst(count)
     if latency:
-        wall, host = _latency(call, inputs, device, count)
-    spread = (quartiles[2] - quartiles[0]) / 2 / median
-    return Timing(median, wall, host, spread, count)
+        samples.single_calls(count)
+    return samples.timing()
 
 
 def warm(call: Call, inputs: Sequence[Tensor], device: torch.device) -> float:
@@ -84,19 +113,19 @@ def _rates(call: Call, inputs: Sequence[Tensor], device: torch.device, count: in
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
-def _latency(
+def _latencies(
     call: Call, inputs: Sequence[Tensor], device: torch.device, count: int
-) -> tuple[float, float]:
-    wall, host = [], []
+) -> tuple[list[float], list[float]]:
+    walls, hosts = [], []
     for pixels in islice(cycle(inputs), count):
         synchronize(device)
         start = time.perf_counter()
         call(pixels)
         returned = time.perf_counter()
         synchronize(device)
-        host.append(1e3 * (returned - start))
-        wall.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(wall), statistics.median(host)
+        hosts.append(1e3 * (returned - start))
+        walls.append(1e3 * (time.perf_counter() - start))
+    return walls, hosts
 
 
 @dataclass(frozen=True, slots=True)
