@@ -65,8 +65,6 @@ TO_MEND = frozenset(
         "kernels.rest_attention -> attention.base",
         "kernels.rope -> attention.base",
         "kernels.window_attention -> attention.base",
-        "store.encoded_index -> sources.inputs",
-        "store.writer -> sources.inputs",
     }
 )
 

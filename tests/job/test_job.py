@@ -21,7 +21,7 @@ from vitrt import FeatureStore, VisionEncoder
 from vitrt.job import watchdog as watchdog_module
 from vitrt.job.shared_work import SharedWork
 from vitrt.job.watchdog import PeerFailedError, Watchdog
-from vitrt.sources.folder import Record
+from vitrt.sources.record import Record
 from vitrt.store.manifest import iter_manifest, manifests
 
 IMAGES = 70

@@ -42,8 +42,9 @@ from vitrt.job.device_stage import (
 from vitrt.job.encode import EncodeOptions, Summary, encode_folder
 from vitrt.job.pipeline import PipelineOptions, SkippedImageError, Stop, take_batch
 from vitrt.job.progress import Progress
-from vitrt.sources.folder import Record, walk
+from vitrt.sources.folder import walk
 from vitrt.sources.inputs import Inputs
+from vitrt.sources.record import Record
 from vitrt.store.check import check_folder
 from vitrt.store.durable import OutputError
 from vitrt.store.writer import FeatureWriter

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import vitrt.sources.folder as walk_module
-from vitrt.sources.folder import Record, walk
+from vitrt.sources.folder import walk
 from vitrt.sources.inputs import InputError, Inputs
+from vitrt.sources.record import Record
 
 
 def ids(*arguments: str | Path) -> list[str]:

@@ -13,10 +13,11 @@ from vitrt.features import ImageFeatures
 from vitrt.images.processor import ImageProcessor, PreparedImage
 from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress
-from vitrt.sources.folder import Record, walk
+from vitrt.sources.folder import walk
+from vitrt.sources.record import Record
 from vitrt.store.check import check_folder
 from vitrt.store.durable import make_folder
-from vitrt.store.encoded_index import DoneIndex
+from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
 from vitrt.store.manifest import RunIdentity
 from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
@@ -118,7 +119,7 @@ def encode(
             encoder or FakeEncoder(),
             walk(str(folder)) if sources is None else sources,
             writer,
-            DoneIndex(output),
+            EncodedIndex(output),
             options or PipelineOptions(workers=2, pool=identity.pool == "mean"),
             progress=progress or Progress(),
             stop=stop or Stop(),

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vitrt.images.processor import ImageError, PreparedImage
-from vitrt.sources.inputs import Record
+from vitrt.sources.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitrt.engine.batcher import pack
 from vitrt.features import ImageFeatures
 from vitrt.images.processor import PreparedImage
-from vitrt.sources.inputs import Record
+from vitrt.sources.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,10 @@ from vitrt.job.leader import Leader, follow, leading
 from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress, Snapshot
 from vitrt.parallel.context import SINGLE, ParallelContext
-from vitrt.sources.inputs import InputError, Inputs, Record, any_image
+from vitrt.sources.inputs import InputError, Inputs, any_image
+from vitrt.sources.record import Record
 from vitrt.store.durable import flush_folder, make_folder
-from vitrt.store.encoded_index import DoneIndex
+from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
 from vitrt.store.manifest import RunIdentity, layers_text
 from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
@@ -230,7 +231,7 @@ def _run(
     stop: Stop,
     ranks: Ranks,
 ) -> Outcome:
-    done = DoneIndex(output)
+    done = EncodedIndex(output)
     if len(done):
         logger.info("%s holds %d images already", output, len(done))
     writer = FeatureWriter(

@@ -19,8 +19,8 @@ from vitrt.job.decode_ahead import DEFAULT_AHEAD_BYTES, DecodeAhead
 from vitrt.job.device_stage import DeviceStage, Encoder, Item, Refused, patches_of
 from vitrt.job.progress import Progress
 from vitrt.job.write_behind import Skipped, WriteBehind
-from vitrt.sources.inputs import Record
-from vitrt.store.encoded_index import DoneIndex
+from vitrt.sources.record import Record
+from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.writer import FeatureWriter
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _MOST_IMAGES = 512  # of them: what each costs beside its pixels adds up where i
 class Processor(Protocol):
     """What decodes: an ImageProcessor."""
 
-    def prepare(self, image: str, name: str | None = None) -> PreparedImage: ...
+    def prepare(self, image: str | bytes, name: str | None = None) -> PreparedImage: ...
 
 
 class ImageEncoder(Encoder, Protocol):
@@ -94,7 +94,7 @@ def encode_sources(
     encoder: ImageEncoder,
     sources: Iterable[Record],
     writer: FeatureWriter,
-    done: DoneIndex,
+    done: EncodedIndex,
     options: PipelineOptions,
     *,
     progress: Progress,
@@ -128,7 +128,7 @@ def encode_sources(
     processor = encoder.processor
     decoding = DecodeAhead(
         _not_done(sources, done, progress, stop),
-        lambda source: processor.prepare(source.path, name=source.id),
+        lambda source: processor.prepare(source.load(), name=source.id),
         workers=options.workers or default_workers(),
         max_bytes=options.ahead_bytes,
     )
@@ -157,7 +157,7 @@ def encode_sources(
 
 
 def _not_done(
-    sources: Iterable[Record], done: DoneIndex, progress: Progress, stop: Stop
+    sources: Iterable[Record], done: EncodedIndex, progress: Progress, stop: Stop
 ) -> Iterator[Record]:
     for source in sources:
         if stop.requested:

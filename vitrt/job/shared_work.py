@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vitrt.sources.folder import Record
+from vitrt.sources.record import Record
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
+from vitrt.sources.record import Record
+
 IMAGE_EXTENSIONS = frozenset(
     f".{name}"
     for name in (
@@ -23,17 +25,6 @@ IMAGE_EXTENSIONS = frozenset(
 )
 _SORTED_NAMES = 10_000  # a folder's names are sorted this many at a time
 _ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One image to encode."""
-
-    id: str
-    path: str
-    size: int = 0  # in bytes
-    mtime: float = 0.0  # in seconds
-    problem: str | None = None  # why it is known to be unusable
 
 
 @dataclass(slots=True)
@@ -146,14 +137,14 @@ def named(image_id: str, path: str) -> Record:
     return Record(image_id, path, status.st_size, status.st_mtime)
 
 
-def _checked(root: str, source: Record) -> Record:
+def _checked(root: str, record: Record) -> Record:
     """The same, or with a problem where an escaped id is another file's true name."""
-    if "\\x" in source.id and os.path.lexists(os.path.join(root, source.id)):
-        relative = os.path.relpath(source.path, root)
+    if "\\x" in record.id and os.path.lexists(os.path.join(root, record.id)):
+        relative = os.path.relpath(record.path, root)
         if printable(relative) != relative:
             reason = "its name is not UTF-8, and written as such it is the name of another file"
-            return Record(source.id + " (not UTF-8)", source.path, problem=reason)
-    return source
+            return Record(record.id + " (not UTF-8)", record.path, problem=reason)
+    return record
 
 
 def id_from(path: str) -> str:

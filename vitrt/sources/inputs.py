@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 
 from vitrt.sources.folder import (
-    Record,
     id_from,
     is_image_name,
     named,
@@ -28,8 +27,9 @@ from vitrt.sources.folder import (
     walk,
     would_be_met,
 )
+from vitrt.sources.record import Record
 
-__all__ = ["InputError", "Inputs", "Record", "any_image"]
+__all__ = ["InputError", "Inputs", "any_image"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,13 @@ class Inputs:
         earlier: list[_Folder | _List] = []
         for part in self._parts:
             if isinstance(part, _File):
-                yield part.source()
+                yield part.record()
                 continue
-            for source in part.sources(should_stop):
-                _check_id(source.id, source.path, self._files.get(source.id))
+            for record in part.records(should_stop):
+                _check_id(record.id, record.path, self._files.get(record.id))
                 for other in earlier:
-                    _check_id(source.id, source.path, other.path_of(source.id))
-                yield source
+                    _check_id(record.id, record.path, other.path_of(record.id))
+                yield record
             earlier.append(part)
 
 
@@ -143,7 +143,7 @@ class _File:
         self.path = path
         self.id = id_from(os.path.basename(path))
 
-    def source(self) -> Record:
+    def record(self) -> Record:
         return named(self.id, self.path)
 
 
@@ -157,7 +157,7 @@ class _Folder:
                 f"INPUT {printable(path)} cannot be listed: {error.strerror}"
             ) from error
 
-    def sources(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+    def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         return walk(self.path, should_stop)
 
     def path_of(self, image_id: str) -> str | None:
@@ -188,7 +188,7 @@ class _List:
                 f"INPUT list {printable(path)} cannot be read: {error.strerror}"
             ) from error
 
-    def sources(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+    def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         for image_id, path, is_repeated in self._lines():
             if should_stop():
                 return

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vitrt.sources.inputs import Record
-from vitrt.store.manifest import iter_manifest, manifests
+from vitrt.store.manifest import SourceImage, iter_manifest, manifests
 
 
-class DoneIndex:
+class EncodedIndex:
     """What the manifests of a recovered folder list, by hashes.
 
     An image is taken for another one's with a probability of 2 ** -128: its id and its size and
@@ -45,10 +44,10 @@ class DoneIndex:
         row = self._row(image_id)
         return None if row is None else self._shards[int(self._numbers[row])]
 
-    def holds(self, source: Record) -> bool:
+    def holds(self, image: SourceImage) -> bool:
         """Whether the image is there in its present state: neither size nor mtime has changed."""
-        row = self._row(source.id)
-        return row is not None and int(self._states[row]) == _state(source.size, source.mtime)
+        row = self._row(image.id)
+        return row is not None and int(self._states[row]) == _state(image.size, image.mtime)
 
     def _row(self, image_id: str) -> int | None:
         wanted = np.uint64(_hash(image_id))

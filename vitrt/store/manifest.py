@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vitrt.store.feature_shard import FORMAT, NO_LAYERS
 from vitrt.version import __version__
@@ -47,6 +47,28 @@ def matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+
+
+class SourceImage(Protocol):
+    """What a folder keeps of an image that was encoded, whoever listed it."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def path(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """In bytes; with `mtime`, what tells a changed image from an old one."""
+        ...
+
+    @property
+    def mtime(self) -> float:
+        """In seconds."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

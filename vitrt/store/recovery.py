@@ -21,7 +21,7 @@ from vitrt.store.manifest import (
     RunIdentity,
     matching,
 )
-from vitrt.store.survey import Survey
+from vitrt.store.scan import FolderScan
 
 __all__ = ["FolderMismatchError", "ShardNumbers", "check_identity", "clear", "compact", "recover"]
 
@@ -70,27 +70,27 @@ def recover(folder: Path) -> None:
     for pattern in (TEMPORARY_NAME, ERRORS_NAME):
         for path in matching(folder, pattern):
             remove(path)
-    survey = Survey(folder)
+    scan = FolderScan(folder)
     for path in matching(folder, SHARD_NAME):
-        if path.name not in survey.listed and path.name not in survey.broken:
+        if path.name not in scan.listed and path.name not in scan.broken:
             logger.info("removing %s, which the last run did not get to list", path.name)
             remove(path)
-    _say(survey)
-    for path, damage in survey.damage.items():
+    _say(scan)
+    for path, damage in scan.damage.items():
         if damage.torn:
             truncate(path, damage.whole)
-    worn = survey.worn | drop_lines(
+    worn = scan.worn | drop_lines(
         folder,
-        survey.dead,
-        doubled=survey.doubled,
-        broken=survey.broken,
-        unreadable=[path for path, damage in survey.damage.items() if damage.amid],
+        scan.dead,
+        doubled=scan.doubled,
+        broken=scan.broken,
+        unreadable=[path for path, damage in scan.damage.items() if damage.amid],
     )
-    for name in survey.broken:
+    for name in scan.broken:
         remove(folder / name)
     try:
-        if survey.dead:
-            strip(folder, worn, survey.dead)
+        if scan.dead:
+            strip(folder, worn, scan.dead)
             forget_replaced(folder)
     except OutputError as error:
         if error.errno not in _FULL:
@@ -99,8 +99,8 @@ def recover(folder: Path) -> None:
     flush_folder(folder)
 
 
-def _say(survey: Survey) -> None:
-    for path, damage in survey.damage.items():
+def _say(scan: FolderScan) -> None:
+    for path, damage in scan.damage.items():
         if damage.torn:
             logger.warning("%s: dropping %d unfinished line(s) of the last run", path, damage.torn)
         if damage.amid:
@@ -109,7 +109,7 @@ def _say(survey: Survey) -> None:
                 path,
                 damage.amid,
             )
-    for name, reason in survey.broken.items():
+    for name, reason in scan.broken.items():
         logger.warning("dropping %s, its images are encoded again: %s", name, reason)
-    if survey.incomplete:
-        logger.warning("%d image(s) lack a tensor and are encoded again", survey.incomplete)
+    if scan.incomplete:
+        logger.warning("%d image(s) lack a tensor and are encoded again", scan.incomplete)

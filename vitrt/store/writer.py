@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,15 +20,13 @@ from vitrt.store.feature_store import FeatureStore
 from vitrt.store.manifest import (
     Entry,
     RunIdentity,
+    SourceImage,
     error_line,
     errors_name,
     manifest_name,
     shard_name,
     temporary_path,
 )
-
-if TYPE_CHECKING:
-    from vitrt.sources.inputs import Record
 
 __all__ = [
     "DEFAULT_SHARD_MIB",
@@ -73,7 +70,7 @@ class FeatureWriter:
         self._manifest = folder / manifest_name(rank)
         self._errors = folder / errors_name(rank)
         self._pool = identity.pool == "mean"
-        self._held: list[tuple[Record, ImageFeatures, str | None]] = []
+        self._held: list[tuple[SourceImage, ImageFeatures, str | None]] = []
         self._held_ids: set[str] = set()
         self._held_bytes = 0
         self._thread: threading.Thread | None = None
@@ -81,23 +78,25 @@ class FeatureWriter:
         if not self._manifest.exists():
             write_file(self._manifest, [], temporary=temporary_path(self._manifest))
 
-    def add(self, source: Record, features: ImageFeatures, *, replaces: str | None = None) -> None:
+    def add(
+        self, image: SourceImage, features: ImageFeatures, *, replaces: str | None = None
+    ) -> None:
         """Take the features of one image, on the CPU; kept by reference until its shard is written.
 
         `replaces` names the shard that holds the features of an older state of the image. Of a run
         with `--pool mean` only `features.pooled()` is kept. A shard cannot hold two images of one
         id: the first is kept, the other one is recorded as an error.
         """
-        if source.id in self._held_ids:
-            message = f"{source.id}: {source.path} is a second image with this id"
+        if image.id in self._held_ids:
+            message = f"{image.id}: {image.path} is a second image with this id"
             logger.warning("skipped: %s", message)
-            self.add_error(source.id, "ValueError", message)
+            self.add_error(image.id, "ValueError", message)
             return
         if self._pool:
             row = features.pooled()[None]
             features = ImageFeatures(row, None, features.grid_thw, features.merge_size)
-        self._held.append((source, features, replaces))
-        self._held_ids.add(source.id)
+        self._held.append((image, features, replaces))
+        self._held_ids.add(image.id)
         self._held_bytes += features.embeddings.nbytes
         self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
         self._held_bytes += 0 if features.hidden is None else features.hidden.nbytes
@@ -138,13 +137,13 @@ class FeatureWriter:
         self._thread = threading.Thread(target=self._write, args=[held], name="vitrt-shard")
         self._thread.start()
 
-    def _write(self, held: list[tuple[Record, ImageFeatures, str | None]]) -> None:
+    def _write(self, held: list[tuple[SourceImage, ImageFeatures, str | None]]) -> None:
         try:
             self._write_shard(held)
         except BaseException as error:
             self._failure = error
 
-    def _write_shard(self, held: list[tuple[Record, ImageFeatures, str | None]]) -> None:
+    def _write_shard(self, held: list[tuple[SourceImage, ImageFeatures, str | None]]) -> None:
         path = self.folder / shard_name(self.rank, self._next_shard)
         self._next_shard += 1
         shard = encode_shard(self._tensors(held), self._metadata)
@@ -155,15 +154,15 @@ class FeatureWriter:
             raise
         lines = "".join(
             Entry(
-                source.id,
+                image.id,
                 path.name,
                 features.grid_thw,
                 tokens_of(features),
-                source.size,
-                source.mtime,
+                image.size,
+                image.mtime,
                 replaces,
             ).line()
-            for source, features, replaces in held
+            for image, features, replaces in held
         )
         try:
             append(self._manifest, lines.encode(), flush=True)
@@ -174,23 +173,23 @@ class FeatureWriter:
         self.images += len(held)
 
     def _tensors(
-        self, held: list[tuple[Record, ImageFeatures, str | None]]
+        self, held: list[tuple[SourceImage, ImageFeatures, str | None]]
     ) -> list[tuple[str, Tensor]]:
         if self._pool:
-            return [(f"{source.id}/pooled", features.embeddings[0]) for source, features, _ in held]
+            return [(f"{image.id}/pooled", features.embeddings[0]) for image, features, _ in held]
         tensors = [
             (
-                f"{source.id}/grid_thw",
+                f"{image.id}/grid_thw",
                 torch.tensor(features.grid_thw, dtype=torch.int64, device="cpu"),
             )
-            for source, features, _ in held
+            for image, features, _ in held
         ]
-        for source, features, _ in held:
-            tensors.append((f"{source.id}/embeddings", features.embeddings.contiguous()))
+        for image, features, _ in held:
+            tensors.append((f"{image.id}/embeddings", features.embeddings.contiguous()))
             if features.deepstack is not None:
-                tensors.append((f"{source.id}/deepstack", features.deepstack.contiguous()))
+                tensors.append((f"{image.id}/deepstack", features.deepstack.contiguous()))
             if features.hidden is not None:
-                tensors.append((f"{source.id}/hidden", features.hidden.contiguous()))
+                tensors.append((f"{image.id}/hidden", features.hidden.contiguous()))
         return tensors
 
 

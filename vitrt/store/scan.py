@@ -14,7 +14,7 @@ from vitrt.store.feature_shard import ShardError, kinds_of, read_header
 from vitrt.store.manifest import Damage, Entry, entry_key, iter_manifest, manifests
 
 
-class Survey:
+class FolderScan:
     """What is wrong with a folder that nobody writes into, in a few bytes an image."""
 
     def __init__(self, folder: Path) -> None:
@@ -22,9 +22,9 @@ class Survey:
         self.damage: dict[Path, Damage] = {}  # of each manifest
         self.listed: set[str] = set()  # shards
         self.broken: dict[str, str] = {}  # shard -> why none of its images can be read
-        self.dead: set[int] = set()  # `entry_key`s that neither lines nor tensors should have
-        self.worn: set[str] = set()  # shards with tensors of such
-        self.doubled: set[int] = set()  # `entry_key`s of which only the first line should stay
+        self.dead: set[int] = set()  # entries to remove, by `entry_key`
+        self.worn: set[str] = set()  # shards that hold tensors of these
+        self.doubled: set[int] = set()  # entries listed more than once, of which the first stays
         self.incomplete = 0  # images that lack a tensor
         self._folder = folder
         self._unlisted: dict[str, Set[str]] = {}
