@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vitrt import VisionEncoder
 from vitrt.bench.timing import synchronize
-from vitrt.compare.reference import build_tower, resolve, save_checkpoint
+from vitrt.compare.reference import build_tower, find_model, save_checkpoint
 from vitrt.engine.batcher import pack
 from vitrt.engine.batching import usable_cores
 from vitrt.images.processor import PreparedImage
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, work: Path) -> Rates:
     if not model.is_dir() or not any(model.glob("*.safetensors")):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        source = resolve(args.model, tiny=args.tiny)
+        source = find_model(args.model, tiny=args.tiny)
         tower = build_tower(source, device=device, dtype=dtype)
         model = save_checkpoint(tower, source, work / "model")
         del tower

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from vitrt import VisionEncoder  # noqa: E402
-from vitrt.compare.reference import build_tower, resolve, save_checkpoint  # noqa: E402
+from vitrt.compare.reference import build_tower, find_model, save_checkpoint  # noqa: E402
 from vitrt.engine.graph_runner import GraphRunner  # noqa: E402
 from vitrt.images.processor import smart_resize  # noqa: E402
 
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = resolve(arguments.model)
+        source = find_model(arguments.model)
         path = source.name
         if source.checkpoint is None:
             tower = build_tower(source, device=torch.device("cuda"), dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vitrt import FeatureStore
 from vitrt.compare.errors import float32_reference, relative_error
-from vitrt.compare.reference import build_tower, resolve
+from vitrt.compare.reference import build_tower, find_model
 
 Tensors = dict[str, Tensor]  # "embeddings", "deepstack 0", ... of one image
 
@@ -52,7 +52,7 @@ class TransformersFeatures(Mapping[str, Tensors]):
     def __init__(self, model: str, images: Path, names: list[str]) -> None:
         from transformers import AutoImageProcessor
 
-        source = resolve(model)
+        source = find_model(model)
         if source.checkpoint is None:
             raise ValueError(f"{model} holds no weights to compare with")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -44,14 +44,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 TO_MEND = frozenset(
     {
         "checkpoint.extract -> engine.loader",
-        "cli -> bench.cli",
-        "cli -> checkpoint.extract",
-        "cli -> compare.verify",
-        "cli -> compare.verify_table",
-        "cli -> encoder",
-        "cli -> store.check",
-        "compare.errors -> bench.peers",
-        "compare.verify -> bench.peers",
         "engine.arguments -> images.decode",
         "engine.batching -> images.processor",
         "engine.loader -> checkpoint.opened",

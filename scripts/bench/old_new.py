@@ -227,10 +227,10 @@ def make_model(args: argparse.Namespace, name: str, folder: Path) -> Model:
 
     from vitrt.bench.workloads import build_workloads
     from vitrt.compare.errors import float32_reference
-    from vitrt.compare.reference import build_tower, float32_copy, resolve, save_checkpoint
+    from vitrt.compare.reference import build_tower, find_model, float32_copy, save_checkpoint
 
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    source = resolve(name, tiny=args.tiny)
+    source = find_model(name, tiny=args.tiny)
     workloads = build_workloads(source.config.patch_size, args.workloads, tiny=args.tiny)
     tower = build_tower(source, device=device, dtype=dtype)
     save_checkpoint(tower, source, folder)

@@ -26,14 +26,14 @@ from vitrt import cli
 from vitrt.attention.base import Rotary
 from vitrt.bench import peers
 from vitrt.bench.ablate import ablate, native_rope_
-from vitrt.bench.cli import add_arguments, run
 from vitrt.bench.peers import Compiled, Eager, UnavailableError, Vitrt, build_peer
 from vitrt.bench.profiling import Span, kernel_group, summarise
 from vitrt.bench.runs import run_bench
 from vitrt.bench.timing import measure
 from vitrt.bench.workloads import Workload, build_workloads
+from vitrt.commands.bench import add_arguments, run
 from vitrt.compare.errors import compare, float32_reference, relative_error
-from vitrt.compare.reference import build_tower, resolve, save_checkpoint
+from vitrt.compare.reference import build_tower, find_model, save_checkpoint
 from vitrt.encoder import VisionEncoder
 from vitrt.kernels.rope import rope_ref
 from vitrt.layers.rotary import rotary_tables
@@ -53,7 +53,7 @@ def setting(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, VisionEncoder, Workload, Tensor]:
     """transformers' tiny tower, vitrt's on the same weights, a mixed batch and its pixels."""
-    source = resolve(request.param, tiny=True)
+    source = find_model(request.param, tiny=True)
     tower = build_tower(source, device=CPU, dtype=torch.float32)
     folder = save_checkpoint(tower, source, tmp_path_factory.mktemp("bench"))
     encoder = VisionEncoder.from_pretrained(folder, device="cpu", dtype="float32")
@@ -153,7 +153,7 @@ def test_flash_attention_from_any_module_serves_transformers_eager_and_compiled(
 ) -> None:
     from transformers import modeling_flash_attention_utils as utils
 
-    source = resolve(model, tiny=True)
+    source = find_model(model, tiny=True)
     tower = build_tower(source, device=CPU, dtype=torch.bfloat16)
     grids = ((1, 6, 10), (2, 4, 2), (1, 14, 22))
     pixels = torch.randn(384, source.config.patch_dim).bfloat16()
@@ -311,7 +311,7 @@ def test_an_interrupted_run_keeps_what_it_has(
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(*args, **options)
 
-    monkeypatch.setattr("vitrt.bench.contest.measure", interrupted)
+    monkeypatch.setattr("vitrt.bench.model_bench.measure", interrupted)
     file = tmp_path / "bench.json"
     options = ("--workloads", "1x224,mixed16", "--peers", "none", "--json", str(file))
     assert bench("qwen2.5-vl-7b", *options) == 130
@@ -368,7 +368,7 @@ def test_a_peer_that_breaks_is_reported_and_ends_nothing(
 
 
 def test_real_weights_are_taken_from_a_checkpoint(tiny_qwen2_5_vl: Path) -> None:
-    source = resolve(str(tiny_qwen2_5_vl))
+    source = find_model(str(tiny_qwen2_5_vl))
     assert source.checkpoint is not None
     tower = build_tower(source, device=CPU, dtype=torch.float32)
     expected = reference_tower(tiny_qwen2_5_vl).state_dict()
@@ -380,8 +380,8 @@ def test_a_config_alone_means_random_weights(tiny_qwen3_vl: Path, tmp_path: Path
     file = tmp_path / "config.json"
     file.write_bytes((tiny_qwen3_vl / "config.json").read_bytes())
     for name in (str(file), str(tmp_path)):
-        assert resolve(name).checkpoint is None
-        assert resolve(name).config == resolve(str(tiny_qwen3_vl)).config
+        assert find_model(name).checkpoint is None
+        assert find_model(name).config == find_model(str(tiny_qwen3_vl)).config
 
 
 @pytest.mark.parametrize(

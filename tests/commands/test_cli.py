@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,11 @@ from tqdm import tqdm
 from tests.support.commands import Vitrt, vitrt
 from tests.support.folders import photo
 from vitrt import FeatureStore, VisionEncoder
-from vitrt.commands.console import graceful_interrupts
+from vitrt.commands import COMMANDS, encode
+from vitrt.commands.console import Parser, graceful_interrupts
+from vitrt.commands.options import from_args
+from vitrt.config import RuntimeConfig
+from vitrt.job.options import EncodeOptions
 from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress, Reporter
 from vitrt.store.check import check_folder
@@ -280,11 +285,55 @@ def test_check(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt) 
 
 
 def test_help_and_version(vitrt: Vitrt) -> None:
-    for command in ("encode", "extract", "info", "check", "bench"):
+    whole = vitrt("--help")
+    assert whole.code == 0
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command} +\w", whole.out, re.MULTILINE)
         done = vitrt(command, "--help")
         assert done.code == 0 and f"vitrt {command}" in done.out
+    assert vitrt().code == vitrt("no-such-command").code == 1
     version = vitrt("--version")
     assert version.code == 0 and version.out.startswith("vitrt ")
+
+
+def test_help_imports_no_torch() -> None:
+    """Of the whole, and of each command: seconds on a machine that has not read torch yet."""
+    code = (
+        "import sys\nfrom contextlib import suppress\nfrom vitrt.cli import main\n"
+        f"for command in [[], *([name] for name in {list(COMMANDS)!r})]:\n"
+        "    with suppress(SystemExit): main([*command, '--help'])\n"
+        "    print('\\nHEAVY', command, {'torch', 'transformers', 'PIL'} & set(sys.modules))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line for line in out.splitlines() if line.startswith("HEAVY")]
+    assert len(lines) == 1 + len(COMMANDS)
+    assert all(line.endswith("set()") for line in lines), lines
+
+
+@pytest.mark.parametrize("config", [RuntimeConfig, EncodeOptions])
+def test_defaults_of_options_are_those_of_the_dataclasses(config: type) -> None:
+    parser = Parser()
+    encode.add_arguments(parser)
+    args = parser.parse_args(["model", "photos", "--output", "out"])
+    assert from_args(config, args) == config()
+    declared = {field.name for field in fields(config)} & vars(args).keys()
+    assert declared >= {"device", "max_batch_tokens"} or declared >= {"shard_mib", "merged"}
+
+
+def test_options_are_read_as_their_fields_are_typed() -> None:
+    parser = Parser()
+    encode.add_arguments(parser)
+    line = "model photos --output out --no-merged --layers=2,-1 --warmup --no-cuda-graphs"
+    args = parser.parse_args([*line.split(), "--shard-mib", "0.5", "--min-pixels", "64"])
+    options, runtime = from_args(EncodeOptions, args), from_args(RuntimeConfig, args)
+    assert (options.merged, options.layers, options.warmup) == (False, (2, -1), True)
+    assert (options.shard_mib, runtime.min_pixels, runtime.cuda_graphs) == (0.5, 64, False)
+    for wrong in (["--pool", "max"], ["--min-pixels", "1.5"], ["--layers", "a"]):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args([*line.split(), *wrong])
+        assert stopped.value.code == 1
 
 
 def test_module_is_the_command() -> None:

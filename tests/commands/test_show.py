@@ -10,8 +10,16 @@ import torch
 from PIL import Image
 
 from vitrt import ImageFeatures, VisionEncoder
-from vitrt.cli import FAILED, OK, main
-from vitrt.commands.show import SIDE, Panel, arrange, panels_of, principal_colours, show
+from vitrt.cli import main
+from vitrt.commands.console import FAILED, OK
+from vitrt.commands.feature_picture import (
+    SIDE,
+    Panel,
+    arrange,
+    panels_of,
+    principal_colours,
+    save_picture,
+)
 from vitrt.compare.sample_images import sample_image
 
 
@@ -158,5 +166,5 @@ def test_the_image_itself_is_refused_before_a_model_is_looked_for(
 def test_show_takes_what_encode_takes(tiny_qwen2_5_vl: Path, tmp_path: Path):
     encoder = VisionEncoder.from_pretrained(tiny_qwen2_5_vl, device="cpu")
     clip = np.stack([np.asarray(sample_image(112, 140, seed)) for seed in range(3)])
-    with Image.open(show(encoder, clip, tmp_path / "clip.png")) as picture:
+    with Image.open(save_picture(encoder, clip, tmp_path / "clip.png")) as picture:
         assert picture.width > 2 * SIDE or picture.height > SIDE

@@ -20,11 +20,12 @@ from vitrt.attention import registry, sdpa
 from vitrt.attention.base import BackendSpec, Rotary, Segments
 from vitrt.checkpoint.extract import extract_tower
 from vitrt.checkpoint.opened import open_checkpoint
-from vitrt.cli import FAILED, OK, main
+from vitrt.cli import main
+from vitrt.commands.console import FAILED, OK
 from vitrt.compare.errors import Errors
 from vitrt.compare.sample_images import SIZES, sample_image, sample_images
 from vitrt.compare.verify import choose_images, verify
-from vitrt.compare.verify_table import Row, report
+from vitrt.compare.verify_table import Row, table_lines
 from vitrt.config import RuntimeConfig
 
 FAMILIES = ("tiny_qwen2_5_vl", "tiny_qwen3_vl")
@@ -94,7 +95,7 @@ def test_every_mode_passes_and_errors_are_right(folder: Path):
     # bfloat16 rounds differently in a batch of another size, so only nearly the same.
     assert [peer.errors.embeddings, *peer.errors.deepstack] == pytest.approx(wanted, rel=0.1)
     assert peer.ratio == 1 and 0.3 < ours.ratio <= 1.05
-    text = "\n".join(report(result))
+    text = "\n".join(table_lines(result))
     assert "2 of 2 ways to run it within their bounds" in text and "OVER" not in text
     assert f"{ours.errors.embeddings:.2e}" in text
     assert "not run: triton in float32, bfloat16: " in text
@@ -200,7 +201,7 @@ def test_other_pixels_do_not_pass(tiny_qwen3_vl: Path, monkeypatch: pytest.Monke
     runtime = RuntimeConfig(device="cpu", dtype="float32")
     result = verify(open_checkpoint(tiny_qwen3_vl), runtime, sample_images()[:2])
     assert len(result.differing) == 2 and not result.passed
-    assert "  not those of PIL image (RGB, 560 x 420)" in list(report(result))
+    assert "  not those of PIL image (RGB, 560 x 420)" in list(table_lines(result))
 
 
 def test_without_transformers(
@@ -269,7 +270,7 @@ def test_made_up_images_are_like_photographs():
 @pytest.mark.gpu
 def test_every_backend_and_mode_of_a_gpu(folder: Path):
     result = verify(open_checkpoint(folder), RuntimeConfig(device="cuda"), sample_images())
-    table = "\n".join(report(result))
+    table = "\n".join(table_lines(result))
     assert result.passed, table
     assert {(row.dtype, row.graphs) for row in result.rows if row.ours} == {
         (dtype, graphs) for dtype in (torch.float32, torch.bfloat16) for graphs in (False, True)

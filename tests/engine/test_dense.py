@@ -22,7 +22,8 @@ from torch import Tensor
 from tests.support.checkpoints import reference_tower, tiny_checkpoint
 from tests.support.ranks import run_ranks
 from vitrt import FeatureStore, VisionEncoder
-from vitrt.cli import FAILED, OK, main
+from vitrt.cli import main
+from vitrt.commands.console import FAILED, OK
 from vitrt.parallel.context import SINGLE
 from vitrt.store.check import check_folder
 

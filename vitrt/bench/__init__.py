@@ -1,3 +1,3 @@
 """`vitrt bench` and the timer that every timing program uses."""
 
-__all__ = ["cli", "peers"]
+__all__ = ["options", "runs", "tables", "timing", "workloads"]

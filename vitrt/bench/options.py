@@ -1,10 +1,12 @@
-"""What a benchmark run is asked for."""
+"""What a benchmark run is asked for. It imports no torch: `--help` reads it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vitrt.bench.workloads import WORKLOAD_NAMES
+from vitrt.config import RuntimeConfig
 
 PEER_NAMES = ("sdpa", "fa3", "compile")
 
@@ -16,11 +18,8 @@ class BenchConfig:
     models: tuple[str, ...] = ("qwen3-vl-8b", "qwen2.5-vl-7b")
     workloads: tuple[str, ...] = WORKLOAD_NAMES
     peers: tuple[str, ...] | None = None  # None: all on a GPU, sdpa on a CPU
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "auto"
-    cuda_graphs: bool | None = None  # None: the encoder's own "auto"
-    tiny: bool | None = None  # scaled down; None: on a CPU
+    runtime: RuntimeConfig = RuntimeConfig()  # noqa: RUF009 (frozen, too)
+    scale: Literal["auto", "full", "tiny"] = "auto"  # "auto": scaled down on a CPU
     check: bool = True
     profile: bool = False
     ablate: bool = False

@@ -9,17 +9,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vitrt.bench.options import PEER_NAMES
+from vitrt.compare.errors import Output
 from vitrt.encoder import VisionEncoder
 from vitrt.models.work import Grid
 
-Output = tuple[Tensor, Sequence[Tensor]]  # embeddings [M, O], deepstack levels of the same shape
 Forward = Callable[[Tensor], Output]
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")

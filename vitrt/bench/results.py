@@ -12,7 +12,7 @@ from vitrt.bench.profiling import Profile
 from vitrt.bench.timing import Ceilings, Timing
 from vitrt.bench.workloads import Workload
 from vitrt.compare.errors import FLOAT32_BOUND, RATIO_BOUND, Errors
-from vitrt.compare.reference import Source
+from vitrt.compare.reference import NamedModel
 from vitrt.engine.eager_runner import RunnerStats
 
 
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(slots=True)
 class ModelResult:
-    source: Source
+    named: NamedModel
     attention: str
     rows: list[Row]
     stats: RunnerStats
@@ -69,6 +69,12 @@ class BenchResult:
     models: list[ModelResult] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False  # then it holds what was measured until then
+
+    @property
+    def passed(self) -> bool:
+        """Whether vitrt ran every workload and agrees with the reference."""
+        rows = [row for model in self.models for row in model.rows]
+        return all("vitrt" not in row.failures and row.agrees for row in rows)
 
     @property
     def tflops(self) -> float:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from vitrt.bench.contest import ModelBench, release
+from vitrt.bench.model_bench import ModelBench, release
 from vitrt.bench.options import PEER_NAMES, BenchConfig
 from vitrt.bench.results import BenchResult
 from vitrt.bench.timing import Clock, measure_ceilings
 from vitrt.bench.workloads import build_workloads
-from vitrt.compare.reference import resolve
+from vitrt.compare.reference import find_model
 from vitrt.engine.device import resolve_device, resolve_dtype
 
 
@@ -21,18 +21,18 @@ def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResu
 
     KeyboardInterrupt ends it early; the result then holds what was measured.
     """
-    clock, device = Clock(config.time_limit), resolve_device(config.device)
-    result = BenchResult(config, device, resolve_dtype(config.dtype, device))
+    clock, device = Clock(config.time_limit), resolve_device(config.runtime.device)
+    result = BenchResult(config, device, resolve_dtype(config.runtime.dtype, device))
     config = _settled(config, device)
-    sources = [resolve(model, tiny=bool(config.tiny)) for model in config.models]
-    for source in sources:
-        build_workloads(source.config.patch_size, config.workloads)  # a wrong name ends it here
+    found = [find_model(model, tiny=config.scale == "tiny") for model in config.models]
+    for model in found:
+        build_workloads(model.config.patch_size, config.workloads)  # a wrong name ends it here
     result.ceilings.append(measure_ceilings(device, result.dtype))
     try:
-        for index, source in enumerate(sources):
+        for index, model in enumerate(found):
             # Each model may spend its share of what is left.
-            share = clock.spent + clock.left / (len(sources) - index)
-            bench = ModelBench(config, source, device, result.dtype, clock, share, progress)
+            share = clock.spent + clock.left / (len(found) - index)
+            bench = ModelBench(config, model, device, result.dtype, clock, share, progress)
             bench.run(result.models)
             del bench
             release(device)
@@ -50,5 +50,5 @@ def _settled(config: BenchConfig, device: torch.device) -> BenchConfig:
     return replace(
         config,
         peers=peers if config.peers is None else config.peers,
-        tiny=not cuda if config.tiny is None else config.tiny,
+        scale=("full" if cuda else "tiny") if config.scale == "auto" else config.scale,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from vitrt.models.work import Grid, count_patches
+Grid = tuple[int, int, int]  # frames, rows, columns in patches: vitrt.models has torch with it
 
 MERGE = 2  # merged token side of both families, in patches
 
@@ -18,7 +19,7 @@ class Workload:
 
     @property
     def patches(self) -> int:
-        return count_patches(self.grids)
+        return sum(map(math.prod, self.grids))
 
     @property
     def single(self) -> bool:

@@ -1,3 +1,16 @@
-"""The subcommands of `vitrt`, one file each."""
+"""The subcommands of `vitrt`, one file each: `add_arguments(parser)` and `run(args) -> exit code`.
 
-__all__ = ["console", "encode", "info", "options", "show"]
+A module here imports nothing heavy before its `run` is called, so that `--help` comes at once.
+"""
+
+__all__ = ["COMMANDS", "bench", "check", "console", "encode", "extract", "info", "show", "verify"]
+
+COMMANDS = {
+    "encode": "images -> features",
+    "extract": "a vision-only checkpoint",
+    "info": "size, cost by image size, and what can run here",
+    "check": "read an output folder back and verify it",
+    "show": "a picture of the features",
+    "verify": "errors against transformers",
+    "bench": "speed against transformers and others",
+}

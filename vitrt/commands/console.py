@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -9,15 +10,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from vitrt.job.pipeline import Stop
-from vitrt.job.progress import json_line, write_json
+if TYPE_CHECKING:
+    from vitrt.job.pipeline import Stop
 
 # Exit codes.
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130
 
 _ONE_INTERRUPT = 2.0  # seconds within which further signals belong to the first one
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this command's exit code for a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(FAILED, f"{self.prog}: error: {message}\n")
 
 
 @contextmanager
@@ -28,6 +37,8 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
     terminal or a scheduler has sent to its ranks as well. Before a run listens to `stop`, already
     the first one raises KeyboardInterrupt.
     """
+    from vitrt.job.progress import json_line  # not in the handler, which interrupts any code
+
     first: float | None = None
 
     def handle(number: int, frame: object) -> None:
@@ -107,6 +118,8 @@ class _Handler(logging.Handler):
         try:
             text = self.format(record)
             if self._as_json:
+                from vitrt.job.progress import write_json
+
                 write_json("log", {"level": record.levelname.lower(), "message": text})
             else:
                 prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +18,28 @@ from vitrt.commands.console import (
     graceful_interrupts,
     say_last,
 )
-from vitrt.commands.options import (
-    DEFAULTS,
-    add_runtime,
-    layer_list,
-    open_model,
-    runtime_config,
-)
+from vitrt.commands.options import add_fields, add_model, add_runtime, from_args, open_model
+from vitrt.config import RuntimeConfig
+from vitrt.job.options import EncodeOptions
 
 if TYPE_CHECKING:
     from vitrt.job.encode import Summary
 
 logger = logging.getLogger(__name__)
+
+
+RUN = {
+    "workers": "decoding threads",
+    "shard_mib": "size of a shard",
+    "pool": "mean: one row an image",
+    "layers": "also keep the hidden states after these layers, from 0 or, as in --layers=-1, from "
+    "the last",
+    "merged": "--no-merged: keep hidden states only, and run no layer past the last of --layers",
+    "on_error": "what a bad image does",
+    "overwrite": "first remove the features that the folder holds (after an interrupt, carry on "
+    "without it)",
+    "warmup": "record CUDA graphs of all sizes before the first image",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,47 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "encodes what is missing or has changed. Exit codes: 0 all encoded, 1 an error, 3 some "
         "images skipped (see errors-*.jsonl), 130 interrupted."
     )
+    add_model(parser)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="a folder, an image, or @list.txt"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    add_runtime(parser)
-    parser.add_argument("--attention", default=DEFAULTS.attention, help="a backend of vitrt info")
-    parser.add_argument(
-        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=DEFAULTS.cuda_graphs
+    add_runtime(
+        parser,
+        attention="a backend of vitrt info",
+        cuda_graphs="at every size or at none (default: where they pay)",
+        resize="whose bicubic, bit for bit",
+        max_batch_tokens="patches of one forward",
     )
-    parser.add_argument(
-        "--warmup",
-        action="store_true",
-        default=None,
-        help="record CUDA graphs of all sizes before the first image",
-    )
-    parser.add_argument("--resize", choices=("pillow", "torch"), default=DEFAULTS.resize)
-    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="patches of one forward")
-    parser.add_argument("--workers", type=int, metavar="N", help="decoding threads")
-    # Defaults of the options below are EncodeOptions'; None stands for them.
-    parser.add_argument("--shard-mib", type=float, metavar="N", help="size of a shard")
-    parser.add_argument("--pool", choices=("none", "mean"), help="mean: one row an image")
-    parser.add_argument(
-        "--layers",
-        type=layer_list,
-        metavar="N,N,...",
-        help="also keep the hidden states after these layers, from 0 or, as in --layers=-1, from "
-        "the last",
-    )
-    parser.add_argument(
-        "--merged",
-        action=argparse.BooleanOptionalAction,
-        help="--no-merged: keep hidden states only, and run no layer past the last of --layers",
-    )
-    parser.add_argument("--on-error", choices=("skip", "fail"), help="what a bad image does")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        default=None,
-        help="first remove the features that the folder holds (after an interrupt, carry on "
-        "without it)",
-    )
+    add_fields(parser, EncodeOptions, RUN)
     parser.add_argument(
         "--max-image-pixels",
         type=int,
@@ -98,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode, or follow the rank that leads; the exit code."""
-    from vitrt.job.encode import EncodeOptions, encode_folder, follow_leader
+    from vitrt.job.encode import encode_folder, follow_leader
     from vitrt.job.leader import GroupError
     from vitrt.job.pipeline import Stop
     from vitrt.job.progress import Progress, Reporter, Style
@@ -106,17 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from vitrt.job.watchdog import PeerFailedError
     from vitrt.sources.inputs import Inputs
 
-    names = {field.name for field in fields(EncodeOptions)}
-    options = EncodeOptions(
-        **{name: value for name, value in vars(args).items() if name in names and value is not None}
-    )
-    runtime = runtime_config(
-        args,
-        attention=args.attention,
-        cuda_graphs=args.cuda_graphs,
-        resize=args.resize,
-        max_batch_tokens=args.max_batch_tokens,
-    )
+    options, runtime = from_args(EncodeOptions, args), from_args(RuntimeConfig, args)
     inputs = Inputs(args.inputs)
     _limit_image_size(args.max_image_pixels)
     progress, stop = Progress(), Stop()

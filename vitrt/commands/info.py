@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vitrt.attention.registry import usable
-from vitrt.checkpoint.opened import Checkpoint
+from vitrt.commands.console import OK
+from vitrt.commands.options import add_model, add_runtime, open_model, runtime_config
 from vitrt.config import RuntimeConfig, VisionConfig
-from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
-from vitrt.images.processor import ImageProcessor
-from vitrt.models.work import count_flops, count_parameters, count_patches, count_tokens
+
+if TYPE_CHECKING:
+    from vitrt.checkpoint.opened import Checkpoint
 
 # Height x width of common images.
 SIZES = ((224, 224), (448, 448), (560, 560), (700, 1120), (1080, 1920), (2160, 3840))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run` reads."""
+    parser.description = (
+        "Family, size, cost by image size, and the attention backends that can run."
+    )
+    add_model(parser)
+    add_runtime(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is known; 0."""
+    for line in info_lines(open_model(args, weights=False), runtime_config(args)):
+        print(line)
+    return OK
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +48,9 @@ class ImageCost:
 
 def image_costs(checkpoint: Checkpoint, runtime: RuntimeConfig) -> list[ImageCost]:
     """The cost of an image of each common size, under the pixel limits that hold."""
+    from vitrt.images.processor import ImageProcessor
+    from vitrt.models.work import count_flops, count_patches, count_tokens
+
     config = checkpoint.vision_config()
     processor = ImageProcessor.from_configs(checkpoint.preprocessor_config(), runtime)
     costs = []
@@ -42,8 +63,12 @@ def image_costs(checkpoint: Checkpoint, runtime: RuntimeConfig) -> list[ImageCos
     return costs
 
 
-def describe(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
+def info_lines(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
     """The lines that `vitrt info` prints."""
+    from vitrt.attention.registry import usable
+    from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+    from vitrt.models.work import count_parameters
+
     config = checkpoint.vision_config()
     preprocessor = checkpoint.preprocessor_config()
     yield f"model          {checkpoint.name}"

@@ -1,26 +1,83 @@
-"""Arguments that several subcommands share, and what becomes of them."""
+"""Options that several subcommands share: their names, types and defaults are dataclass fields."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitrt.config import RuntimeConfig
 
 if TYPE_CHECKING:
     from vitrt.checkpoint.opened import Checkpoint
 
-DEFAULTS = RuntimeConfig()
+Config = TypeVar("Config")
+
+# What every command that runs a tower takes.
+RUNTIME = {
+    "device": "auto, cpu, cuda, cuda:1, ...",
+    "dtype": "auto, bfloat16, float16 or float32",
+    "min_pixels": "least area of a resized image",
+    "max_pixels": "largest area",
+}
 
 
-def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Declare what `runtime_config` reads."""
-    parser.add_argument("--device", default=DEFAULTS.device, help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--dtype", default=DEFAULTS.dtype, help="auto, bfloat16, float16 or float32"
-    )
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="least area of a resized image")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest area")
+def add_fields(parser: argparse.ArgumentParser, config: type, helps: dict[str, str]) -> None:
+    """Declare an option for each field of the dataclass `config` that `helps` names."""
+    hints = get_type_hints(config)
+    for field in fields(config):
+        if field.name in helps:
+            assert field.default is not MISSING
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"),
+                default=field.default,
+                help=helps[field.name],
+                **_argument(hints[field.name], field.default),
+            )
+    unknown = helps.keys() - hints.keys()
+    assert not unknown, f"{config.__name__} has no {unknown}"
+
+
+def _argument(hint: Any, default: object) -> dict[str, Any]:
+    """How argparse reads a value of the type `hint`."""
+    kinds = _members(hint)
+    if bool in kinds:
+        # One that is off is only ever switched on.
+        return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
+    if get_origin(kinds[0]) is tuple:
+        numbers = get_args(kinds[0])[0] is int
+        return {"type": layer_list if numbers else name_list, "metavar": "N,N,..."}
+    if get_origin(kinds[0]) is Literal:
+        return {"choices": get_args(kinds[0])}
+    return {"type": kinds[0], "metavar": None if kinds[0] is str else "N"}
+
+
+def _members(hint: Any) -> list[Any]:
+    """The types of a union, None left out, or the type itself."""
+    if isinstance(hint, type) or get_origin(hint) in (tuple, Literal):
+        return [hint]
+    return [kind for kind in get_args(hint) if kind is not NoneType]
+
+
+def from_args(config: type[Config], args: argparse.Namespace, **more: Any) -> Config:
+    """The dataclass `config` from the options that `args` holds, and `more` of its fields.
+
+    Raises ValueError as `config` does.
+    """
+    names: Iterable[str] = (field.name for field in fields(config))  # type: ignore[arg-type]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return config(**(given | more))
+
+
+def runtime_config(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
+    return from_args(RuntimeConfig, args, **more)
+
+
+def add_runtime(parser: argparse.ArgumentParser, **more: str) -> None:
+    """Declare what `runtime_config` reads: `RUNTIME`, and `more` fields with their help."""
+    add_fields(parser, RuntimeConfig, RUNTIME | more)
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -33,6 +90,21 @@ def layer_list(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def name_list(text: str) -> tuple[str, ...]:
+    """Names from "one,another"; of "none" there are none. For argparse."""
+    return tuple(name for name in text.split(",") if name and name != "none")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare what `open_model` reads."""
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("--revision", help="of a hub id: branch, tag or commit")
+    parser.add_argument("--cache-dir", help="of a hub id: where downloads lie")
+    parser.add_argument(
+        "--local-files-only", action="store_true", default=None, help="download nothing"
+    )
+
+
 def open_model(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
     """The checkpoint that MODEL names."""
     from vitrt.checkpoint.opened import open_checkpoint
@@ -43,15 +115,4 @@ def open_model(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
         cache_dir=args.cache_dir,
         local_files_only=args.local_files_only,
         weights=weights,
-    )
-
-
-def runtime_config(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
-    """What `add_runtime` declared, and `more` of its fields."""
-    return RuntimeConfig(
-        device=args.device,
-        dtype=args.dtype,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        **more,
     )

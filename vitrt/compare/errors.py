@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vitrt.bench.peers import Output
 from vitrt.models.work import Grid
+
+Output = tuple[Tensor, Sequence[Tensor]]  # embeddings [M, O], deepstack levels of the same shape
 
 FLOAT32_BOUND = 1e-5
 RATIO_BOUND = 1.05  # of the error that transformers itself has in the same dtype

@@ -33,7 +33,7 @@ CONFIG_FOLDERS = tuple(parent / "configs" for parent in Path(__file__).resolve()
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class NamedModel:
     """What a model's name on the command line stands for."""
 
     name: str
@@ -41,7 +41,7 @@ class Source:
     checkpoint: Checkpoint | None  # None: random weights
 
 
-def resolve(model: str, *, tiny: bool = False) -> Source:
+def find_model(model: str, *, tiny: bool = False) -> NamedModel:
     """A checkpoint's folder or hub id, a config.json or its folder, or a size ("qwen3-vl-8b").
 
     Without weights beside the config they are random; `tiny` shrinks the tower and makes them so.
@@ -62,8 +62,8 @@ def resolve(model: str, *, tiny: bool = False) -> Source:
         checkpoint = None
         config = VisionConfig.from_dict(json.loads(file.read_text()))
     if tiny:
-        return Source(f"{name} (tiny)", shrink(config), None)
-    return Source(name, config, checkpoint)
+        return NamedModel(f"{name} (tiny)", shrink(config), None)
+    return NamedModel(name, config, checkpoint)
 
 
 def released_sizes() -> list[str]:
@@ -89,14 +89,14 @@ def shrink(config: VisionConfig) -> VisionConfig:
 
 
 def build_tower(
-    source: Source, *, device: torch.device, dtype: torch.dtype, seed: int = 0
+    model: NamedModel, *, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> nn.Module:
-    """transformers' own tower with the source's weights."""
-    tower = empty_tower(source.config, device=device, dtype=dtype)
-    if source.checkpoint is None:
+    """transformers' own tower with the model's weights."""
+    tower = empty_tower(model.config, device=device, dtype=dtype)
+    if model.checkpoint is None:
         _randomise(tower, seed)
     else:
-        tower.load_state_dict(_read(source.checkpoint))
+        tower.load_state_dict(_read(model.checkpoint))
     return tower
 
 
@@ -120,14 +120,14 @@ def float32_copy(tower: nn.Module, config: VisionConfig) -> nn.Module:
     return copy
 
 
-def save_checkpoint(tower: nn.Module, source: Source, folder: Path) -> Path:
+def save_checkpoint(tower: nn.Module, model: NamedModel, folder: Path) -> Path:
     """The tower's weights as a vision-only checkpoint in the released format."""
-    family = source.config.model_type
+    family = model.config.model_type
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": family, "vision_config": source.config.to_dict()}
+    config = {"model_type": family, "vision_config": model.config.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(
-        json.dumps(_preprocessor(source.config), indent=2) + "\n"
+        json.dumps(_preprocessor(model.config), indent=2) + "\n"
     )
     weights = {
         PREFIXES[family] + name: tensor.contiguous() for name, tensor in tower.state_dict().items()

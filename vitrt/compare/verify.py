@@ -20,10 +20,9 @@ from torch import Tensor
 
 from vitrt.attention import window
 from vitrt.attention.registry import AutoBackend, resolve, usable
-from vitrt.bench.peers import Output
 from vitrt.checkpoint.opened import Checkpoint
-from vitrt.compare.errors import Errors, compare, full_precision
-from vitrt.compare.reference import Source, build_tower
+from vitrt.compare.errors import Errors, Output, compare, full_precision
+from vitrt.compare.reference import NamedModel, build_tower
 from vitrt.compare.sample_images import sample_images
 from vitrt.compare.verify_table import Row, Verification
 from vitrt.config import RuntimeConfig
@@ -147,7 +146,7 @@ def _transformers(
 ) -> Output:
     """What transformers' own tower makes of all images, on the CPU."""
     logger.info("transformers in %s", dtype_name(dtype))
-    source = Source(checkpoint.name, checkpoint.vision_config(), checkpoint)
+    source = NamedModel(checkpoint.name, checkpoint.vision_config(), checkpoint)
     tower = build_tower(source, device=device, dtype=dtype)
     parts: list[Output] = []
     for batch in batches:

@@ -58,7 +58,7 @@ class Verification:
         return all(row.within for row in self.rows)
 
 
-def report(result: Verification) -> Iterator[str]:
+def table_lines(result: Verification) -> Iterator[str]:
     """The result as lines for people."""
     import transformers
 

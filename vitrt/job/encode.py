@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
@@ -22,6 +21,7 @@ from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.request import AnyEncoder, DenseEncoder, check_layers
 from vitrt.job.leader import Leader, follow, leading
+from vitrt.job.options import EncodeOptions
 from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress, Snapshot
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -32,7 +32,7 @@ from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
 from vitrt.store.manifest import RunIdentity, layers_text
 from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
-from vitrt.store.writer import DEFAULT_SHARD_MIB, FeatureWriter
+from vitrt.store.writer import FeatureWriter
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +47,6 @@ _SUMMED = (
     "tokens_per_second",
 )
 _SAMPLE_BYTES = 2048  # at each end of a tensor, that a fingerprint looks at
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeOptions:
-    """What the user chose for a run over a folder. The CLI takes its defaults from these fields."""
-
-    workers: int | None = None  # decoding threads; None: as cores permit
-    shard_mib: float = DEFAULT_SHARD_MIB
-    pool: Literal["none", "mean"] = "none"
-    on_error: Literal["skip", "fail"] = "skip"
-    overwrite: bool = False
-    layers: tuple[int, ...] = ()  # also keep the hidden states after these
-    merged: bool = True  # False: keep nothing else
-    warmup: bool = False  # record CUDA graphs of all sizes before the first image
-
-    def __post_init__(self) -> None:
-        if self.pool == "mean" and self.layers:
-            raise ValueError(
-                f"pool 'mean' keeps one row an image and no hidden states of layers "
-                f"{layers_text(self.layers)}; use pool 'none' or no layers"
-            )
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
-        if not (self.shard_mib > 0 and math.isfinite(self.shard_mib)):
-            raise ValueError(f"shard_mib must be above 0 and finite, got {self.shard_mib}")
 
 
 class Ranks(Protocol):

@@ -41,8 +41,11 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     """Everything that was measured, in plain types."""
     config = result.config
     options = {
-        name: getattr(config, name)
-        for name in ("attention", "cuda_graphs", "tiny", "seconds", "time_limit")
+        "attention": config.runtime.attention,
+        "cuda_graphs": config.runtime.cuda_graphs,
+        "tiny": config.scale == "tiny",
+        "seconds": config.seconds,
+        "time_limit": config.time_limit,
     }
     return {
         "format": "vitrt.bench.v1",
@@ -59,10 +62,10 @@ def to_json(result: BenchResult) -> dict[str, Any]:
 
 def _model_json(model: ModelResult, ceiling: float) -> dict[str, Any]:
     return {
-        "model": model.source.name,
-        "model_type": model.source.config.model_type,
-        "vision_config": model.source.config.to_dict(),
-        "random_weights": model.source.checkpoint is None,
+        "model": model.named.name,
+        "model_type": model.named.config.model_type,
+        "vision_config": model.named.config.to_dict(),
+        "random_weights": model.named.checkpoint is None,
         "attention": model.attention,
         "peers": model.peers,
         "runner": _stats_json(model.stats),
@@ -133,8 +136,8 @@ def _lines(result: BenchResult) -> Iterator[str]:
 
 
 def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
-    weights = "random weights" if model.source.checkpoint is None else "its own weights"
-    yield f"{model.source.name} ({weights}); {model.attention}"
+    weights = "random weights" if model.named.checkpoint is None else "its own weights"
+    yield f"{model.named.name} ({weights}); {model.attention}"
     peers = [
         p for p in PEER_NAMES if any(p in row.timings or p in row.failures for row in model.rows)
     ]
@@ -216,7 +219,7 @@ def _host_lines(model: ModelResult) -> Iterator[str]:
 
 def _extra_lines(model: ModelResult) -> Iterator[str]:
     for row in model.rows:
-        title = f"{model.source.name} {row.workload.name}"
+        title = f"{model.named.name} {row.workload.name}"
         if row.profile is not None:
             yield from _profile_lines(title, row.profile)
         if row.ablations:

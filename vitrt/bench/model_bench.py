@@ -30,8 +30,9 @@ from vitrt.bench.profiling import profile_call
 from vitrt.bench.results import ModelResult, Row
 from vitrt.bench.timing import Clock, measure
 from vitrt.bench.workloads import Workload, build_workloads
+from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.compare.errors import compare, float32_reference
-from vitrt.compare.reference import Source, build_tower, float32_copy, save_checkpoint
+from vitrt.compare.reference import NamedModel, build_tower, float32_copy, save_checkpoint
 from vitrt.encoder import VisionEncoder
 from vitrt.models.work import count_flops
 
@@ -48,41 +49,35 @@ class ModelBench:
     def __init__(
         self,
         config: BenchConfig,
-        source: Source,
+        model: NamedModel,
         device: torch.device,
         dtype: torch.dtype,
         clock: Clock,
         until: float,
         progress: Callable[[str], None],
     ) -> None:
-        self.config, self.source, self.device, self.dtype = config, source, device, dtype
+        self.config, self.model, self.device, self.dtype = config, model, device, dtype
         self.peers = config.peers or ()
         self.clock, self.until, self.progress = clock, until, progress
 
     def run(self, models: list[ModelResult]) -> None:
         """Append this model's result to `models`, and fill it figure by figure."""
-        config, source = self.config, self.source
+        config, model = self.config, self.model
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-            tower = build_tower(source, device=self.device, dtype=self.dtype)
-            reference = float32_copy(tower, source.config) if config.check else None
-            checkpoint = save_checkpoint(tower, source, Path(folder))
-            encoder = VisionEncoder.from_pretrained(
-                checkpoint,
-                device=self.device,
-                dtype=self.dtype,
-                attention=config.attention,
-                cuda_graphs="auto" if config.cuda_graphs is None else config.cuda_graphs,
-            )
-            self.progress(f"{source.name}: loaded after {self.clock.spent:.0f} s")
+            tower = build_tower(model, device=self.device, dtype=self.dtype)
+            reference = float32_copy(tower, model.config) if config.check else None
+            checkpoint = save_checkpoint(tower, model, Path(folder))
+            encoder = VisionEncoder.from_checkpoint(open_checkpoint(checkpoint), config.runtime)
+            self.progress(f"{model.name}: loaded after {self.clock.spent:.0f} s")
             workloads = build_workloads(
-                source.config.patch_size, config.workloads, tiny=bool(config.tiny)
+                model.config.patch_size, config.workloads, tiny=config.scale == "tiny"
             )
-            rows = [Row(w, count_flops(source.config, w.grids).total) for w in workloads]
+            rows = [Row(w, count_flops(model.config, w.grids).total) for w in workloads]
             peers = self._peers(tower, rows, compiled=False)
             compiled = self._peers(tower, rows, compiled=True)
             labels = {peer.name: peer.label for peer in (*peers, *compiled)}
             stats = encoder.stats()
-            models.append(ModelResult(source, _attention_label(encoder), rows, stats, labels))
+            models.append(ModelResult(model, _attention_label(encoder), rows, stats, labels))
             for row in rows:
                 self._contests([Vitrt(encoder), *peers], row, tower, reference)
             for row in rows:
@@ -133,7 +128,7 @@ class ModelBench:
                 )
                 row.timings[name] = timing
                 self.progress(
-                    f"{self.source.name} {row.workload.name} {name}: {timing.rate_ms:.3f} ms"
+                    f"{self.model.name} {row.workload.name} {name}: {timing.rate_ms:.3f} ms"
                     f" +-{timing.spread:.1%} of {timing.calls}, {self.clock.spent:.0f} s"
                 )
         release(self.device)
@@ -178,7 +173,7 @@ class ModelBench:
         if config.ablate and workload.name in self._ablated():
             with self._surviving(row, "ablate"):
                 row.ablations = ablate(encoder, workload, inputs, seconds=config.seconds / 2)
-                self.progress(f"{self.source.name} {workload.name}: ablations")
+                self.progress(f"{self.model.name} {workload.name}: ablations")
 
     def _ablated(self) -> tuple[str, ...]:
         chosen = tuple(name for name in ABLATED if name in self.config.workloads)
@@ -200,7 +195,7 @@ class ModelBench:
         """Sets of random pixels [T, P], of the range that normalised images have."""
         device = self.device
         generator = torch.Generator(device).manual_seed(workload.patches)
-        shape = (workload.patches, self.source.config.patch_dim)
+        shape = (workload.patches, self.model.config.patch_dim)
         return [
             torch.randn(shape, generator=generator, device=device).to(self.dtype)
             for _ in range(INPUT_SETS)

@@ -1,0 +1,26 @@
+"""`vitrt check`: whether an output folder holds what its manifests promise."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitrt.commands.console import FAILED, OK
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run` reads."""
+    parser.description = (
+        "Read an output folder back and verify it. Exit code 1 if anything is wrong."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check; 1 where there is a problem, else 0."""
+    from vitrt.store.check import check_folder, report
+
+    result = check_folder(args.folder)
+    for line in report(result):
+        print(line)
+    return FAILED if result.problems else OK

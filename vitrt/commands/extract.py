@@ -1,0 +1,27 @@
+"""`vitrt extract`: the vision tower of a checkpoint as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitrt.commands.console import OK
+from vitrt.commands.options import add_model, open_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run` reads."""
+    parser.description = "Write the vision tower alone: config, preprocessor, one safetensors file."
+    add_model(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extract; 0. Raises CheckpointError."""
+    from vitrt.checkpoint.extract import extract_tower
+
+    checkpoint = open_model(args)
+    folder = extract_tower(checkpoint, args.output, overwrite=args.overwrite)
+    print(f"{len(checkpoint.tensors)} tensors, {checkpoint.num_bytes / 1e6:.1f} MB in {folder}")
+    return OK
