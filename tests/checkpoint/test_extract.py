@@ -124,7 +124,7 @@ def test_a_failure_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(extract, "copy_bytes", full)
+    monkeypatch.setattr(extract, "_pieces", full)
     with pytest.raises(CheckpointError, match="out: cannot be written: No space left on device"):
         extract_tower(checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -178,6 +178,47 @@ def test_a_partial_file_of_another_layout_is_not_used(hub: FakeHub, tmp_path: Pa
     assert not list(folder.glob("*.partial"))
 
 
+def interrupted(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The partial file of a transfer that ended after 700,000 bytes."""
+    monkeypatch.setattr(hub_ranges, "RETRIES", 0)
+    hub.cut_after = [700_000]
+    refused(hub, hub.repo, ".safetensors")
+    (partial,) = (tmp_path / "home").rglob("*.partial")
+    assert partial.stat().st_size > 700_000
+    hub.forget()
+    return partial
+
+
+def test_a_power_cut_leaves_zeros(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may keep its size and lose its last bytes, which no write had brought to the disk."""
+    partial = interrupted(hub, tmp_path, monkeypatch)
+    size = partial.stat().st_size
+    with partial.open("r+b") as file:
+        file.truncate(size - 200_000)
+        file.truncate(size)
+    check(load(hub), hub.folder)
+    assert hub.shard_bytes() < tower_bytes(hub.folder) - 300_000, "nothing was carried on with"
+
+
+@pytest.mark.parametrize("what", ["partial of full size", "partial", "journal", "no journal"])
+def test_only_what_verifies_is_resumed(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    partial = interrupted(hub, tmp_path, monkeypatch)
+    journal = partial.with_name(f"{partial.name}.journal")
+    if what == "no journal":  # as earlier versions left it
+        journal.unlink()
+    elif what == "partial of full size":
+        partial.write_bytes(bytes(tower_bytes(hub.folder) + 100_000))
+    else:
+        file = journal if what == "journal" else partial
+        file.write_bytes(bytes(file.stat().st_size))
+    check(load(hub), hub.folder)
+    assert [path.name for path in partial.parent.iterdir() if "partial" in path.name] == []
+
+
 def test_a_server_that_gives_less_than_asked_for(hub: FakeHub) -> None:
     hub.longest_range = 200_000
     check(load(hub), hub.folder)
@@ -352,6 +393,14 @@ def test_no_such_things(hub: FakeHub, tmp_path: Path) -> None:
     (hub.folder / "config.json").unlink()
     shutil.rmtree(tmp_path / "home")
     refused(hub, hub.repo, "config.json", "has no such file")
+
+
+def test_an_adapter_alone(hub: FakeHub, tmp_path: Path) -> None:
+    hub.folder = tmp_path / "adapter"
+    hub.folder.mkdir()
+    config = '{"base_model_name_or_path": "Qwen/Some-VL"}'
+    (hub.folder / "adapter_config.json").write_text(config)
+    refused(hub, hub.repo, "it is an adapter", "'Qwen/Some-VL'")
 
 
 def test_gated(hub: FakeHub) -> None:

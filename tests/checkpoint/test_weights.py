@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import struct
 import sys
@@ -155,7 +157,13 @@ def test_the_real_tower_is_filled(checkpoint_folder: Path) -> None:
     assert torch.equal(tower.blocks[3].norm2.weight, norm)
 
 
-@pytest.mark.parametrize("prefix", ["visual.", "model.visual.", ""])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("", "visual.", "model.visual.", "thinker.visual.", "vlm.model.visual."),
+        *("model.language_model.visual.", "vision_tower.0."),
+    ],
+)
 def test_prefixes(tiny_qwen3_vl: Path, tmp_path: Path, prefix: str) -> None:
     folder = single_file(
         tiny_qwen3_vl,
@@ -198,8 +206,8 @@ def test_slices_equal_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) -
     file = tmp_path / "x.safetensors"
     save_file(tensors, file)
     header = read_header(file)
-    with file.open("rb") as stream, safe_open(file, "pt") as theirs:
-        ours = StoredTensor(stream, header["x"])
+    with safe_open(file, "pt") as theirs:
+        ours = StoredTensor(header["x"])
         assert ours.get_shape() == theirs.get_slice("x").get_shape() == [7, 5, 3]
         full = slice(None)
         rows = (slice(2, 6), slice(3, None), slice(-2, None), slice(4, 2), slice(0, 9))
@@ -207,29 +215,48 @@ def test_slices_equal_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) -
         for index in (..., full, *rows, *more):
             assert torch.equal(ours[index], tensor[index]), index
         assert torch.equal(ours[3], tensor[3])
-        assert torch.equal(StoredTensor(stream, header["scalar"])[...], tensors["scalar"])
+        assert torch.equal(StoredTensor(header["scalar"])[...], tensors["scalar"])
 
 
-def test_rows_are_all_that_is_read(tmp_path: Path) -> None:
+class Trickle(io.FileIO):
+    """A file that gives at most seven bytes a read, as a network's file system may."""
+
+    count = 0
+
+    def readinto(self, buffer: Any) -> int:
+        got = super().readinto(memoryview(buffer)[:7])
+        Trickle.count += got
+        return got
+
+
+@pytest.fixture
+def trickle(monkeypatch: pytest.MonkeyPatch) -> type[Trickle]:
+    """Every file that is opened without a buffer trickles."""
+    Trickle.count = 0
+    usual = Path.open
+
+    def opened(self: Path, *args: Any, **options: Any) -> Any:
+        return Trickle(self) if options.get("buffering") == 0 else usual(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    return Trickle
+
+
+def test_rows_are_all_that_is_read(tmp_path: Path, trickle: type[Trickle]) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"x": torch.arange(64.0).view(16, 4)}, file)
-
-    class Counting:
-        def __init__(self) -> None:
-            self.stream, self.bytes = file.open("rb"), 0
-
-        def seek(self, offset: int) -> None:
-            self.stream.seek(offset)
-
-        def readinto(self, buffer: Any) -> int:
-            self.bytes += len(buffer)
-            return self.stream.readinto(buffer)
-
-    stream = Counting()
-    part = StoredTensor(stream, read_header(file)["x"])[4:6]  # type: ignore[arg-type]
+    part = StoredTensor(read_header(file)["x"])[4:6]
     assert part.tolist() == [[16.0, 17.0, 18.0, 19.0], [20.0, 21.0, 22.0, 23.0]]
-    assert stream.bytes == 2 * 4 * 4
-    stream.stream.close()
+    assert trickle.count == 2 * 4 * 4
+
+
+def test_short_reads_go_on(copy: Path, trickle: type[Trickle]) -> None:
+    """A read may legally give less than is there; that is no truncated file."""
+    expected = load_file(copy / weight_map(copy)[TABLE])[TABLE]
+    tensors = dict(open_checkpoint(copy).tower_tensors())
+    assert torch.equal(tensors["pos_embed.weight"][...], expected)
+    assert torch.equal(tensors["pos_embed.weight"][:, 5:50], expected[:, 5:50])
+    assert trickle.count > expected.nbytes
 
 
 def test_quantization_config_is_for_the_language_model(copy: Path) -> None:
@@ -353,20 +380,47 @@ def test_wrong_dtype(copy: Path, dtype: torch.dtype) -> None:
     refused(copy, TABLE, "F64, F32, F16, BF16", "quantised")
 
 
-def test_two_prefixes_at_once(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+def test_two_towers(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     folder = single_file(tiny_qwen3_vl, tmp_path / "one")
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    tensors["visual.pos_embed.weight"] = tensors[TABLE].clone()
+    names = [name for name in tensors if ".visual." in name]
+    tensors |= {f"draft.{name}": tensors[name].clone() for name in names}
     save_file(tensors, file)
-    refused(folder, "more than once: pos_embed.weight")
+    said = f"'draft.model.visual.' ({len(names)} tensors) and 'model.visual.' ({len(names)}"
+    refused(folder, "more than one such tower", said)
+
+
+def test_some_names_of_a_tower_in_another_network(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    folder = single_file(tiny_qwen3_vl, tmp_path / "one")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["audio.blocks.0.norm1.weight"] = torch.zeros(8)
+    tensors["audio.patch_embed.proj.weight"] = torch.zeros(8)
+    save_file(tensors, file)
+    load_all(folder)
+
+
+def test_one_name_in_two_files(copy: Path) -> None:
+    (copy / INDEX).unlink()
+    save_file({NORM: torch.zeros(96)}, copy / "model-00004-of-00003.safetensors")
+    refused(copy, f"more than once: {NORM}")
 
 
 def test_no_vision_tensors(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     folder = single_file(
         tiny_qwen3_vl, tmp_path / "one", lambda name: None if "visual" in name else name
     )
-    refused(folder, "no vision tensors", "lm_head, model", "visual.")
+    refused(folder, "no vision tensors", "names start with lm_head, model")
+
+
+def test_names_that_are_no_towers_are_said(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    folder = single_file(
+        tiny_qwen3_vl,
+        tmp_path / "one",
+        lambda name: re.sub(r".*visual\.(.*)\.(.*)", r"visual.stage.\1_.\2", name),
+    )
+    refused(folder, "no vision tensors", "patch_embed", "the closest are visual.stage.")
 
 
 def test_pickled_weights(copy: Path) -> None:
@@ -387,7 +441,7 @@ def test_an_index_that_leads_elsewhere(copy: Path, shard: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.json", None, "config.json: cannot be read"),
+        ("config.json", None, "holds no config.json"),
         ("config.json", "{", "config.json: is not JSON"),
         ("config.json", "[]", "config.json: must hold a JSON object"),
         ("config.json", '{"model_type": "qwen3_vl"}', "config.json: the config of model_type"),
@@ -418,6 +472,26 @@ def test_configs_that_disagree(copy: Path) -> None:
     data = json.loads((copy / "preprocessor_config.json").read_text()) | {"patch_size": 14}
     (copy / "preprocessor_config.json").write_text(json.dumps(data))
     refused(copy, "config.json says patch_size 16, preprocessor_config.json says patch_size 14")
+
+
+# Folders that are something else
+
+
+def test_the_cache_of_the_hub_is_no_checkpoint(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--Qwen--Some-VL" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(tiny_qwen3_vl)
+    refused(snapshot.parents[1], "holds no config.json", "id, Qwen/Some-VL, or", str(snapshot))
+    refused(tmp_path / "hub", "holds no config.json; it is the hub's cache", "Qwen/Some-VL")
+    refused(tmp_path, "holds no config.json; it is the hub's cache", "Qwen/Some-VL")
+    refused(snapshot.parent, "holds no config.json; there is one in 0123abc")
+    load_all(snapshot)
+
+
+def test_an_adapter_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Some-VL"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    refused(tmp_path, "holds no config.json; it is an adapter", "'Qwen/Some-VL'")
 
 
 def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitrt.checkpoint.opened import Checkpoint
-from vitrt.checkpoint.shards import (
-    CheckpointError,
-    TensorInfo,
-    aligned_order,
-    build_header,
-    copy_bytes,
-)
+from vitrt.checkpoint.shards import CheckpointError, LazyTensor
 from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, SINGLE
-from vitrt.engine.loader import check_complete
-from vitrt.models import build_tower
+from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
 
 _FILES = (SINGLE, PREPROCESSOR, CONFIG)
+PIECE_BYTES = 4 << 20
 
 
 def extract_tower(
@@ -31,17 +27,16 @@ def extract_tower(
 ) -> Path:
     """Write the tower of `checkpoint` into `output_dir`: two configs, one safetensors file.
 
-    Bytes and dtypes are those of the checkpoint, names lose the tower's prefix. transformers' own
-    tower classes load the folder with `from_pretrained`. Tensors are copied in bounded pieces, and
-    nothing stands under its final name before it is complete.
+    Values and dtypes are those of the checkpoint, names lose the tower's prefix. Weights in fp8 are
+    written dequantised, in the dtype that the config gives the model, and an adapter merged, in the
+    dtypes of its base. transformers' own tower classes load the folder with `from_pretrained`.
+    Tensors are written one by one, and nothing stands under its final name before it is complete.
 
     Raises CheckpointError for an incomplete checkpoint, and for a folder that holds anything else
     unless `overwrite` says to replace its three files.
     """
     output = Path(output_dir).expanduser()
-    with torch.device("meta"):
-        tower = build_tower(checkpoint.vision_config())
-    check_complete(tower.weight_targets(), checkpoint)
+    tensors = dict(checkpoint.tower_tensors())
     _check_output(checkpoint, output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +47,7 @@ def extract_tower(
         try:
             _write_json(staging / CONFIG, tower_config(checkpoint))
             _write_json(staging / PREPROCESSOR, checkpoint.preprocessor)
-            write_tensors(staging / SINGLE, checkpoint.tensors)
+            _write_tensors(staging / SINGLE, tensors, checkpoint)
             _publish(staging, output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -82,17 +77,38 @@ def tower_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model_type": family, **kept, "vision_config": dict(vision)}
 
 
-def write_tensors(file: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Copy `tensors` into one safetensors file, flushed to disk."""
-    ordered = aligned_order(tensors)
-    header, _ = build_header(ordered, {"format": "pt"})
+def _write_tensors(file: Path, tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> None:
+    """Write `tensors` into one safetensors file, flushed to disk."""
+    dtypes = {name: _saved_dtype(name, checkpoint) for name in tensors}
+    # Widest dtypes first: every tensor is aligned to its elements, as safetensors writes them.
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    layout = {name: (DTYPE_NAMES[dtypes[name]], tensors[name].shape) for name in order}
     with file.open("wb") as target:
-        target.write(header)
-        for info in ordered.values():
-            with info.file.open("rb") as source:
-                copy_bytes(source, target, info)
+        target.write(build_header(layout, {"format": "pt"}))
+        for name in order:
+            for part in _pieces(tensors[name]):
+                target.write(
+                    part.to(dtypes[name]).contiguous().view(-1).view(torch.uint8).numpy().data
+                )
         target.flush()
         os.fsync(target.fileno())
+
+
+def _pieces(tensor: LazyTensor) -> Iterator[Tensor]:
+    """A tensor in rows of bounded size."""
+    if not tensor.shape:
+        yield tensor[...].reshape(1)
+        return
+    row_bytes = prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    step = max(PIECE_BYTES // max(row_bytes, 1), 1)
+    for first in range(0, tensor.shape[0], step):
+        yield tensor[first : first + step]
+
+
+def _saved_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype as stored; of a weight in fp8, the one that the config gives the model."""
+    stored = DTYPES[checkpoint.tensors[name].dtype]
+    return stored if stored.itemsize > 1 else checkpoint.model_dtype()
 
 
 def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:

@@ -31,15 +31,7 @@ from huggingface_hub.errors import (
 
 from vitrt.checkpoint.hub_ranges import RangeReader, RangesRefusedError, fetch_tower
 from vitrt.checkpoint.shards import CheckpointError, TensorInfo
-from vitrt.checkpoint.tower_files import (
-    INDEX,
-    SINGLE,
-    ShardNames,
-    read_json,
-    shards_of_index,
-    tensors_of_files,
-    tensors_of_shards,
-)
+from vitrt.checkpoint.tower_files import INDEX, SINGLE, ShardNames, TowerSearch, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +65,7 @@ class HubSource:
         """The same; None where the repository has no such file, or offline the cache has none."""
         return self._fetch(filename, optional=True)
 
-    def fetch_tensors(self) -> dict[str, TensorInfo]:
+    def fetch_tensors(self, search: TowerSearch) -> dict[str, TensorInfo]:
         """The vision tensors by name in the tower, on this machine.
 
         What is here already is used: the tower's own file, or whole shards in the hub's cache.
@@ -81,16 +73,16 @@ class HubSource:
         """
         folder = self._tower_folder()
         if folder and (folder / SINGLE).is_file():
-            return tensors_of_files([folder / SINGLE], self.repo)
-        shards = None if self._has(SINGLE) else self._shards()
+            return search.in_files([folder / SINGLE])
+        shards = None if self._has(SINGLE) else self._shards(search)
         files = [SINGLE] if shards is None else sorted(shards)
         whole = all(self.cached(file) for file in files)
-        if folder and not whole and (tower := self._fetch_tower(shards, folder)):
-            return tensors_of_files([tower], self.repo)
+        if folder and not whole and (tower := self._fetch_tower(search, shards, folder)):
+            return search.in_files([tower])
         snapshot = {self.fetch(file).parent for file in files}.pop()
         if shards is None:
-            return tensors_of_files([snapshot / SINGLE], self.repo)
-        return tensors_of_shards(snapshot, shards)
+            return search.in_files([snapshot / SINGLE])
+        return search.in_shards(snapshot, shards)
 
     def _tower_folder(self) -> Path | None:
         """Where the tower's bytes are kept: among the hub's assets, one folder a commit.
@@ -120,17 +112,20 @@ class HubSource:
             raise CheckpointError(self.explain(filename, error)) from error
         return True
 
-    def _shards(self) -> ShardNames:
+    def _shards(self, search: TowerSearch) -> ShardNames:
         if index := self.fetch_optional(INDEX):
-            return shards_of_index(read_json(index), self.repo)
+            return search.shards_of_index(read_json(index))
         raise CheckpointError(f"{self._label}: holds neither {SINGLE} nor {INDEX}{self._looked()}")
 
-    def _fetch_tower(self, shards: ShardNames | None, folder: Path) -> Path | None:
+    def _fetch_tower(
+        self, search: TowerSearch, shards: ShardNames | None, folder: Path
+    ) -> Path | None:
         """The tower's bytes in a file of their own; None where whole shards are needed."""
         if self.offline:
             return None
         try:
-            return fetch_tower(RangeReader(self.repo, self._commit, self.token), shards, folder)
+            reader = RangeReader(self.repo, self._commit, self.token)
+            return fetch_tower(reader, search, shards, folder)
         except RangesRefusedError as error:
             logger.info("%s: fetching whole shards: %s", self.repo, error)
             return None

@@ -1,15 +1,15 @@
 """Only the bytes that matter: a tower fetched out of its shards by HTTP range requests.
 
 Qwen3-VL-235B is 470 GB and its tower 1.2 GB. The shards' headers say where the tower's tensors lie;
-their bytes go into one safetensors file of our own in the hub's cache for assets. That file is laid
-out in the order in which it is fetched, so the size of a partial one is all it takes to resume.
+their bytes go into one safetensors file of our own in the hub's cache for assets, laid out in the
+order in which they are fetched. huggingface_hub's own parser of remote headers is not used: from a
+server that ignores ranges it reads the whole shard, and it tries nothing again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,15 +27,16 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     tqdm,
 )
 
-from vitrt.checkpoint.shards import (
+from vitrt.checkpoint.partial_file import PartialFile
+from vitrt.checkpoint.shards import CheckpointError, TensorInfo, tensors_of
+from vitrt.checkpoint.tower_files import SINGLE, ShardNames, TowerSearch
+from vitrt.tensor_file import (
     LENGTH_BYTES,
-    CheckpointError,
-    TensorInfo,
+    TensorFileError,
     build_header,
     header_length,
     parse_header,
 )
-from vitrt.checkpoint.tower_files import SINGLE, ShardNames, collect, group_by_shard
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,13 @@ class RangeReader:
     def header(self, shard: str) -> dict[str, TensorInfo]:
         """The tensors of a shard: two small requests."""
         start = b"".join(self.stream(Span(shard, 0, LENGTH_BYTES)))
-        size = self.sizes[shard]
-        length = header_length(start, Path(shard), size)
-        header = b"".join(self.stream(Span(shard, LENGTH_BYTES, LENGTH_BYTES + length)))
-        return parse_header(header, Path(shard), size)
+        size, file = self.sizes[shard], Path(shard)
+        try:
+            end = LENGTH_BYTES + header_length(start, file, size)
+            text = b"".join(self.stream(Span(shard, LENGTH_BYTES, end)))
+            return tensors_of(parse_header(text, file, size), file)
+        except TensorFileError as error:
+            raise CheckpointError(str(error)) from error
 
     def stream(self, span: Span) -> Iterator[bytes]:
         """The bytes of a span as they come; a transfer that ends early carries on where it ended.
@@ -139,7 +143,9 @@ def _asked_wait(headers: Mapping[str, str]) -> float:
     return float(seconds)
 
 
-def fetch_tower(reader: RangeReader, shards: ShardNames | None, folder: Path) -> Path:
+def fetch_tower(
+    reader: RangeReader, search: TowerSearch, shards: ShardNames | None, folder: Path
+) -> Path:
     """The tower as one file in `folder`: there already, resumed, or fetched.
 
     `shards` is what the index says; None for a repository with one file. Raises RangesRefusedError
@@ -151,9 +157,8 @@ def fetch_tower(reader: RangeReader, shards: ShardNames | None, folder: Path) ->
             return target
         headers = {file: reader.header(file) for file in sorted(shards or [SINGLE])}
         if shards is None:
-            pairs = [(name, SINGLE) for name in headers[SINGLE]]
-            shards = group_by_shard(pairs, reader.repo)
-        tensors = collect(shards, headers, reader.repo)
+            shards = search.by_shard((name, SINGLE) for name in headers[SINGLE])
+        tensors = search.collect(shards, headers)
         nbytes = sum(info.nbytes for info in tensors.values())
         whole = sum(reader.sizes[file] for file in shards)
         if nbytes > WHOLE_SHARE * whole:
@@ -166,32 +171,26 @@ def fetch_tower(reader: RangeReader, shards: ShardNames | None, folder: Path) ->
 
 def _download(reader: RangeReader, tensors: Mapping[str, TensorInfo], target: Path) -> None:
     """Write `tensors`, in the order of their shards, into `target`, resuming a partial file."""
-    start, _ = build_header(tensors, {"format": "pt"})
+    layout = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+    start = build_header(layout, {"format": "pt"})
     total = len(start) + sum(info.nbytes for info in tensors.values())
     # A partial file of another layout must not be carried on with.
-    layout = hashlib.sha256(start).hexdigest()[:16]
-    partial = target.with_name(f"{target.name}.{layout}.partial")
-    with partial.open("ab") as file, _bar(reader.repo, total) as bar:
-        done = file.tell()
-        if done < len(start) or done > total:
-            file.truncate(0)
+    digest = hashlib.sha256(start).hexdigest()[:16]
+    with (
+        PartialFile(target.with_name(f"{target.name}.{digest}.partial")) as file,
+        tqdm(total=total, desc=f"{reader.repo} vision tower", unit="B", unit_scale=True) as bar,
+    ):
+        if not file.size:
             file.write(start)
-            done = len(start)
-        bar.update(done)
-        for span in _remaining(_spans(tensors.values()), done - len(start)):
+        bar.update(file.size)
+        for span in _remaining(_spans(tensors.values()), file.size - len(start)):
             for piece in reader.stream(span):
                 file.write(piece)
                 bar.update(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
-    assert partial.stat().st_size == total
-    partial.rename(target)
-    for stale in target.parent.glob(f"{target.name}.*.partial"):
+        assert file.size == total
+        file.finish(target)
+    for stale in target.parent.glob(f"{target.name}.*.partial*"):
         stale.unlink()
-
-
-def _bar(repo: str, total: int) -> Any:
-    return tqdm(total=total, desc=f"{repo} vision tower", unit="B", unit_scale=True)
 
 
 def _spans(tensors: Iterable[TensorInfo]) -> list[Span]:

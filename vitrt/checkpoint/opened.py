@@ -9,13 +9,25 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vitrt.checkpoint.shards import CheckpointError, TensorInfo
-from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, PROCESSOR, find_tensors, read_json
+import torch
+
+from vitrt.checkpoint import scaled
+from vitrt.checkpoint.shards import CheckpointError, LazyTensor, TensorInfo
+from vitrt.checkpoint.tower_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    PREPROCESSOR,
+    PROCESSOR,
+    TowerSearch,
+    read_json,
+)
 from vitrt.config import PreprocessorConfig, VisionConfig
+from vitrt.models import build_tower
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -28,7 +40,8 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]  # config.json
     preprocessor: Mapping[str, Any]  # preprocessor_config.json or its like in processor_config.json
-    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)  # by name in the tower
+    # What is stored of the tower, by name in it: parameters, and scales of those in fp8.
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     def vision_config(self) -> VisionConfig:
         """Raises CheckpointError for a config without a tower of a supported family."""
@@ -41,9 +54,72 @@ class Checkpoint:
             return PreprocessorConfig.from_dict(self.preprocessor)
 
     @property
+    def quantization(self) -> Mapping[str, Any]:
+        """What the config says of quantised weights, in the language model mostly."""
+        text = self.config.get("text_config")
+        places = [self.config, text if isinstance(text, Mapping) else {}]
+        keys = ("quantization_config", "compression_config")
+        found = [place[key] for place in places for key in keys if key in place]
+        return found[0] if found and isinstance(found[0], Mapping) else {}
+
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that the config gives the model; bfloat16 where it gives none."""
+        named = self.config.get("dtype", self.config.get("torch_dtype"))
+        dtype = getattr(torch, str(named).removeprefix("torch."), None)
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+        return torch.bfloat16
+
+    def tower_search(self) -> TowerSearch:
+        """What its tensors are found by."""
+        return TowerSearch(self.name, tower_shapes(self.vision_config()), self.quantization)
+
+    def tower_tensors(self) -> Iterator[tuple[str, LazyTensor]]:
+        """The tower's parameters by name, each read as it is indexed, in the order of the files.
+
+        Raises CheckpointError, before the first one, that lists every one that is missing, left
+        over or of another shape.
+        """
+        parameters = dict(scaled.parameters(self.tensors, self.quantization))
+        self._check_complete(parameters)
+        return iter(parameters.items())
+
+    def _check_complete(self, found: Mapping[str, LazyTensor]) -> None:
+        if not self.tensors:
+            raise CheckpointError(f"{self.name}: holds no weights ({self.folder})")
+        shapes = tower_shapes(self.vision_config())
+        problems = {
+            "missing": [name for name in shapes if name not in found],
+            "left over": [found[name].full_name for name in found if name not in shapes],
+            "wrong shape": [
+                f"{found[name].full_name} is {list(found[name].shape)} in "
+                f"{self.tensors[name].file.name}, should be {list(shape)}"
+                for name, shape in shapes.items()
+                if name in found and found[name].shape != shape
+            ],
+        }
+        lines = [
+            f"  {kind} ({len(names)}): {', '.join(names)}"
+            for kind, names in problems.items()
+            if names
+        ]
+        if lines:
+            raise CheckpointError(
+                f"{self.name}: its tensors are not those of its config\n" + "\n".join(lines)
+            )
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the tower's tensors as stored."""
         return sum(info.nbytes for info in self.tensors.values())
+
+
+@cache
+def tower_shapes(config: VisionConfig) -> Mapping[str, tuple[int, ...]]:
+    """Of every tensor that a checkpoint of such a tower holds, by name in the tower."""
+    with torch.device("meta"):
+        tower = build_tower(config)
+    return {target.name: target.shape for target in tower.weight_targets()}
 
 
 def open_checkpoint(
@@ -65,9 +141,13 @@ def open_checkpoint(
     name = os.fspath(model)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{name}: holds no {CONFIG}{_taken_for(folder)}")
         files = [file for file in (PREPROCESSOR, PROCESSOR) if (folder / file).is_file()]
         checkpoint = describe(name, folder, files)
-        return _with_tensors(checkpoint, find_tensors(folder)) if weights else checkpoint
+        if not weights:
+            return checkpoint
+        return replace(checkpoint, tensors=checkpoint.tower_search().in_folder(folder))
     if folder.exists():
         raise CheckpointError(f"{name}: is a file; a checkpoint is the folder that holds {CONFIG}")
     if not isinstance(model, str) or not _HUB_ID.fullmatch(name):
@@ -77,10 +157,15 @@ def open_checkpoint(
     from vitrt.checkpoint.hub import HubSource
 
     hub = HubSource(name, revision, cache_dir, token, bool(local_files_only))
-    folder = hub.fetch(CONFIG).parent
+    config = hub.fetch_optional(CONFIG)
+    if config is None and (adapter := hub.fetch_optional(ADAPTER_CONFIG)):
+        raise CheckpointError(f"{name}: holds no {CONFIG}{_taken_for(adapter.parent)}")
+    folder = (config or hub.fetch(CONFIG)).parent
     found = next((file for file in (PREPROCESSOR, PROCESSOR) if hub.fetch_optional(file)), None)
     checkpoint = describe(name, folder, [found] if found else [])
-    return _with_tensors(checkpoint, hub.fetch_tensors()) if weights else checkpoint
+    if not weights:
+        return checkpoint
+    return replace(checkpoint, tensors=hub.fetch_tensors(checkpoint.tower_search()))
 
 
 def describe(name: str, folder: Path, processors: Iterable[str]) -> Checkpoint:
@@ -111,10 +196,23 @@ def describe(name: str, folder: Path, processors: Iterable[str]) -> Checkpoint:
     return checkpoint
 
 
-def _with_tensors(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
-    return Checkpoint(
-        checkpoint.name, checkpoint.folder, checkpoint.config, checkpoint.preprocessor, tensors
-    )
+def _taken_for(folder: Path) -> str:
+    """What a folder without a config may be, and what would do instead; for a message."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return f"; it is an adapter ({ADAPTER_CONFIG}) of the checkpoint {base!r}: give that"
+    if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
+        repo = folder.name.removeprefix("models--").replace("--", "/")
+        return (
+            f"; it is the hub's cache of one repository: give its id, {repo}, or one of its "
+            f"snapshots, {snapshots[-1].parent}"
+        )
+    cached = sorted([*folder.glob("models--*"), *folder.glob("hub/models--*")])
+    if cached:
+        repos = [path.name.removeprefix("models--").replace("--", "/") for path in cached[:5]]
+        return f"; it is the hub's cache: give the id of a repository in it, as {', '.join(repos)}"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    return f"; there is one in {', '.join(inside[:5])}" if inside else ""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The safetensors file format: check a header, read parts of a tensor, write tensor by tensor.
+"""Tensors on disk: where each one lies, and reading no more of it than is asked for.
 
 Plain reads instead of a memory map: pages of a mapped shard count as this process's memory, and a
 file that shrinks while it is mapped kills the process.
@@ -6,30 +6,18 @@ file that shrinks while it is mapped kills the process.
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-COPY_BYTES = 4 << 20
-LENGTH_BYTES = 8  # a file starts with the length of its header
+from vitrt import tensor_file
+from vitrt.tensor_file import DTYPES, Header, TensorFileError
 
-FLOAT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32}
-_BITS |= {"I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "C64": 64}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class CheckpointError(ValueError):
@@ -54,112 +42,121 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError for a file that is missing, truncated or not in the format.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(LENGTH_BYTES)
-            length = header_length(start, file, size)
-            header = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    return parse_header(header, file, size)
+        return tensors_of(tensor_file.read_header(file), file)
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def header_length(start: bytes, file: Path, size: int) -> int:
-    """The length of the header, from a file's first eight bytes and its size."""
-    if len(start) < LENGTH_BYTES:
-        raise CheckpointError(f"{file}: {size} bytes are no safetensors file")
-    (length,) = struct.unpack("<Q", start)
-    if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes)")
-    if LENGTH_BYTES + length > size:
-        raise CheckpointError(f"{file}: truncated: {size} bytes end inside the header")
-    return int(length)
+def tensors_of(header: Header, file: Path) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(file, name, span.shape, span.dtype, span.begin, span.nbytes)
+        for name, span in header.tensors.items()
+    }
 
 
-def parse_header(header: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
-    """The tensors a header names, checked against each other and against the size of the file."""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        tensors = {
-            name: _tensor_info(name, entry, file, LENGTH_BYTES + len(header))
-            for name, entry in entries.items()
-        }
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file}: the header is no safetensors header: {error}") from error
-    end = max((info.offset + info.nbytes for info in tensors.values()), default=size)
-    if end > size:
-        raise CheckpointError(f"{file}: truncated: its header says {end} bytes, it has {size}")
-    return tensors
+class LazyTensor(Protocol):
+    """A tensor that indexing makes just a part of."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what indexing gives."""
+        ...
+
+    @property
+    def full_name(self) -> str:
+        """The name that the checkpoint has for it."""
+        ...
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index: Any) -> Tensor: ...
 
 
-def _tensor_info(name: str, entry: Mapping[str, Any], file: Path, data: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    dtype = entry["dtype"]
-    numbers = (begin, end, *shape)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers) or end < begin:
-        raise CheckpointError(f"{file}: {name}: shape {shape} at bytes {begin} to {end}")
-    bits = _BITS.get(dtype)
-    if bits is not None and prod(shape) * bits != 8 * (end - begin):
-        raise CheckpointError(
-            f"{file}: {name}: shape {list(shape)} of {dtype} does not take {end - begin} bytes"
-        )
-    return TensorInfo(file, name, shape, dtype, data + begin, end - begin)
+class OneOpenFile:
+    """Reads parts of files, and keeps the last one open."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._stream: BinaryIO | None = None
+
+    def read_into(self, target: np.ndarray, info: TensorInfo, start: int) -> None:
+        """Fill `target` (bytes) with what lies `start` bytes into a tensor."""
+        try:
+            got = self._read_into(target, info.file, info.offset + start)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from error
+        if got != target.size:
+            raise CheckpointError(
+                f"{info.file}: truncated: {info.full_name} ends after {got} of {target.size} bytes"
+            )
+
+    def _read_into(self, target: np.ndarray, path: Path, start: int) -> int:
+        if path != self._path or self._stream is None:
+            self.close()
+            self._stream = path.open("rb", buffering=0)  # a buffer would copy what is read at once
+            self._path = path
+        self._stream.seek(start)
+        got = 0
+        # One read may give less than is there: over a network or from a FUSE file system.
+        while got < target.size and (count := self._stream.readinto(target[got:])):  # type: ignore[attr-defined]
+            got += count
+        return got
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._path = self._stream = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class StoredTensor:
     """A tensor on disk. Indexing reads no more rows or (of a matrix) columns than asked for."""
 
-    def __init__(self, stream: BinaryIO, info: TensorInfo) -> None:
-        self._stream = stream
-        self._info = info
+    def __init__(self, info: TensorInfo, files: OneOpenFile | None = None) -> None:
+        self.info = info
+        self.shape = info.shape
+        self.dtype = DTYPES[info.dtype]
+        self.full_name = info.full_name
+        self._files = files or OneOpenFile()
 
     def get_shape(self) -> list[int]:
-        return list(self._info.shape)
+        return list(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
         index = index if isinstance(index, tuple) else (index,)
-        shape = self._info.shape
+        shape = self.shape
         if not shape or not isinstance(index[0], slice) or index[0].step not in (None, 1):
-            return self._read(0, self._info.nbytes).view(shape)[index]
+            return self._read(0, self.info.nbytes).view(shape)[index]
         if len(shape) == 2 and _is_some_columns(index, shape):
             return self._columns(index[1])
         start, stop, _ = index[0].indices(shape[0])
         rows = max(stop - start, 0)
-        row_bytes = self._info.nbytes // max(shape[0], 1)
+        row_bytes = self.info.nbytes // max(shape[0], 1)
         part = self._read(start * row_bytes, rows * row_bytes).view(rows, *shape[1:])
         rest = (slice(None), *index[1:])
         return part[rest]
 
     def _columns(self, columns: slice) -> Tensor:
         """[rows, columns] of a matrix, each row's part by itself."""
-        rows, width = self._info.shape
+        rows, width = self.shape
         first, stop, _ = columns.indices(width)
-        row_bytes = self._info.nbytes // rows
+        row_bytes = self.info.nbytes // rows
         item = row_bytes // width
-        dtype = FLOAT_DTYPES[self._info.dtype]
-        part = torch.empty(rows, max(stop - first, 0), dtype=dtype, device="cpu")
+        part = torch.empty(rows, max(stop - first, 0), dtype=self.dtype, device="cpu")
         if part.numel():  # a rank may have nothing but padding
             for row, target in enumerate(part.view(torch.uint8).numpy()):
-                self._read_into(target, row * row_bytes + first * item)
+                self._files.read_into(target, self.info, row * row_bytes + first * item)
         return part
 
     def _read(self, start: int, count: int) -> Tensor:
         buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
-        self._read_into(buffer.numpy(), start)
-        return buffer.view(FLOAT_DTYPES[self._info.dtype])
-
-    def _read_into(self, target: np.ndarray, start: int) -> None:
-        self._stream.seek(self._info.offset + start)
-        got = self._stream.readinto(target)  # type: ignore[attr-defined]
-        if got != target.size:
-            raise CheckpointError(
-                f"{self._info.file}: truncated: {self._info.full_name} ends after {got} of "
-                f"{target.size} bytes"
-            )
+        self._files.read_into(buffer.numpy(), self.info, start)
+        return buffer.view(self.dtype)
 
 
 def _is_some_columns(index: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
@@ -167,40 +164,3 @@ def _is_some_columns(index: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
     if len(index) != 2 or index[0] != slice(None) or not isinstance(index[1], slice):
         return False
     return index[1].step in (None, 1) and len(range(*index[1].indices(shape[1]))) < shape[1]
-
-
-def build_header(
-    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file that holds `tensors` in their order, and where each one starts."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offsets: dict[str, int] = {}
-    end = 0
-    for name, info in tensors.items():
-        begin, end = end, end + info.nbytes
-        offsets[name] = begin
-        shape = list(info.shape)
-        entries[name] = {"dtype": info.dtype, "shape": shape, "data_offsets": [begin, end]}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the data starts aligned
-    data = LENGTH_BYTES + len(header)
-    offsets = {name: data + begin for name, begin in offsets.items()}
-    return struct.pack("<Q", len(header)) + header, offsets
-
-
-def aligned_order(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Widest dtypes first: every tensor is aligned to its elements, as safetensors writes them."""
-    order = sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
-    return {name: tensors[name] for name in order}
-
-
-def copy_bytes(source: BinaryIO, target: BinaryIO, info: TensorInfo) -> None:
-    """The bytes of a tensor, from its file to where `target` stands, in bounded pieces."""
-    source.seek(info.offset)
-    left = info.nbytes
-    while left:
-        piece = source.read(min(left, COPY_BYTES))
-        if not piece:
-            raise CheckpointError(f"{info.file}: truncated: {info.full_name} lacks {left} bytes")
-        target.write(piece)
-        left -= len(piece)

@@ -1,26 +1,28 @@
 """Which files of a checkpoint hold the vision tower, and under which names.
 
-A name's prefix is `visual.` (Qwen2.5-VL), `model.visual.` (Qwen3-VL), or none (an extracted tower).
+Other models hold the same towers under other names (`visual.`, `model.visual.`, `thinker.visual.`,
+`vlm.model.visual.`, none in an extracted tower), so what stands before a tower's own names is found
+out, not known.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitrt.checkpoint.shards import FLOAT_DTYPES, CheckpointError, TensorInfo, read_header
+from vitrt.checkpoint.scaled import check_storage
+from vitrt.checkpoint.shards import CheckpointError, TensorInfo, read_header
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # newer transformers nest the image processor in it
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-_PREFIXES = ("model.visual.", "visual.")
-_PARTS = ("patch_embed.", "pos_embed.", "blocks.", "merger.", "deepstack_merger_list.")
+ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT adapter, which is no checkpoint by itself
 
 ShardNames = dict[str, dict[str, str]]  # file -> name in the tower -> name in the file
 
@@ -38,115 +40,141 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def tower_name(name: str) -> str | None:
-    """A tensor's name without the tower's prefix; None for a tensor of anything else."""
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return name[len(prefix) :]
-    return name if name.startswith(_PARTS) else None
+def prefixes(names: Iterable[str], own: Iterable[str]) -> dict[str, list[str]]:
+    """What stands before a tower's `own` names in `names`, and the own names found behind it."""
+    wanted = set(own)
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        at = 0
+        while name[at:] not in wanted and (at := name.find(".", at) + 1):
+            pass
+        if at or name in wanted:
+            found[name[:at]].append(name[at:])
+    return dict(found)
 
 
-def shards_of_index(index: Mapping[str, Any], where: str) -> ShardNames:
-    """The shards with vision tensors, from model.safetensors.index.json."""
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise CheckpointError(f"{where}: {INDEX} holds no weight_map")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\\" in shard:
+@dataclass(frozen=True, slots=True)
+class TowerSearch:
+    """A tower to look for among the tensors of a checkpoint."""
+
+    where: str  # for messages: the folder or the repository
+    shapes: Mapping[str, tuple[int, ...]]  # of the tower's tensors, by their own names
+    quantization: Mapping[str, Any] = field(default_factory=dict)  # config.json's own word on it
+
+    def in_folder(self, folder: Path) -> dict[str, TensorInfo]:
+        """The vision tensors of a folder by name in the tower; none where it has no weights at all.
+
+        `model.safetensors` comes before an index, as in transformers; without either, every
+        `*.safetensors` is looked into.
+        """
+        if (folder / SINGLE).is_file():
+            return self.in_files([folder / SINGLE])
+        if (folder / INDEX).is_file():
+            return self.in_shards(folder, self.shards_of_index(read_json(folder / INDEX)))
+        files = sorted(folder.glob("*.safetensors"))
+        if files := [file for file in files if not file.name.startswith("adapter_")]:
+            return self.in_files(files)
+        others = sorted(
+            file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind)
+        )
+        if others:
             raise CheckpointError(
-                f"{where}: {INDEX} names {shard!r}, which is no file of its folder"
+                f"{folder}: holds {', '.join(others)} but no safetensors; only safetensors are "
+                "read (transformers' save_pretrained writes them)"
             )
-    return group_by_shard(weight_map.items(), where)
+        return {}
 
+    def shards_of_index(self, index: Mapping[str, Any]) -> ShardNames:
+        """The shards with vision tensors, from model.safetensors.index.json."""
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, Mapping) or not weight_map:
+            raise CheckpointError(f"{self.where}: {INDEX} holds no weight_map")
+        for shard in weight_map.values():
+            plain = isinstance(shard, str) and shard and Path(shard).name == shard
+            if not plain or "\\" in shard:
+                raise CheckpointError(
+                    f"{self.where}: {INDEX} names {shard!r}, which is no file of its folder"
+                )
+        return self.by_shard(weight_map.items())
 
-def group_by_shard(names: Iterable[tuple[str, str]], where: str) -> ShardNames:
-    """(tensor, shard) pairs -> the vision tensors of each shard that has any."""
-    pairs = list(names)
-    shards: ShardNames = defaultdict(dict)
-    times: Counter[str] = Counter()
-    for full_name, shard in pairs:
-        if (name := tower_name(full_name)) is not None:
-            shards[shard][name] = full_name
-            times[name] += 1
-    if not shards:
-        seen = sorted({full_name.split(".")[0] for full_name, _ in pairs})
-        raise CheckpointError(
-            f"{where}: no vision tensors: names start with {', '.join(seen[:20])}; "
-            "a tower's start with visual., model.visual. or patch_embed."
-        )
-    if twice := sorted(name for name, count in times.items() if count > 1):
-        raise CheckpointError(f"{where}: given more than once: {', '.join(twice)}")
-    return dict(shards)
+    def by_shard(self, names: Iterable[tuple[str, str]]) -> ShardNames:
+        """(tensor, shard) pairs -> the tower's tensors of each shard that has any."""
+        pairs = list(names)
+        prefix = self._prefix([full_name for full_name, _ in pairs])
+        parts = {name.split(".")[0] for name in self.shapes}
+        shards: ShardNames = defaultdict(dict)
+        twice = []
+        seen = set()
+        for full_name, shard in pairs:
+            name = full_name.removeprefix(prefix)
+            # A tower without a prefix may share its file with others.
+            if full_name.startswith(prefix) and (prefix or name.split(".")[0] in parts):
+                shards[shard][name] = full_name
+                if name in seen:
+                    twice.append(full_name)
+                seen.add(name)
+        if twice:
+            raise CheckpointError(f"{self.where}: given more than once: {', '.join(sorted(twice))}")
+        return dict(shards)
 
+    def _prefix(self, names: list[str]) -> str:
+        """The one prefix under which most of the tower is there."""
+        found = prefixes(names, self.shapes)
+        if not found:
+            raise CheckpointError(f"{self.where}: no vision tensors: {self._closest(names)}")
+        most = max(len(own) for own in found.values())
+        # Parts of another network may bear a few of a tower's names, say blocks.0.norm1.weight.
+        rivals = sorted(prefix for prefix, own in found.items() if 2 * len(own) > most)
+        if len(rivals) > 1:
+            raise CheckpointError(
+                f"{self.where}: holds more than one such tower, under "
+                + " and ".join(f"{prefix!r} ({len(found[prefix])} tensors)" for prefix in rivals)
+            )
+        return rivals[0]
 
-def find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """The vision tensors of a folder by name in the tower; none where it has no weights at all.
+    def _closest(self, names: list[str]) -> str:
+        """What the names are, for one who wonders why they are not a tower's."""
+        ours = ", ".join(list(self.shapes)[:3])
+        starts = sorted({name.split(".")[0] for name in names})
+        text = f"no name ends in one of its tower's ({ours}, ...); names start with "
+        text += ", ".join(starts[:20])
+        if near := sorted(name for name in names if "vis" in name or "patch_embed" in name):
+            text += f", and the closest are {', '.join(near[:3])}"
+        return text
 
-    `model.safetensors` comes before an index, as in transformers; without either, every
-    `*.safetensors` is looked into.
-    """
-    if (folder / SINGLE).is_file():
-        return tensors_of_files([folder / SINGLE], str(folder))
-    if (folder / INDEX).is_file():
-        shards = shards_of_index(read_json(folder / INDEX), str(folder))
-        return tensors_of_shards(folder, shards)
-    if files := sorted(folder.glob("*.safetensors")):
-        return tensors_of_files(files, str(folder))
-    others = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
-    if others:
-        raise CheckpointError(
-            f"{folder}: holds {', '.join(others)} but no safetensors; only safetensors are read "
-            "(transformers' save_pretrained writes them)"
-        )
-    return {}
+    def in_files(self, files: Iterable[Path]) -> dict[str, TensorInfo]:
+        """The vision tensors of files that no index describes."""
+        headers = {file.name: read_header(file) for file in files}
+        pairs = [(name, file) for file, header in headers.items() for name in header]
+        return self.collect(self.by_shard(pairs), headers)
 
+    def in_shards(self, folder: Path, shards: ShardNames) -> dict[str, TensorInfo]:
+        """The vision tensors an index promises, found in the headers of their shards."""
+        if missing := sorted(file for file in shards if not (folder / file).is_file()):
+            raise CheckpointError(f"{folder}: {INDEX} names missing shards: {', '.join(missing)}")
+        return self.collect(shards, {file: read_header(folder / file) for file in sorted(shards)})
 
-def tensors_of_files(files: Iterable[Path], where: str) -> dict[str, TensorInfo]:
-    """The vision tensors of files that no index describes."""
-    headers = {file.name: read_header(file) for file in files}
-    pairs = [(name, file) for file, header in headers.items() for name in header]
-    shards = group_by_shard(pairs, where)
-    return collect(shards, headers, where)
+    def collect(
+        self, shards: ShardNames, headers: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> dict[str, TensorInfo]:
+        """The tensors that `shards` names, by name in the tower, out of the headers of those files.
 
-
-def tensors_of_shards(folder: Path, shards: ShardNames) -> dict[str, TensorInfo]:
-    """The vision tensors an index promises, found in the headers of their shards."""
-    if missing := sorted(file for file in shards if not (folder / file).is_file()):
-        raise CheckpointError(f"{folder}: {INDEX} names missing shards: {', '.join(missing)}")
-    headers = {file: read_header(folder / file) for file in sorted(shards)}
-    return collect(shards, headers, str(folder))
-
-
-def collect(
-    shards: ShardNames, headers: Mapping[str, Mapping[str, TensorInfo]], where: str
-) -> dict[str, TensorInfo]:
-    """The tensors that `shards` names, by name in the tower, out of the headers of those files."""
-    absent = [
-        f"{full_name} in {file}"
-        for file, names in shards.items()
-        for full_name in names.values()
-        if full_name not in headers[file]
-    ]
-    if absent:
-        raise CheckpointError(f"{where}: {INDEX} names tensors not there: {', '.join(absent)}")
-    tensors = {
-        name: headers[file][full_name]
-        for file, names in shards.items()
-        for name, full_name in names.items()
-    }
-    check_dtypes(tensors, where)
-    return tensors
-
-
-def check_dtypes(tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Refuse a tower that is not stored in floating point, naming every such tensor."""
-    wrong = [
-        f"{info.full_name} ({info.dtype})"
-        for info in tensors.values()
-        if info.dtype not in FLOAT_DTYPES
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{where}: the tower must be {', '.join(FLOAT_DTYPES)}, not quantised or integer: "
-            + ", ".join(wrong)
-        )
+        Raises CheckpointError where one is not there, or stored in a way that cannot be read.
+        """
+        absent = [
+            f"{full_name} in {file}"
+            for file, names in shards.items()
+            for full_name in names.values()
+            if full_name not in headers[file]
+        ]
+        if absent:
+            raise CheckpointError(
+                f"{self.where}: {INDEX} names tensors not there: {', '.join(absent)}"
+            )
+        tensors = {
+            name: headers[file][full_name]
+            for file, names in shards.items()
+            for name, full_name in names.items()
+        }
+        check_storage(tensors, self.quantization, self.where)
+        return tensors
