@@ -109,7 +109,9 @@ def test_features_travel_without_their_batch(folder: Path):
     )
     packed = pickle.dumps(features)
     assert len(packed) < alone + 4096
-    for other in (pickle.loads(packed), copy.deepcopy(features)):
+    for other in (pickle.loads(packed), copy.deepcopy(features), features.clone()):
+        for tensor in (other.embeddings, other.deepstack, other.hidden):
+            assert tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes
         assert torch.equal(other.embeddings, features.embeddings)
         assert torch.equal(other.hidden, features.hidden)
         assert (other.grid_thw, other.layers) == (features.grid_thw, features.layers)

@@ -13,7 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFeatures:
-    """Features of one image or clip. Pickled, it leaves the rest of its batch behind."""
+    """Features of one image or clip.
+
+    Its tensors may be views of those of a whole batch, which then stay in memory as long as any of
+    them. `clone()` leaves the batch behind, as pickling does; `torch.save` of a tensor alone, which
+    writes the whole batch, does not.
+    """
 
     # [tokens, out_hidden], raster order inside each frame; with merged=False [0, out_hidden].
     embeddings: Tensor
@@ -62,14 +67,28 @@ class ImageFeatures:
             )
         return tokens
 
+    def clone(self) -> ImageFeatures:
+        """The same features in memory of their own: to keep or save some images of a batch."""
+        return ImageFeatures(*map(_copied, self._values()))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageFeatures, tuple(_alone(getattr(self, field.name)) for field in fields(self))
+        return ImageFeatures, tuple(map(_alone, self._values()))
+
+    def _values(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def _copied(value: Any) -> Any:
+    """A tensor's own copy, contiguous; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.clone(memory_format=torch.contiguous_format)
+    return value
 
 
 def _alone(value: Any) -> Any:
     """A tensor that is a view of a larger one as its own copy; anything else as it is."""
     if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-        return value.clone()
+        return _copied(value)
     return value
 
 

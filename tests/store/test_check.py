@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tests.support.folders import IDENTITY, encode, photo, photos
+from tests.support.folders import IDENTITY, assert_holds, encode, expected, photo, photos
 from vitrt import FeatureStore
 from vitrt.store import check
-from vitrt.store.check import check_folder, report
+from vitrt.store.check import check_folder
 from vitrt.store.lock import FolderLock
 
 SHARD = "features-00000-00000.safetensors"
@@ -35,6 +35,7 @@ def rewrite(output: Path, change: Callable[[Tensors], object], **metadata: str) 
         found = shard.metadata() | metadata
     change(tensors)
     save_file(tensors, output / SHARD, metadata=found)
+    relist(output, lambda lines: [line.pop("crc32", None) for line in lines])
 
 
 def relist(output: Path, change: Callable[[list[dict[str, object]]], object]) -> None:
@@ -53,12 +54,43 @@ def test_clean_folder(output: Path) -> None:
     result = check_folder(output)
     assert result.problems == [] and result.images == 6 and result.shards == 1
     assert result.tokens > 6 and result.bytes == (output / SHARD).stat().st_size
-    assert list(report(result))[-1].endswith("no problem")
+    assert list(result.lines())[-1].endswith("no problem")
 
 
 def test_safetensors_own_files_pass(output: Path) -> None:
     rewrite(output, lambda tensors: None)  # tensors in another order than ours
     assert check_folder(output).problems == []
+
+
+@pytest.mark.parametrize("place", [0.9, 0.98])
+def test_a_flipped_bit_that_leaves_a_finite_value(output: Path, place: float) -> None:
+    shard = bytearray((output / SHARD).read_bytes())
+    shard[int(len(shard) * place) // 4 * 4] ^= 1  # the last bit of a float32's fraction
+    (output / SHARD).write_bytes(shard)
+    assert f"{SHARD}: its bytes have the CRC-32" in only_problem(output)
+    relist(output, lambda lines: lines[0].pop("crc32"))  # any line that says it will do
+    assert f"{SHARD}: its bytes have the CRC-32" in only_problem(output)
+    relist(output, lambda lines: [line.pop("crc32", None) for line in lines])
+    result = check_folder(output)
+    assert result.problems == [] and result.unsummed == 1
+    assert "1 shards have no checksum" in next(result.lines())
+
+
+def test_checksums_outlive_compaction(output: Path, tmp_path: Path) -> None:
+    photo(tmp_path / "in/001.png", 99)
+    encode(tmp_path / "in", output, shard_mib=1)
+    assert not (output / SHARD).exists()  # copied without what was replaced
+    result = check_folder(output)
+    assert result.problems == [] and result.unsummed == 0 and result.shards == 2
+
+
+def test_a_folder_without_checksums_is_carried_on(output: Path, tmp_path: Path) -> None:
+    relist(output, lambda lines: [line.pop("crc32") for line in lines])
+    photo(tmp_path / "in/new.png", 99)
+    photo(tmp_path / "in/001.png", 99)
+    encode(tmp_path / "in", output, shard_mib=1)
+    assert_holds(output, expected(tmp_path / "in"))
+    assert check_folder(output).unsummed == 0  # its shard was copied
 
 
 def test_no_output_folder(tmp_path: Path) -> None:
@@ -218,7 +250,7 @@ def test_what_a_running_job_has_begun_is_no_problem(output: Path) -> None:
     with FolderLock(output):
         result = check_folder(output)
         assert result.problems == [] and result.running is not None
-        assert f"process {os.getpid()}" in next(report(result))
+        assert f"process {os.getpid()}" in next(result.lines())
         (output / SHARD).unlink()
         assert "No such file" in only_problem(output)  # that is no job's doing
     assert len(check_folder(output).problems) == 4

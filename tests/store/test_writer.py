@@ -8,6 +8,7 @@ import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -19,13 +20,15 @@ from tests.support.folders import (
     SHARD_MIB,
     WIDTH,
     assert_holds,
+    assert_same,
     encode,
     expected,
     photo,
     photos,
 )
 from vitrt import FeatureStore, ImageFeatures
-from vitrt.sources.inputs import Record
+from vitrt.sources.folder import walk
+from vitrt.sources.record import Record
 from vitrt.store.check import check_folder
 from vitrt.store.feature_shard import encode_shard
 from vitrt.store.recovery import FolderMismatchError
@@ -37,6 +40,11 @@ def features(tokens: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32)
     embeddings = torch.randn(tokens, WIDTH, generator=generator).to(dtype)
     deepstack = torch.randn(LEVELS, tokens, WIDTH, generator=generator).to(dtype)
     return ImageFeatures(embeddings, deepstack, (1, 2, 2 * tokens))
+
+
+def pooled(feature: ImageFeatures) -> ImageFeatures:
+    """As a pooled run hands them to the writer."""
+    return ImageFeatures(feature.pooled()[None], None, feature.grid_thw)
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -77,6 +85,7 @@ def test_files_follow_the_contract(tmp_path: Path) -> None:
     assert metadata["model_type"] == "qwen3_vl"
     assert metadata["dtype"] == "bfloat16"
     assert metadata["vitrt_version"]
+    data = (tmp_path / "features-00000-00000.safetensors").read_bytes()
     assert lines(tmp_path / "manifest-00000.jsonl") == [
         {
             "id": name,
@@ -85,6 +94,7 @@ def test_files_follow_the_contract(tmp_path: Path) -> None:
             "tokens": tokens,
             "size": size,
             "mtime": mtime,
+            "crc32": f"{crc32(data):08x}",
         }
         for name, grid, tokens, size, mtime in (
             ("a.jpg", [1, 2, 6], 3, 123, 1.5),
@@ -178,7 +188,7 @@ def test_pooled_rows_are_one_table(tmp_path: Path) -> None:
     written = {f"{index}.png": features(1 + index, index) for index in range(7)}
     writer = FeatureWriter(tmp_path, replace(IDENTITY, pool="mean"))
     for name, feature in written.items():
-        writer.add(Record(name, name), feature)
+        writer.add(Record(name, name), pooled(feature))
     writer.close()
     with safe_open(tmp_path / "features-00000-00000.safetensors", framework="pt") as shard:
         assert set(shard.keys()) == {f"{name}/pooled" for name in written}
@@ -202,7 +212,7 @@ def test_whole_features_are_no_table(tmp_path: Path) -> None:
 
 def test_shards_hold_a_bounded_number_of_images(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path, replace(IDENTITY, pool="mean"), shard_mib=100)
-    feature = features(1)
+    feature = pooled(features(1))
     for index in range(SHARD_IMAGES + 1):
         writer.add(Record(str(index), str(index)), feature)
     writer.wait()
@@ -225,16 +235,17 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pool", ["none", "mean"])
 def test_a_second_image_of_an_id_is_an_error(tmp_path: Path, pool: str) -> None:
     writer = FeatureWriter(tmp_path, replace(IDENTITY, pool=pool), shard_mib=1)
-    writer.add(Record("caf?.png", "/one/caf?.png", 1, 1.0), features(3, 1))
-    writer.add(Record("caf?.png", "/two/caf?.png", 2, 2.0), features(5, 2))
-    writer.add(Record("b.png", "/one/b.png"), features(4, 3))
+    of_run = pooled if pool == "mean" else ImageFeatures.clone
+    writer.add(Record("caf?.png", "/one/caf?.png", 1, 1.0), of_run(features(3, 1)))
+    writer.add(Record("caf?.png", "/two/caf?.png", 2, 2.0), of_run(features(5, 2)))
+    writer.add(Record("b.png", "/one/b.png"), of_run(features(4, 3)))
     writer.close()
     assert writer.images == 2 and check_folder(tmp_path).problems == []
     store = FeatureStore(tmp_path)
     assert torch.equal(store["caf?.png"].pooled(), features(3, 1).pooled())
     (error,) = lines(tmp_path / "errors-00000.jsonl")
     assert error["id"] == "caf?.png" and "/two/caf?.png" in str(error["message"])
-    writer.add(Record("b.png", "/one/b.png"), features(4, 3))  # in another shard it can be read
+    writer.add(Record("b.png", "/one/b.png"), of_run(features(4, 3)))  # in another shard
     writer.close()
     assert list(FeatureStore(tmp_path)) == ["caf?.png", "b.png"]
 
@@ -274,6 +285,53 @@ def test_an_open_store_survives_a_later_run(tmp_path: Path, pool: str) -> None:
         path.unlink()
     with pytest.raises(FileNotFoundError):
         FeatureStore(output)["003.png"]
+
+
+def test_a_store_that_reads_anew_reads_all_anew(tmp_path: Path) -> None:
+    """Shards of one name and other bytes: as if another folder had been moved here."""
+    folder, output = photos(tmp_path / "in", 9), tmp_path / "out"
+    encode(folder, output)
+    store = FeatureStore(output)
+    assert store["000.png"].embeddings.isfinite().all()  # its shard is open now
+    for seed, path in enumerate(sorted(folder.rglob("*.png"))):
+        photo(path, 300 + seed, 60, 60)
+    encode(folder, tmp_path / "new", rank=1)
+    encode(folder, tmp_path / "new-0", sources=list(walk(str(folder)))[:3])
+    for path in (*output.glob("features-*"), output / "manifest-00000.jsonl"):
+        path.unlink()
+    for path in (*(tmp_path / "new").glob("*-00001*"), *(tmp_path / "new-0").glob("*-00000*")):
+        path.rename(output / path.name)
+    last = list(store)[-1]
+    assert_same(store[last], expected(folder)[last])  # its shard is gone: the folder is read anew
+    assert_same(store["000.png"], expected(folder)["000.png"])
+
+
+@pytest.mark.parametrize("way", ["overwritten", "all replaced", "dropped", "lost"])
+def test_shard_numbers_never_come_again(tmp_path: Path, way: str) -> None:
+    folder, output = photos(tmp_path / "in", 4), tmp_path / "out"
+    encode(folder, output)
+    before = {path.name for path in output.glob("features-*")}
+    store = FeatureStore(output)  # none of its shards is open yet
+    for seed, path in enumerate(sorted(folder.rglob("*.png"))):
+        if way == "dropped":
+            path.write_bytes(b"no image any more")
+        elif way != "lost":
+            photo(path, 300 + seed)
+    if way == "lost":
+        for name in before:
+            (output / name).write_bytes(b"")
+    encode(folder, output, overwrite=way == "overwritten")
+    if way == "dropped":
+        assert len(FeatureStore(output)) == 0
+        for seed, path in enumerate(sorted(folder.rglob("*.png"))):
+            photo(path, 300 + seed)
+        encode(folder, output)
+    assert before.isdisjoint(path.name for path in output.glob("features-*"))
+    for name, feature in expected(folder).items():
+        assert_same(store[name], feature)
+    (output / ".shard-numbers.json").write_text("[]")
+    encode(folder, output)
+    assert_holds(output, expected(folder))
 
 
 def test_second_run_encodes_nothing(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check; 1 where there is a problem, else 0."""
-    from vitrt.store.check import check_folder, report
+    from vitrt.store.check import check_folder
 
     result = check_folder(args.folder)
-    for line in report(result):
+    for line in result.lines():
         print(line)
     return FAILED if result.problems else OK

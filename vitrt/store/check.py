@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vitrt.store.feature_shard import (
     ShardError,
     ShardHeader,
+    file_crc32,
     kinds_of,
     merge_size_of,
     parse_layers,
@@ -26,23 +27,13 @@ from vitrt.store.manifest import (
     TEMPORARY_NAME,
     Damage,
     Entry,
+    RunIdentity,
     iter_manifest,
     manifests,
     matching,
 )
 
-# What must be the same in every shard of a folder.
-_SHARED = (
-    "model_type",
-    "weights",
-    "dtype",
-    "min_pixels",
-    "max_pixels",
-    "resize",
-    "pool",
-    "layers",
-    "merged",
-)
+_SHARED = RunIdentity.shared()  # what must be the same in every shard of a folder
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 _OWN_DTYPES = {"pooled": "F32", "grid_thw": "I64"}  # of tensors that are not of the run's
@@ -58,14 +49,32 @@ class CheckResult:
     bytes: int = 0
     running: str | None = None  # the job that writes into the folder
     problems: list[str] = field(default_factory=list)
+    unsummed: int = 0  # shards that an older version wrote, without a checksum
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield from self.problems
+        if self.running is not None:
+            yield f"a job is writing into it ({self.running}): what it has begun was left out"
+        if self.unsummed:
+            yield (
+                f"{self.unsummed} shards have no checksum, so a changed value that is still finite "
+                "would not be found"
+            )
+        verdict = f"{len(self.problems)} problem(s)" if self.problems else "no problem"
+        yield (
+            f"{self.images} images, {self.tokens} tokens, {self.shards} shards, "
+            f"{self.bytes / (1 << 20):.1f} MiB: {verdict}"
+        )
 
 
 def check_folder(folder: str | Path) -> CheckResult:
     """Verify an output folder by reading every byte of it, one tensor at a time.
 
-    Every manifest line must have its tensors, shapes fit grids, values be finite, no image be there
-    twice, and nothing be there that no line names. While a job writes into the folder, what it has
-    begun is no problem. Raises ValueError where `folder` is no output folder.
+    Every shard must have its checksum, every manifest line its tensors, shapes fit grids, values be
+    finite, no image be there twice, and nothing be there that no line names. While a job writes
+    into the folder, what it has begun is no problem. Raises ValueError where `folder` is no output
+    folder.
     """
     return _Check(Path(folder)).run()
 
@@ -138,9 +147,20 @@ class _Check:
             header = read_header(path)
             with safe_open(path, framework="pt") as shard:
                 self._content(name, entries, header, shard)
+            self._checksum(path, entries)
             self.result.bytes += path.stat().st_size
         except (ShardError, SafetensorError, OSError) as error:
             self._problem(f"{len(entries)} images of {name} are lost: {error}")
+
+    def _checksum(self, path: Path, entries: list[Entry]) -> None:
+        listed = {entry.crc32 for entry in entries if entry.crc32 is not None}
+        if not listed:
+            self.result.unsummed += 1
+        elif listed != {found := file_crc32(path)}:
+            self._problem(
+                f"{path.name}: its bytes have the CRC-32 {found}, its manifest lines say "
+                f"{', '.join(sorted(listed))}: the file has changed since it was written"
+            )
 
     def _content(self, name: str, entries: list[Entry], header: ShardHeader, shard: Any) -> None:
         self.result.shards += 1
@@ -236,15 +256,3 @@ class _Check:
             elif not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 self._problem(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
-
-
-def report(result: CheckResult) -> Iterator[str]:
-    """The result as lines for people."""
-    yield from result.problems
-    if result.running is not None:
-        yield f"a job is writing into it ({result.running}): what it has begun was left out"
-    verdict = f"{len(result.problems)} problem(s)" if result.problems else "no problem"
-    yield (
-        f"{result.images} images, {result.tokens} tokens, {result.shards} shards, "
-        f"{result.bytes / (1 << 20):.1f} MiB: {verdict}"
-    )

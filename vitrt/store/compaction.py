@@ -13,17 +13,16 @@ from pathlib import Path
 from safetensors import safe_open
 
 from vitrt.store.durable import OutputError, discard, free_bytes, remove, write_file
-from vitrt.store.feature_shard import encode_shard, read_header
+from vitrt.store.feature_shard import read_header, write_shard
 from vitrt.store.manifest import (
     SHARD_NAME,
     Entry,
     entry_key,
     iter_manifest,
     manifests,
-    matching,
     shard_name,
-    temporary_path,
 )
+from vitrt.store.shard_numbers import ShardNumbers, keep_numbers
 
 
 def compact(folder: Path, dropped: Iterable[tuple[str, str]]) -> None:
@@ -38,6 +37,7 @@ def compact(folder: Path, dropped: Iterable[tuple[str, str]]) -> None:
             entry_key(entry.id, entry.replaces) for entry in iter_manifest(path) if entry.replaces
         )
     if dead:
+        keep_numbers(folder)
         strip(folder, drop_lines(folder, dead), dead)
         forget_replaced(folder)
 
@@ -93,7 +93,7 @@ def strip(folder: Path, worn: Collection[str], dead: Collection[int]) -> None:
     pending = sorted(listed.intersection(worn), reverse=True)
     while pending:
         room = free_bytes(folder) // 2
-        moved: dict[str, str] = {}
+        moved: dict[str, tuple[str, str]] = {}
         try:
             while pending:
                 room -= (folder / pending[-1]).stat().st_size
@@ -104,7 +104,7 @@ def strip(folder: Path, worn: Collection[str], dead: Collection[int]) -> None:
             _relist(folder, moved)
         except OutputError:
             listed = _listed(folder)
-            for copy in moved.values():
+            for copy, _ in moved.values():
                 if copy not in listed:
                     discard(folder / copy)
             raise
@@ -116,11 +116,12 @@ def _listed(folder: Path) -> set[str]:
     return {entry.shard for path in manifests(folder) for entry in iter_manifest(path)}
 
 
-def _relist(folder: Path, moved: Mapping[str, str]) -> None:
-    """Have the manifests name the copies of shards instead of them."""
+def _relist(folder: Path, moved: Mapping[str, tuple[str, str]]) -> None:
+    """Have the manifests name the copies of shards, and their checksums, instead of them."""
 
     def change(entry: Entry) -> Entry:
-        return replace(entry, shard=moved.get(entry.shard, entry.shard))
+        shard, crc32 = moved.get(entry.shard, (entry.shard, entry.crc32))
+        return replace(entry, shard=shard, crc32=crc32)
 
     for path in manifests(folder):
         if any(entry.shard in moved for entry in iter_manifest(path)):
@@ -134,8 +135,10 @@ def forget_replaced(folder: Path) -> None:
             rewrite_manifest(path, lambda entry: replace(entry, replaces=None))
 
 
-def _copy_without(folder: Path, name: str, dead: Collection[int], numbers: ShardNumbers) -> str:
-    """Copy a shard without its dead images; the name of the copy."""
+def _copy_without(
+    folder: Path, name: str, dead: Collection[int], numbers: ShardNumbers
+) -> tuple[str, str]:
+    """Copy a shard without its dead images; the name and checksum of the copy."""
     header = read_header(folder / name)
     with safe_open(folder / name, framework="pt") as shard:
         kept = [
@@ -147,19 +150,14 @@ def _copy_without(folder: Path, name: str, dead: Collection[int], numbers: Shard
     assert match is not None
     rank = int(match[1])
     target = folder / shard_name(rank, numbers.take(rank))
-    try:
-        write_file(target, encode_shard(kept, header.metadata), temporary=temporary_path(target))
-    except OutputError:
-        discard(target)  # it may be complete, but is not listed
-        raise
-    return target.name
+    return target.name, write_shard(target, kept, header.metadata)
 
 
 def rewrite_manifest(path: Path, change: Callable[[Entry], Entry | None]) -> None:
     """Replace each entry by what `change` makes of it (None: nothing), all of them at once."""
     changed = (change(entry) for entry in iter_manifest(path))
     lines = (entry.line().encode() for entry in changed if entry is not None)
-    write_file(path, batched_bytes(lines), temporary=temporary_path(path))
+    write_file(path, batched_bytes(lines))
 
 
 def batched_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -167,24 +165,3 @@ def batched_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
     iterator = iter(lines)
     while block := b"".join(islice(iterator, 4096)):
         yield block
-
-
-class ShardNumbers:
-    """Hands out shard numbers of a rank, above all in the folder and all that manifests mention."""
-
-    def __init__(self, folder: Path) -> None:
-        names = {path.name for path in matching(folder, SHARD_NAME)}
-        for path in manifests(folder):
-            with path.open(encoding="ascii", errors="replace") as file:  # JSON as written is ASCII
-                for line in file:  # unparsed: reading tens of millions of objects takes minutes
-                    names.update(match[0] for match in SHARD_NAME.finditer(line))
-        self._next: dict[int, int] = {}
-        for match in map(SHARD_NAME.fullmatch, names):
-            assert match is not None
-            rank, number = int(match[1]), int(match[2])
-            self._next[rank] = max(self._next.get(rank, 0), number + 1)
-
-    def take(self, rank: int) -> int:
-        number = self._next.get(rank, 0)
-        self._next[rank] = number + 1
-        return number

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OutputError: there is no room
+
 _WRITE_BYTES = 64 << 20  # of one call: some systems refuse or cut short 2 GiB and more
 
 
@@ -36,11 +38,17 @@ def make_folder(folder: Path) -> None:
         flush_folder(path.parent)
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, temporary: Path) -> None:
-    """Write `chunks` to `temporary`, flush it, and rename it to `path`: all or nothing.
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written before it is renamed; hidden, and recognised as a leftover."""
+    return path.with_name(f".{path.name.lstrip('.').split('.')[0]}.tmp")
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write `chunks` to a temporary file, flush it, and rename it to `path`: all or nothing.
 
     After an error `path` is as it was, or complete but perhaps not lasting.
     """
+    temporary = temporary_path(path)
     action, target = "create", temporary
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)

@@ -38,22 +38,24 @@ class FeatureStore(Mapping[str, ImageFeatures]):
             raise ValueError(
                 f"{self.folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
             )
-        self._entries = self._read_entries()
         self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
         self._lock = threading.Lock()
+        self._refresh()
 
-    def _read_entries(self) -> dict[str, Entry]:
+    def _refresh(self) -> None:
         entries: dict[str, Entry] = {}
         for entry in live_entries(self.folder):
             entries.setdefault(entry.id, entry)  # the first, as the next run will have it
-        return entries
+        with self._lock:
+            self._entries = entries
+            self._open.clear()  # entries and shards of one moment: none of a folder that is gone
 
     def __getitem__(self, image_id: str) -> ImageFeatures:
         entry = self._entries[image_id]
         try:
             return self._read(entry)
         except FileNotFoundError:
-            self._entries = self._read_entries()
+            self._refresh()
             return self._read(self._entries[image_id])
 
     def _read(self, entry: Entry) -> ImageFeatures:
@@ -120,7 +122,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
                 if not again:
                     raise
                 if any(name in self and self.entry(name).shard == shard for name in images):
-                    self._entries = self._read_entries()
+                    self._refresh()
                 moved = {name: self.entry(name) for name in images if name in self}
                 yield from self._tables(moved, again=False)
                 continue

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from sys import intern
 from typing import Any, Protocol
 
 from vitrt.store.feature_shard import FORMAT, NO_LAYERS
@@ -20,7 +21,7 @@ from vitrt.version import __version__
 SHARD_NAME = re.compile(r"features-(\d{5})-(\d{5,})\.safetensors")
 MANIFEST_NAME = re.compile(r"manifest-(\d{5})\.jsonl")
 ERRORS_NAME = re.compile(r"errors-(\d{5})\.jsonl")
-TEMPORARY_NAME = re.compile(r"\.(features|manifest)-[\d-]+\.tmp")
+TEMPORARY_NAME = re.compile(r"\.((features|manifest)-[\d-]+|shard-numbers)\.tmp")
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,6 @@ def manifest_name(rank: int) -> str:
 
 def errors_name(rank: int) -> str:
     return f"errors-{rank:05}.jsonl"
-
-
-def temporary_path(path: Path) -> Path:
-    """Where `path` is written before it is renamed; hidden, and recognised as a leftover."""
-    return path.with_name(f".{path.name.split('.')[0]}.tmp")
 
 
 def matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -82,11 +78,10 @@ class Entry:
     size: int  # of the source, in bytes
     mtime: float  # of the source, in seconds
     replaces: str | None = None  # the shard of the older entry that this one takes the place of
+    crc32: str | None = None  # of the whole shard, in hex; None in folders of an older version
 
     def line(self) -> str:
-        record = asdict(self)
-        if self.replaces is None:
-            del record["replaces"]
+        record = {name: value for name, value in asdict(self).items() if value is not None}
         return json.dumps(record, separators=(",", ":")) + "\n"
 
     @classmethod
@@ -106,6 +101,8 @@ class Entry:
             if shard is not None and not SHARD_NAME.fullmatch(shard):
                 raise ValueError(f"not an entry: {shard!r} names no shard")
         values["id"].encode()  # half a surrogate pair is no text, and no image's id
+        for name in ("shard", "crc32"):  # the same for many images: in memory once
+            values[name] = values[name] and intern(values[name])
         return cls(**values | {"grid_thw": tuple(grid)})
 
 
@@ -118,6 +115,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "size": (int,),
     "mtime": (float, int),
     "replaces": (str, type(None)),
+    "crc32": (str, type(None)),
 }
 
 
@@ -201,6 +199,11 @@ class RunIdentity:
     layers: str = NO_LAYERS  # whose hidden states are kept, from 0
     merged: bool = True  # whether merged tokens are
 
+    @classmethod
+    def shared(cls) -> list[str]:
+        """The names of what must be equal: a model may have another name, not other weights."""
+        return [field.name for field in fields(cls) if field.name != "model"]
+
     def metadata(self) -> dict[str, str]:
         """The strings saved with a shard, format and version included."""
         values = {name: str(value) for name, value in asdict(self).items()}
@@ -212,11 +215,10 @@ class RunIdentity:
         # A shard that does not name a setting is older than it.
         theirs = {f.name: str(f.default) for f in fields(self) if f.default is not MISSING}
         theirs |= metadata
-        names = [f.name for f in fields(self) if f.name not in ("model", "weights")]
         found = [
             f"{name} is {theirs[name]} there and {mine[name]} now"
-            for name in names
-            if name in theirs and theirs[name] != mine[name]
+            for name in self.shared()
+            if name != "weights" and name in theirs and theirs[name] != mine[name]
         ]
         if metadata.get("weights", self.weights) != self.weights:
             same_name = metadata.get("model") == self.model

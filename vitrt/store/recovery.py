@@ -6,12 +6,11 @@ images, each image is listed once, and nothing else of ours lies in the folder.
 
 from __future__ import annotations
 
-import errno
 import logging
 from pathlib import Path
 
-from vitrt.store.compaction import ShardNumbers, compact, drop_lines, forget_replaced, strip
-from vitrt.store.durable import OutputError, flush_folder, remove, truncate
+from vitrt.store.compaction import compact, drop_lines, forget_replaced, strip
+from vitrt.store.durable import FULL, OutputError, flush_folder, remove, truncate
 from vitrt.store.feature_shard import ShardError, read_header
 from vitrt.store.manifest import (
     ERRORS_NAME,
@@ -22,12 +21,11 @@ from vitrt.store.manifest import (
     matching,
 )
 from vitrt.store.scan import FolderScan
+from vitrt.store.shard_numbers import ShardNumbers, keep_numbers
 
 __all__ = ["FolderMismatchError", "ShardNumbers", "check_identity", "clear", "compact", "recover"]
 
 logger = logging.getLogger(__name__)
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FolderMismatchError(ValueError):
@@ -52,6 +50,7 @@ def check_identity(folder: Path, identity: RunIdentity) -> None:
 
 def clear(folder: Path) -> None:
     """Remove everything that runs have written into the folder; other files stay."""
+    keep_numbers(folder)
     # Manifests first: without them, shards are leftovers whatever moment this dies at.
     for pattern in (MANIFEST_NAME, ERRORS_NAME, SHARD_NAME, TEMPORARY_NAME):
         paths = matching(folder, pattern)
@@ -71,10 +70,13 @@ def recover(folder: Path) -> None:
         for path in matching(folder, pattern):
             remove(path)
     scan = FolderScan(folder)
-    for path in matching(folder, SHARD_NAME):
-        if path.name not in scan.listed and path.name not in scan.broken:
-            logger.info("removing %s, which the last run did not get to list", path.name)
-            remove(path)
+    shards = {path.name for path in matching(folder, SHARD_NAME)}
+    unlisted = sorted(shards - scan.listed - scan.broken.keys())
+    if unlisted or scan.broken or scan.dead:
+        keep_numbers(folder)
+    for name in unlisted:
+        logger.info("removing %s, which the last run did not get to list", name)
+        remove(folder / name)
     _say(scan)
     for path, damage in scan.damage.items():
         if damage.torn:
@@ -93,7 +95,7 @@ def recover(folder: Path) -> None:
             strip(folder, worn, scan.dead)
             forget_replaced(folder)
     except OutputError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         logger.warning("%s keeps features that nothing names any more: %s", folder, error)
     flush_folder(folder)

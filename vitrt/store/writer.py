@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vitrt.features import ImageFeatures
-from vitrt.store.durable import AppendError, OutputError, append, discard, write_file
-from vitrt.store.feature_shard import MERGE_SIZE, encode_shard
+from vitrt.store.durable import AppendError, append, discard, write_file
+from vitrt.store.feature_shard import MERGE_SIZE, write_shard
 from vitrt.store.feature_store import FeatureStore
 from vitrt.store.manifest import (
     Entry,
@@ -25,7 +25,6 @@ from vitrt.store.manifest import (
     errors_name,
     manifest_name,
     shard_name,
-    temporary_path,
 )
 
 __all__ = [
@@ -76,7 +75,7 @@ class FeatureWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if not self._manifest.exists():
-            write_file(self._manifest, [], temporary=temporary_path(self._manifest))
+            write_file(self._manifest, [])
 
     def add(
         self, image: SourceImage, features: ImageFeatures, *, replaces: str | None = None
@@ -84,7 +83,7 @@ class FeatureWriter:
         """Take the features of one image, on the CPU; kept by reference until its shard is written.
 
         `replaces` names the shard that holds the features of an older state of the image. Of a run
-        with `--pool mean` only `features.pooled()` is kept. A shard cannot hold two images of one
+        with `--pool mean` they are the one pooled row. A shard cannot hold two images of one
         id: the first is kept, the other one is recorded as an error.
         """
         if image.id in self._held_ids:
@@ -92,9 +91,7 @@ class FeatureWriter:
             logger.warning("skipped: %s", message)
             self.add_error(image.id, "ValueError", message)
             return
-        if self._pool:
-            row = features.pooled()[None]
-            features = ImageFeatures(row, None, features.grid_thw, features.merge_size)
+        assert not self._pool or len(features.embeddings) == 1, "a pooled run writes one row"
         self._held.append((image, features, replaces))
         self._held_ids.add(image.id)
         self._held_bytes += features.embeddings.nbytes
@@ -146,12 +143,7 @@ class FeatureWriter:
     def _write_shard(self, held: list[tuple[SourceImage, ImageFeatures, str | None]]) -> None:
         path = self.folder / shard_name(self.rank, self._next_shard)
         self._next_shard += 1
-        shard = encode_shard(self._tensors(held), self._metadata)
-        try:
-            write_file(path, shard, temporary=temporary_path(path))
-        except OutputError:
-            discard(path)
-            raise
+        crc32 = write_shard(path, self._tensors(held), self._metadata)
         lines = "".join(
             Entry(
                 image.id,
@@ -161,6 +153,7 @@ class FeatureWriter:
                 image.size,
                 image.mtime,
                 replaces,
+                crc32,
             ).line()
             for image, features, replaces in held
         )
