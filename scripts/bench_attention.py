@@ -5,7 +5,7 @@
 
 Backends take turns on the same inputs, replayed from CUDA graphs, so that a clock that drifts
 drifts for all; figures are medians of the turns. "auto" gets the segments as the encoder would give
-them to it, cut where the backend it takes asks for that.
+them to it, with a schedule where the backend it takes makes one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, QueryCut, Rotary, Segments, tile_list
-from vitrt.attention.registry import AttentionChoice, get_backend, resolve, usable
-from vitrt.attention.rests import rest_list, whole_rows
+from vitrt.attention.base import AttentionBackend, SchedulingBackend
+from vitrt.attention import AttentionChoice, get_backend, resolve, usable
 from vitrt.kernels.flash_attention import flash_attention_ref
+from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments, tile_list
 
 HEADS = 16
 SHAPES = {
@@ -70,7 +70,7 @@ def on_gpu(values: object) -> Tensor:
     return torch.as_tensor(np.asarray(values, dtype=np.int32), device="cuda")
 
 
-def segments_for(backend: AttentionBackend, lengths: Sequence[int], *, cut: bool) -> Segments:
+def segments_for(backend: AttentionBackend, lengths: Sequence[int], *, scheduled: bool) -> Segments:
     """Segments of these lengths as a plan packs them."""
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tiles = tile_list(bounds)
@@ -82,11 +82,13 @@ def segments_for(backend: AttentionBackend, lengths: Sequence[int], *, cut: bool
         lengths=tuple(lengths),
         max_seqlen=max(lengths),
     )
-    whole = whole_rows(backend, lengths, HEADS) if cut else None
-    if whole is None:
+    if not scheduled or not isinstance(backend, SchedulingBackend):
         return segments
-    rests = rest_list(bounds, whole)
-    return replace(segments, cut=QueryCut(on_gpu(whole), on_gpu(rests), on_gpu([len(rests)])))
+    schedule = backend.schedule(lengths, HEADS)
+    if schedule is None:
+        return segments
+    on_device = ScheduleTensors(on_gpu(schedule.work), on_gpu(schedule.per_segment))
+    return replace(segments, schedule=on_device)
 
 
 def inputs(tokens: int, head_dim: int) -> list[Tensor]:
@@ -134,7 +136,7 @@ def bench(head_dim: int, name: str, lengths: Sequence[int]) -> dict[str, Any]:
     where = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": head_dim}
     names = [n for n, reason in usable(**where) if reason is None and n != "window"]
     choice: AttentionChoice = resolve("auto", **where)
-    auto = choice.full_for(max(lengths))
+    auto = choice.for_batch(lengths, HEADS).choice.full
     backends = {n: get_backend(n, **where) for n in names} | {"auto": auto}
     batches = inputs(sum(lengths), head_dim)
     flops = 4 * HEADS * head_dim * sum(n * n for n in lengths)
@@ -142,13 +144,13 @@ def bench(head_dim: int, name: str, lengths: Sequence[int]) -> dict[str, Any]:
     turns: dict[str, Turn] = {}
     errors: dict[str, float] = {}
     for backend_name, backend in backends.items():
-        segments = segments_for(backend, lengths, cut=backend_name == "auto")
+        segments = segments_for(backend, lengths, scheduled=backend_name == "auto")
         turns[backend_name] = prepare(backend, batches, segments)
         errors[backend_name] = error(backend, batches[0], segments)
         if backend_name == "auto":
-            row["rows_cut"] = (
-                0 if segments.cut is None else sum(lengths) - int(segments.cut.whole.sum())
-            )
+            schedule = segments.schedule
+            kept = sum(lengths) if schedule is None else int(schedule.per_segment.sum())
+            row["tail_rows"] = sum(lengths) - kept
     for number in range(TURNS):
         order = list(turns.values())
         for turn in order if number % 2 else reversed(order):
@@ -166,9 +168,9 @@ def bench(head_dim: int, name: str, lengths: Sequence[int]) -> dict[str, Any]:
 def show(row: dict[str, Any]) -> None:
     figures = "  ".join(f"{n} {value:5.0f}" for n, value in row["tflops"].items())
     wrong = [n for n, value in row["errors"].items() if not value < BOUND]
-    cut = f", {row['rows_cut']} rows cut" if row["rows_cut"] else ""
+    tail = f", {row['tail_rows']} rows in the tail" if row["tail_rows"] else ""
     print(
-        f"{row['head_dim']:3} {row['shape']:8} {figures}   auto takes {row['auto_takes']}{cut}: "
+        f"{row['head_dim']:3} {row['shape']:8} {figures}   auto takes {row['auto_takes']}{tail}: "
         f"{row['auto_over_best']:.3f} of the best's time; triton over torch's varlen "
         f"{row.get('triton_over_varlen', float('nan')):.2f}x"
         + (f"  WRONG: {', '.join(wrong)}" if wrong else ""),

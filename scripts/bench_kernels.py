@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import Rotary, Segments, tile_list
 from vitrt.kernels import (
     activation,
     flash_attention,
@@ -39,6 +38,7 @@ from vitrt.kernels import (
     rope,
     window_attention,
 )
+from vitrt.kernels.segments import Rotary, Segments, tile_list
 
 SIZES = (256, 1296, 3080, 41472, 49280)
 TUNED_SIZES = (1296, 41472)

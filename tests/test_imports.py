@@ -52,10 +52,6 @@ TO_MEND = frozenset(
         "engine.sharding -> encoder",
         "engine.sharding -> images.decode",
         "engine.sharding -> images.processor",
-        "kernels.flash_attention -> attention.base",
-        "kernels.rest_attention -> attention.base",
-        "kernels.rope -> attention.base",
-        "kernels.window_attention -> attention.base",
     }
 )
 

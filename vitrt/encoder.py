@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitrt.attention.registry import resolve
+from vitrt.attention import resolve
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 from vitrt.engine.arguments import check_pixel_values, check_several
@@ -302,12 +302,14 @@ class VisionEncoder:
         """Run black images that between them use every kernel, so that no call waits for one.
 
         What a forward compiles and loads at first use costs seconds. A small image and a larger one
-        may go to different backends; of one the last query rows go to a kernel of their own.
+        may go to different backends, and one that the backend schedules to further kernels.
         """
         merge, patch = self.config.spatial_merge_size, self.config.patch_size
         larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
-        cut = [side for side in larger if self.runner.cuts(side * side)]
-        for side in (merge, larger[0], *cut[:1]):
+        grids = ([(1, side, side)] for side in larger)
+        plans = (self.tower.plan(grid) for grid in grids)
+        scheduled = [p.grids[0][1] for p in plans if self.runner.attention_for(p).schedule]
+        for side in (merge, larger[0], *scheduled[:1]):
             plan = self.tower.plan([(1, side, side)])
             with self._own_settings():
                 pixels = torch.zeros(3 * (side * patch) ** 2, dtype=torch.uint8, device=self.device)

@@ -12,62 +12,12 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from vitrt.attention import (
-    TILE_ROWS,
-    AutoBackend,
-    BackendSpec,
-    Rotary,
-    Segments,
-    get_backend,
-    register,
-    resolve,
-    tile_list,
-    usable,
-)
-from vitrt.attention.registry import _SPECS
+from tests.support.attention_cases import dense_reference, make_segments, no_rotary
+from vitrt.attention import AutoBackend, BackendSpec, get_backend, register, resolve, usable
+from vitrt.attention import _SPECS
 from vitrt.attention.sdpa import SdpaBackend, _batches
-
-
-def make_segments(
-    lengths: list[int], *, room: int = 0, tiles: bool = True, device: str = "cpu"
-) -> Segments:
-    """Segments as a plan makes them, with `room` unused entries as a graph's buffers have."""
-    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    work = tile_list(cu)
-    room_in_tiles = np.full((room, 3), 2**30, dtype=np.int32)  # read, these would fault
-    padded = np.concatenate([cu, np.full(room, cu[-1], dtype=np.int32)])
-
-    def tensor(array: object) -> Tensor:
-        return torch.as_tensor(array, dtype=torch.int32, device=device)
-
-    return Segments(
-        cu_seqlens=tensor(padded),
-        count=tensor([len(lengths)]),
-        tiles=tensor(np.concatenate([work, room_in_tiles])) if tiles else None,
-        tile_count=tensor([len(work)]) if tiles else None,
-        lengths=tuple(lengths),
-        max_seqlen=max(lengths),
-    )
-
-
-def no_rotary(tokens: int, head_dim: int, device: str = "cpu") -> Rotary:
-    table = torch.zeros(1, head_dim // 4, device=device)
-    positions = torch.zeros(tokens, 2, dtype=torch.int32, device=device)
-    return Rotary(positions, table + 1, table)
-
-
-def dense_reference(qkv: Tensor, lengths: list[int]) -> Tensor:
-    """Attention in float64 under an explicit [T, T] mask: as unlike the backends as can be."""
-    _, _, heads, head_dim = qkv.shape
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    used = len(segment)
-    q, k, v = qkv[:used].double().cpu().permute(1, 2, 0, 3)
-    scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)
-    scores = scores.masked_fill(segment[:, None] != segment[None, :], -math.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1).reshape(used, heads * head_dim)
-
+from vitrt.kernels.segments import TILE_ROWS, tile_list
 
 MIXES = [
     [1],
@@ -169,7 +119,8 @@ def test_unknown_and_misplaced_names_are_refused() -> None:
 def test_auto_on_cpu_is_sdpa_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vitrt"):
         choice = resolve("auto", device="cpu", dtype=torch.float32, head_dim=80)
-    assert choice.full.name == choice.window.name == choice.full_for(9).name == "sdpa"
+    assert choice.full.name == choice.window.name == "sdpa"
+    assert choice.for_batch([9], 2).choice == choice
     assert [r.getMessage() for r in caplog.records] == [
         "attention: sdpa in full layers, sdpa in window layers"
     ]
@@ -223,8 +174,8 @@ def pretend_hopper(
 def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
     choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
-    assert choice.full_for(4096).name == "fa4"
-    assert choice.full_for(512).name == "fa3"
+    assert choice.for_batch([4096], 16).choice.full.name == "fa4"
+    assert choice.for_batch([512], 16).choice.full.name == "fa3"
     assert choice.full.capturable
     single = resolve("auto", device="cuda", dtype=torch.float32, head_dim=80)
     assert single.full.name == single.window.name == "sdpa"

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tests.support.checkpoints import reference_tower
 from vitrt import cli
-from vitrt.attention.base import Rotary
 from vitrt.bench import peers
 from vitrt.bench.ablate import ablate, native_rope_
 from vitrt.bench.peers import Compiled, Eager, UnavailableError, Vitrt, build_peer
@@ -36,6 +35,7 @@ from vitrt.compare.errors import compare, float32_reference, relative_error
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint
 from vitrt.encoder import VisionEncoder
 from vitrt.kernels.rope import rope_ref
+from vitrt.kernels.segments import Rotary
 from vitrt.layers.rotary import rotary_tables
 
 CPU = torch.device("cpu")

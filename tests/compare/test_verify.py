@@ -17,7 +17,7 @@ from transformers import Qwen2VLImageProcessorPil
 import vitrt.encoder
 from tests.support.checkpoints import reference_tower
 from vitrt.attention import registry, sdpa
-from vitrt.attention.base import BackendSpec, Rotary, Segments
+from vitrt.attention.base import BackendSpec
 from vitrt.checkpoint.extract import extract_tower
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.cli import main
@@ -27,6 +27,7 @@ from vitrt.compare.sample_images import SIZES, sample_image, sample_images
 from vitrt.compare.verify import choose_images, verify
 from vitrt.compare.verify_table import Row, table_lines
 from vitrt.config import RuntimeConfig
+from vitrt.kernels.segments import Rotary, Segments
 
 FAMILIES = ("tiny_qwen2_5_vl", "tiny_qwen3_vl")
 CPU = RuntimeConfig(device="cpu")

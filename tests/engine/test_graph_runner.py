@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.graph_runner import GraphKey, GraphRunner, _Recording, default_buckets
 from vitrt.engine.recording import _Recorder
 from vitrt.models.packed_plan import PlanLayout, pack_plan, view_plan
+from vitrt.models.plan import ForwardPlan
+from vitrt.parallel.context import ParallelContext
 from vitrt.parallel.symmetric_memory import SymmetricMemory
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
@@ -53,13 +56,12 @@ def test_padding_is_inert(folder: Path, grids):
         values = values[torch.from_numpy(plan.patch_order)]
     exact_layout = PlanLayout.exact(plan)
     bucket = plan.num_patches + 100
-    windows = None if plan.windows is None else 40
-    roomy = PlanLayout.bucket(bucket, 17, windows, plan.merge_unit, plan.taps is not None)
+    roomy = PlanLayout.bucket(plan, bucket, 17)
     assert roomy.fits(plan)
 
     def run(layout: PlanLayout, patches: Tensor, padded: bool):
         buffer = pack_plan(plan, layout, feed=None, pinned=False)
-        views = view_plan(buffer, layout, plan, max_seqlen=layout.patches, padded=padded)
+        views = view_plan(buffer, layout, plan, padded=padded)
         with torch.inference_mode():
             return encoder.tower(patches, views, encoder.attention)
 
@@ -78,13 +80,11 @@ def test_padding_is_inert(folder: Path, grids):
 def test_a_plan_that_does_not_fit_is_refused(folder: Path):
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     plan = encoder.tower.plan([(1, 4, 4)] * 5)
-    windows = None if plan.windows is None else 5
-    taps = plan.taps is not None
-    assert PlanLayout.bucket(80, 5, windows, 4, taps).fits(plan)
-    assert not PlanLayout.bucket(79, 5, windows, 4, taps).fits(plan)
-    assert not PlanLayout.bucket(80, 4, windows, 4, taps).fits(plan)
-    if windows:
-        assert not PlanLayout.bucket(80, 5, 4, 4, taps).fits(plan)
+    assert PlanLayout.bucket(plan, 80, 5).fits(plan)
+    assert not PlanLayout.bucket(plan, 79, 5).fits(plan)
+    assert not PlanLayout.bucket(plan, 80, 4).fits(plan)
+    if plan.windows is not None:
+        assert not replace(PlanLayout.bucket(plan, 80, 5), windows=4).fits(plan)
 
 
 def test_graphs_asked_for_without_a_gpu_are_refused(folder: Path):
@@ -95,8 +95,14 @@ def test_graphs_asked_for_without_a_gpu_are_refused(folder: Path):
 def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
     """What loads the static inputs; only recording needs a GPU."""
     return GraphRunner(
-        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=0
+        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=1 << 20
     )
+
+
+def load(runner: GraphRunner, plan: ForwardPlan, feed: ValuesFeed) -> None:
+    attention = runner.attention_for(plan)
+    layout = runner._layout(plan, runner._key(plan, attention), attention)
+    runner._load(plan, layout, attention, feed, *runner._static(64))
 
 
 def test_memory_made_in_inference_mode_can_be_written_outside(
@@ -121,28 +127,27 @@ def test_memory_made_in_inference_mode_can_be_written_outside(
         first = [place.data_ptr() for place in places()]
     assert [place.zero_().data_ptr() for place in places()] == first
     feed = ValuesFeed(torch.randn(16, encoder.config.patch_dim), reordered=plan.order is not None)
-    runner._load(plan, runner._layout(runner._key(plan)), feed, *runner._static(64))
+    load(runner, plan, feed)
 
 
 def test_static_inputs_keep_no_history(folder: Path):
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     runner = cpu_runner(encoder)
     plan = encoder.tower.plan([(1, 4, 4)])
-    patches, buffer = runner._static(64)
     values = torch.randn(16, encoder.config.patch_dim, requires_grad=True)
     feed = ValuesFeed(values, reordered=plan.order is not None)
-    runner._load(plan, runner._layout(runner._key(plan)), feed, patches, buffer)
+    load(runner, plan, feed)
     assert not runner._static(64)[0].requires_grad
 
 
-def test_a_recording_too_large_by_itself_costs_no_other(folder: Path):
+def test_a_recording_refused_by_itself_costs_no_other(folder: Path):
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     runner = cpu_runner(encoder)
     runner.limit_bytes = 100
     pool = SimpleNamespace(nbytes=40)
 
     def add(bucket: int, nbytes: int) -> GraphKey:
-        key = GraphKey(bucket, 8, "sdpa", cut=False)
+        key = GraphKey(bucket, 8, ("sdpa", None))
         runner._pool = runner._pool or cast("GraphPool", pool)
         runner._recordings[key] = cast("_Recording", SimpleNamespace(nbytes=nbytes))
         runner._evict()
@@ -150,9 +155,9 @@ def test_a_recording_too_large_by_itself_costs_no_other(folder: Path):
 
     first, second = add(64, 20), add(128, 20)
     huge = add(192, 61)
-    assert list(runner._recordings) == [first, second] and runner._too_large == {huge}
+    assert list(runner._recordings) == [first, second] and runner._refused == {huge}
     third = add(256, 40)  # fits by itself, so the least recently used goes
-    assert list(runner._recordings) == [second, third] and runner._too_large == {huge}
+    assert list(runner._recordings) == [second, third] and runner._refused == {huge}
     assert runner.stats.graph_bytes == 100
     pool.nbytes = 90  # what the newest needs of the pool stays there until all are gone
     add(320, 20)
@@ -174,7 +179,7 @@ def test_graphs_need_triton(folder: Path, monkeypatch: pytest.MonkeyPatch):
 def test_warmup_takes_numbers_of_patches(folder: Path, monkeypatch: pytest.MonkeyPatch):
     runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
     recorded: list[int] = []
-    monkeypatch.setattr(runner, "_record", lambda key, plan, feed: recorded.append(key.bucket))
+    monkeypatch.setattr(runner, "_record", lambda key, *rest: recorded.append(key.bucket))
     runner.warmup([1001, 64])
     assert set(recorded) == {64, 1024} and recorded == sorted(recorded, reverse=True)
     for patches in (0, -64, 4097):
@@ -305,3 +310,119 @@ def test_a_forward_never_waits_for_the_device(folder: Path):
             encoder(values, grids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# The cache of recordings, with a pool that records nothing and replays by running the forward
+
+
+class FakePool:
+    nbytes = 10
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None: ...
+
+    def record(self, record: partial[Any]) -> tuple[Any, int, int]:
+        forward, choice = record.args
+        pieces = SimpleNamespace(splits=[], replay=lambda plan: forward(choice))
+        return pieces, self.nbytes, 30
+
+
+@pytest.fixture
+def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
+    """Room for two recordings; the largest bucket, which is recorded first, is out of the way."""
+    monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    made = GraphRunner(
+        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=75
+    )
+    made._pool = cast("GraphPool", FakePool(encoder.device, encoder.dtype))
+    return made
+
+
+def forward(runner: GraphRunner, side: int) -> Tensor:
+    plan = runner.tower.plan([(1, side, side)])
+    values = torch.ones(plan.num_patches, runner.tower.config.patch_dim)
+    return runner.run(plan, ValuesFeed(values, reordered=plan.order is not None)).embeddings
+
+
+def test_a_working_set_over_the_limit_is_not_recorded_at_every_miss(runner: GraphRunner):
+    sides = (8, 12, 14)  # three buckets where two recordings fit
+    rounds = 40
+    for _ in range(rounds):
+        for side in sides:
+            forward(runner, side)
+    # Recording at every miss would be one for each forward but the first ones.
+    assert runner.stats.captures < 3 * 8
+    assert runner.stats.eager["evicted before"] > 0 and runner.stats.hits.total() > rounds
+    before = runner.stats.captures
+    for _ in range(rounds):
+        for side in sides:
+            forward(runner, side)
+    assert runner.stats.captures - before <= 3
+
+
+def test_a_working_set_within_the_limit_is_recorded_once(runner: GraphRunner):
+    expected = forward(runner, 8)
+    for _ in range(5):
+        torch.testing.assert_close(forward(runner, 8), expected)
+        forward(runner, 12)
+    assert runner.stats.captures == 2 and runner.stats.evictions == 0
+    assert runner.stats.hits.total() == 9
+
+
+def test_without_graph_memory_nothing_is_recorded(runner: GraphRunner):
+    runner.limit_bytes = 0
+    for _ in range(3):
+        forward(runner, 8)
+    assert runner.stats.captures == 0 and runner.stats.eager == {"no graph memory": 3}
+    runner.warmup()
+    assert runner.stats.captures == 0
+
+
+def test_warmup_of_no_bucket_records_none(runner: GraphRunner):
+    runner.warmup([])
+    assert runner.stats.captures == 0
+    runner.warmup([64])
+    assert runner.stats.captures > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NCCL error: unhandled cuda error"),
+    ],
+    ids=["torch", "cublas", "nccl"],
+)
+def test_a_recording_that_fails_leaves_its_batches_to_eager_forwards(
+    runner: GraphRunner,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    def fail(self: FakePool, record: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FakePool, "record", fail)
+    told: list[int] = []
+    monkeypatch.setattr(
+        type(runner.parallel), "agree_max", lambda self, value: told.append(value) or value
+    )
+    expected = forward(runner, 8)
+    for _ in range(3):
+        torch.testing.assert_close(forward(runner, 8), expected)
+    assert runner.stats.eager == {"first of its bucket": 1, "not recorded: memory": 3}
+    assert told == [1], "every rank of a group is told, once"
+    assert str(error) in caplog.text
+
+
+def test_another_ranks_failure_is_this_ones(runner: GraphRunner, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(type(runner.parallel), "agree_max", lambda self, value: max(value, 1))
+    forward(runner, 8)
+    forward(runner, 8)
+    assert not runner._recordings and runner.stats.captures == 0
+    runner.parallel = ParallelContext(tp_rank=0, tp_size=2)
+    monkeypatch.setattr(type(runner.parallel), "agree_max", lambda self, value: 2)
+    forward(runner, 12)
+    with pytest.raises(RuntimeError, match="a rank of this group failed in a forward of 192"):
+        forward(runner, 12)

@@ -12,31 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.attention.test_attention import dense_reference, make_segments
+from tests.support.attention_cases import dense_reference, make_segments, poisoned
 from tests.support.interpreter import interpreted
-from vitrt.attention import TILE_ROWS, Segments, tile_list
 from vitrt.kernels.attention_block import split_head
 from vitrt.kernels.flash_attention import (
-    _TILE_ROWS,
     VARIANTS,
     FlashTiling,
     _flash_triton,
     flash_attention,
     flash_attention_ref,
 )
+from vitrt.kernels.segments import TILE_ROWS, Segments, tile_list
 
 SMALL = FlashTiling(64, 32, 4, 2, 1)
-
-
-def poisoned(
-    lengths: list[int], padding: int, heads: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """qkv with NaN in its padding rows, and an output full of NaN."""
-    torch.manual_seed(head_dim + sum(lengths))
-    tokens = sum(lengths)
-    qkv = torch.randn(tokens + padding, 3, heads, head_dim)
-    qkv[tokens:] = math.nan
-    return qkv, torch.full((tokens + padding, heads * head_dim), math.nan)
 
 
 @interpreted
@@ -131,7 +119,7 @@ def test_reference_is_the_cpu_path() -> None:
      (96, (64, 32)), (128, (128, 0))],
 )  # fmt: skip
 def test_split_head(head_dim: int, parts: tuple[int, int]) -> None:
-    assert _TILE_ROWS == TILE_ROWS
+    assert TILE_ROWS == 128
     assert split_head(head_dim) == parts
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.support.kernel_cases import EPS32, REFERENCE_DTYPES, assert_rounded, triton_cases
-from vitrt.attention.base import Rotary
 from vitrt.kernels import rope
+from vitrt.kernels.segments import Rotary
 
 SHAPES = [
     (5, 2, 72),

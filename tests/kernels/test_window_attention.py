@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.test_attention import dense_reference, make_segments
+from tests.support.attention_cases import dense_reference, make_segments
 from tests.support.interpreter import interpreted
-from vitrt.attention import Rotary, Segments
+from vitrt.kernels.segments import Rotary, Segments
 from vitrt.kernels.window_attention import (
     VARIANTS,
     WindowTiling,

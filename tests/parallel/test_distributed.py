@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import parallel_program
+from tests.support import parallel_program
 from tests.support.checkpoints import CONFIGS, reference_tower, tiny_checkpoint
 from tests.support.ranks import ROOT, run_ranks
 from vitrt import ParallelContext, VisionEncoder

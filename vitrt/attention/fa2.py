@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
+from vitrt.kernels.segments import Rotary, Segments
 
 _MODULE = "flash_attn.flash_attn_interface"
 

@@ -7,8 +7,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
 from vitrt.attention.probe import installed, not_nvidia, wrong_shape
+from vitrt.kernels.segments import Rotary, Segments
 
 # module -> the namespace of torch.ops where importing it registers the kernels. We call the
 # operator itself: the Python wrapper around it costs more time than a small image's attention, and

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.base import AttentionBackend, BackendSpec, Schedule, attention_shape
+from vitrt.attention.last_wave import schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
-from vitrt.attention.rests import cut_last_wave
 from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.persistent import is_hopper, processors
-from vitrt.kernels.rest_attention import rest_attention
+from vitrt.kernels.segments import Rotary, Segments
+from vitrt.kernels.tail_attention import tail_attention
 
 _MODULE = "flash_attn.cute"
 _TILE_ROWS = 192  # query rows of a block on Hopper, for heads of at most _TILE_HEAD_DIM
@@ -40,12 +39,12 @@ class FlashAttention4:
 
         self._attend = interface._flash_attn_fwd
         self._processors = processors(device)
-        self._cuts = is_hopper(device) and head_dim <= _TILE_HEAD_DIM
+        self._knows_tiles = is_hopper(device) and head_dim <= _TILE_HEAD_DIM
 
-    def whole_rows(self, lengths: Sequence[int], heads: int) -> NDArray[np.int32] | None:
-        if not self._cuts:
+    def schedule(self, lengths: Sequence[int], heads: int) -> Schedule | None:
+        if not self._knows_tiles:
             return None
-        return cut_last_wave(lengths, heads, tile_rows=_TILE_ROWS, processors=self._processors)
+        return schedule_last_wave(lengths, heads, tile_rows=_TILE_ROWS, processors=self._processors)
 
     def __call__(
         self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
@@ -53,19 +52,20 @@ class FlashAttention4:
         if out is None:
             out = qkv.new_empty(attention_shape(qkv))
         q, k, v = qkv.unbind(1)
-        cut = segments.cut
+        schedule = segments.schedule
         self._attend(
             q,
             k,
             v,
             cu_seqlens_q=segments.cu_seqlens,
             cu_seqlens_k=segments.cu_seqlens,
-            seqused_q=None if cut is None else cut.whole,  # blocks past it end, and write nothing
+            # Blocks past it end, and write nothing.
+            seqused_q=None if schedule is None else schedule.per_segment,
             max_seqlen_q=segments.max_seqlen,
             max_seqlen_k=segments.max_seqlen,
             out=out.view(q.shape),
         )
-        return out if cut is None else rest_attention(qkv, cut, out)
+        return out if schedule is None else tail_attention(qkv, tail_rows(schedule), out)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

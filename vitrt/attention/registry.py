@@ -6,15 +6,16 @@ A backend that was named runs or is refused with the reason; only "auto" falls b
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vitrt.attention import fa2, fa3, fa4, sdpa, triton, window
-from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments
+from vitrt.attention.base import AttentionBackend, BackendSpec, Schedule, SchedulingBackend
 from vitrt.attention.probe import HALF_PRECISION, cuda_capability
+from vitrt.kernels.segments import Rotary, Segments
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,7 @@ def get_backend(
 
 
 class AutoBackend:
-    """The fastest backend for the longest segment of each call, by a table of thresholds.
-
-    A CUDA graph must be keyed by what `select` returned for its bound of the segment length, since
-    a replay cannot change its kernel.
-    """
+    """The fastest backend for the longest segment of each call, by a table of thresholds."""
 
     name = "auto"
     applies_rotary = False
@@ -103,9 +100,28 @@ class AttentionChoice:
     full: AttentionBackend
     window: AttentionBackend
 
-    def full_for(self, max_seqlen: int) -> AttentionBackend:
-        """What full layers run with segments of at most `max_seqlen`: part of a graph's key."""
-        return self.full.select(max_seqlen) if isinstance(self.full, AutoBackend) else self.full
+    def for_batch(self, lengths: Sequence[int], heads: int) -> BatchAttention:
+        """What a batch with full segments of these lengths runs; `heads` are those of this rank."""
+        full = self.full
+        if isinstance(full, AutoBackend):
+            full = full.select(max(lengths))
+        schedule = None
+        if isinstance(full, SchedulingBackend):
+            schedule = full.schedule(lengths, heads)
+        return BatchAttention(AttentionChoice(full, self.window), schedule)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAttention:
+    """The backends of one batch, which choose no more, and the schedule of the full one."""
+
+    choice: AttentionChoice
+    schedule: Schedule | None
+
+    @property
+    def key(self) -> Hashable:
+        """Batches of one shape class with equal keys share a CUDA graph."""
+        return self.choice.full.name, None if self.schedule is None else self.schedule.key
 
 
 @dataclass(frozen=True, slots=True)

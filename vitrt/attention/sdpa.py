@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, Rotary, Segments, attention_shape
+from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, cuda_capability, installed
+from vitrt.kernels.segments import Rotary, Segments
 
 # A run of neighbouring segments of one length is a view. Runs with fewer rows than this are
 # gathered into one batch with the others of their length, so that there are never more than T / 256

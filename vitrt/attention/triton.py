@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import (
-    TILE_ROWS,
-    AttentionBackend,
-    BackendSpec,
-    Rotary,
-    Segments,
-    attention_shape,
-)
+from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, not_triton, wrong_shape
+from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
 
 
 class TritonBackend:

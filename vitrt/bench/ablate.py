@@ -15,13 +15,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import Rotary
-from vitrt.attention.registry import AttentionChoice
+from vitrt.attention import AttentionChoice
 from vitrt.bench.timing import measure
 from vitrt.bench.workloads import Workload
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.device import dtype_name
+from vitrt.kernels.segments import Rotary
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import padded_width
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitrt.attention.registry import label
+from vitrt.attention import label
 from vitrt.bench.ablate import ablate
 from vitrt.bench.options import BenchConfig
 from vitrt.bench.peers import (

@@ -65,7 +65,7 @@ def image_costs(checkpoint: Checkpoint, runtime: RuntimeConfig) -> list[ImageCos
 
 def info_lines(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
     """The lines that `vitrt info` prints."""
-    from vitrt.attention.registry import usable
+    from vitrt.attention import usable
     from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
     from vitrt.models.work import count_parameters
 

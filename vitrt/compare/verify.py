@@ -18,8 +18,7 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
-from vitrt.attention import window
-from vitrt.attention.registry import AutoBackend, resolve, usable
+from vitrt.attention import AutoBackend, resolve, usable, window
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.compare.errors import Errors, Output, compare, full_precision
 from vitrt.compare.reference import NamedModel, build_tower

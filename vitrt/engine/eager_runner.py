@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vitrt.attention.registry import AttentionChoice
-from vitrt.attention.rests import whole_rows
+from vitrt.attention import AttentionChoice, BatchAttention
 from vitrt.engine.batch import PatchFeed
 from vitrt.layers.cache import ByteCache
 from vitrt.models.packed_plan import DevicePlan, PlanLayout, pack_plan, view_plan
-from vitrt.models.plan import ForwardPlan, IntArray
+from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
 
 _PACKED_CACHE_BYTES = 64 << 20  # page-locked where the device is a GPU
@@ -92,45 +91,41 @@ class EagerRunner:
         merged: bool = True,
     ) -> TowerOutput:
         self.stats.eager[reason] += 1
-        cut = self.whole_rows(plan) is not None
-        layout = PlanLayout.exact(plan).with_cut(cut).fed_by(feed.kind)
-        buffer = self.pack(plan, layout, feed).to(self.device, non_blocking=True)
-        views = view_plan(buffer, layout, plan, max_seqlen=plan.max_seqlen, padded=False)
+        attention = self.attention_for(plan)
+        layout = PlanLayout.exact(plan).scheduled(attention.schedule).fed_by(feed.kind)
+        buffer = self.pack(plan, layout, attention, feed).to(self.device, non_blocking=True)
+        views = view_plan(buffer, layout, plan, padded=False)
         width = self.tower.config.patch_dim
         patches = torch.empty(plan.num_patches, width, dtype=self.dtype, device=self.device)
         feed.write(patches, views.feed, plan.num_patches)
-        return self.forward(patches, views, self.attention, keep_hidden, merged=merged)
+        return self.forward(patches, views, attention.choice, keep_hidden, merged=merged)
 
-    def whole_rows(self, plan: ForwardPlan) -> IntArray | None:
-        """int32 [S], the query rows that full attention's backend wants to compute of each segment;
-        None: all of them.
-        """
-        return self._whole_rows(plan.segment_lengths)
+    def attention_for(self, plan: ForwardPlan) -> BatchAttention:
+        """The backends that a batch runs with, and the schedule that travels in its packed plan."""
+        return self.attention.for_batch(plan.segment_lengths, self.tower.block(0).attn.heads)
 
-    def cuts(self, patches: int) -> bool:
-        """Whether that backend takes rows away from one image of so many patches."""
-        return self._whole_rows((patches,)) is not None
-
-    def _whole_rows(self, lengths: Sequence[int]) -> IntArray | None:
-        backend = self.attention.full_for(max(lengths))
-        return whole_rows(backend, lengths, self.tower.block(0).attn.heads)
-
-    def pack(self, plan: ForwardPlan, layout: PlanLayout, feed: PatchFeed) -> Tensor:
-        """The packed plan on the host, ready to be copied.
+    def pack(
+        self,
+        plan: ForwardPlan,
+        layout: PlanLayout,
+        attention: BatchAttention,
+        feed: PatchFeed | None,
+    ) -> Tensor:
+        """The packed plan on the host, ready to be copied; without a feed, for no patches.
 
         It is kept, so that a grid that returns costs nothing.
         """
+        key = (plan.grids, layout, attention.key, None if feed is None else feed.key)
         return self._packed.get(
-            (plan.grids, layout, feed.key), lambda: self._pack(plan, layout, feed.rows(plan))
+            key,
+            lambda: pack_plan(
+                plan,
+                layout,
+                feed=None if feed is None else feed.rows(plan),
+                pinned=self.device.type == "cuda",
+                schedule=attention.schedule,
+            ),
         )
-
-    def pack_unfed(self, plan: ForwardPlan, layout: PlanLayout) -> Tensor:
-        """The packed plan without patches to go with it."""
-        return self._pack(plan, layout, None)
-
-    def _pack(self, plan: ForwardPlan, layout: PlanLayout, feed: IntArray | None) -> Tensor:
-        whole = self.whole_rows(plan) if layout.cut else None
-        return pack_plan(plan, layout, feed=feed, pinned=self.device.type == "cuda", whole=whole)
 
     def forward(
         self,

@@ -2,7 +2,8 @@
 
 One recording serves every batch that fits its bucket: positions, segment boundaries, window layout
 and order are read from static buffers that each batch's packed plan is copied into. Nothing here
-names a window, a deepstack level or a backend. A backend that cannot be recorded splits the forward
+names a window, a deepstack level or a backend: what a recording fixes of them is in a plan's layout
+and in the attention's key. A backend that cannot be recorded splits the forward
 into pieces, each a graph of its own, and runs between them.
 
 Padding is inert. Its rows belong to no segment, the rotary kernel zeroes their q, k and v (a flash
@@ -14,20 +15,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from vitrt.attention.registry import AttentionChoice
+from vitrt.attention import AttentionChoice, BatchAttention
 from vitrt.engine.batch import PatchFeed
 from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.recording import Pieces, record_pieces
 from vitrt.layers.rotary import TABLE_POSITIONS
-from vitrt.models.packed_plan import PlanLayout, view_plan
+from vitrt.models.packed_plan import PlanLayout, most_segments, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -37,10 +38,11 @@ logger = logging.getLogger(__name__)
 # Up to this many patches a replay beats an eager forward, whose launches then still outlast its
 # kernels; above, the two differ by the padding.
 AUTO_MAX_PATCHES = 4096
-_MOST_SEGMENTS = 16  # patches of a bucket to each segment, or window, that it has room for
-_FEWEST_SEGMENTS = 8
 _LITTLE_MORE = 32  # patches over the bucket below, in an image that warms a bucket up
 _SIGHTINGS = 2  # a shape class is recorded when it comes the second time
+_FEW_SEGMENTS = 8  # that every bucket has room for
+_MOST_SCHEDULE = 64  # int32 values of a backend's schedule, beside those for each segment
+_FINE, _FORWARD_FAILED, _RECORDING_FAILED = 0, 2, 1  # what ranks tell each other, the worst wins
 
 
 def default_buckets(max_patches: int) -> tuple[int, ...]:
@@ -64,8 +66,7 @@ class GraphKey:
 
     bucket: int  # patches
     segments: int  # room for so many; some kernels launch blocks for each, used or not
-    backend: str  # of the full-attention layers, which may depend on the longest segment
-    cut: bool  # whether their last query rows go to a kernel of their own
+    attention: Hashable  # what the backends say that a recording cannot change
 
 
 @dataclass(slots=True)
@@ -96,7 +97,8 @@ class GraphRunner(EagerRunner):
         self.limit_bytes = limit_bytes
         self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
         self._sightings: Counter[GraphKey] = Counter()
-        self._too_large: set[GraphKey] = set()
+        self._evicted: Counter[GraphKey] = Counter()  # times, of each class
+        self._refused: set[GraphKey] = set()  # shape classes that could not be recorded
         self._pool: GraphPool | None = None
         self._patches: Tensor | None = None  # static inputs, shared by all buckets
         self._plan_buffer: Tensor | None = None
@@ -111,32 +113,41 @@ class GraphRunner(EagerRunner):
         merged: bool = True,
     ) -> TowerOutput:
         with self._lock:  # the static buffers are shared
-            reason = self._ineligible(plan, keep_hidden)
+            reason = "no graph memory" if self.limit_bytes <= 0 else None
+            reason = reason or self._ineligible(plan, keep_hidden)
             if reason is not None:
                 return self.run_eager(plan, feed, reason, keep_hidden, merged=merged)
-            key = self._key(plan)
+            attention = self.attention_for(plan)
+            key = self._key(plan, attention)
             recording = self._recordings.get(key)
-            if recording is None and key not in self._too_large:
+            if recording is None and key not in self._refused:
                 self._sightings[key] += 1
-                if self._sightings[key] < _SIGHTINGS:
-                    return self.run_eager(plan, feed, "first of its bucket")
-                recording = self._record(key, plan, feed)
+                # A working set over the limit would be recorded anew at every miss: a class that
+                # was evicted must come twice as often each time before it is recorded again.
+                if self._sightings[key] < _SIGHTINGS << self._evicted[key]:
+                    reason = "evicted before" if self._evicted[key] else "first of its bucket"
+                    return self.run_eager(plan, feed, reason)
+                recording = self._record(key, plan, attention, feed)
             if recording is None:
-                return self.run_eager(plan, feed, "over the graph memory limit")
-            return self._replay(key, recording, plan, feed)
+                return self.run_eager(plan, feed, "not recorded: memory")
+            return self._replay(key, recording, plan, attention, feed)
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
         """Record these buckets (default: all) now, the largest first.
 
         A number between two buckets is the larger one's. ValueError for one that no bucket holds.
         """
-        chosen = {self._bucket_of(patches) for patches in buckets or self.buckets}
+        wanted = self.buckets if buckets is None else buckets
+        chosen = {self._bucket_of(patches) for patches in wanted}
+        if self.limit_bytes <= 0:
+            return
         with self._lock:
             for bucket in sorted(chosen, reverse=True):
                 for plan in self._warmup_plans(bucket):
-                    key = self._key(plan)
-                    if key not in self._recordings and key not in self._too_large:
-                        self._record(key, plan, None)
+                    attention = self.attention_for(plan)
+                    key = self._key(plan, attention)
+                    if key not in self._recordings and key not in self._refused:
+                        self._record(key, plan, attention, None)
 
     # What fits
 
@@ -147,7 +158,8 @@ class GraphRunner(EagerRunner):
             return "over the largest bucket"
         if plan.largest_position >= TABLE_POSITIONS:
             return "over the rotary table"
-        if not self._layout(self._key(plan)).fits(plan):
+        bucket = self._bucket_of(plan.num_patches)
+        if not PlanLayout.bucket(plan, bucket, most_segments(bucket)).fits(plan):
             return "more segments than the bucket holds"
         return None
 
@@ -158,28 +170,20 @@ class GraphRunner(EagerRunner):
             )
         return next(bucket for bucket in self.buckets if bucket >= patches)
 
-    def _key(self, plan: ForwardPlan) -> GraphKey:
+    def _key(self, plan: ForwardPlan, attention: BatchAttention) -> GraphKey:
         bucket = self._bucket_of(plan.num_patches)
-        segments, most = _FEWEST_SEGMENTS, max(bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
+        most = most_segments(bucket)
+        segments = min(_FEW_SEGMENTS, most)
         while segments < min(len(plan.segments) - 1, most):
             segments = min(segments * 8, most)
-        backend = self.attention.full_for(plan.max_seqlen).name
-        return GraphKey(bucket, segments, backend, cut=self.whole_rows(plan) is not None)
+        return GraphKey(bucket, segments, attention.key)
 
-    def _layout(self, key: GraphKey) -> PlanLayout:
-        windows = max(key.bucket // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
-        layout = PlanLayout.bucket(
-            key.bucket,
-            key.segments,
-            windows if self.tower.window_patches else None,
-            self.tower.config.merge_unit,
-            self.tower.config.num_position_embeddings is not None,
-        )
-        return layout.with_cut(key.cut)
+    def _layout(self, plan: ForwardPlan, key: GraphKey, attention: BatchAttention) -> PlanLayout:
+        return PlanLayout.bucket(plan, key.bucket, key.segments).scheduled(attention.schedule)
 
     def _warmup_plans(self, bucket: int) -> list[ForwardPlan]:
-        """Batches of `bucket`: one image that fills it, one that hardly needs it (which of the two
-        is cut may differ), and many of at most 256 patches.
+        """Batches of `bucket`: one image that fills it, one that hardly needs it (attention may go
+        about them differently), and many of at most 256 patches.
         """
         side = 16 if bucket % 256 == 0 else 8
         below = max((b for b in self.buckets if b < bucket), default=0)
@@ -197,35 +201,32 @@ class GraphRunner(EagerRunner):
     # Record and replay
 
     def _record(
-        self, key: GraphKey, plan: ForwardPlan, feed: PatchFeed | None
+        self,
+        key: GraphKey,
+        plan: ForwardPlan,
+        attention: BatchAttention,
+        feed: PatchFeed | None,
     ) -> _Recording | None:
-        """Record the shape class of `plan`; None if it does not fit the memory limit."""
+        """Record the shape class of `plan`; None if it cannot be, or is over the memory limit."""
         if self._pool is None:
             self._pool = GraphPool(self.device, self.dtype)
             # Recorded first, the largest bucket sizes the pool that all others then fit in.
             for largest in self._warmup_plans(self.buckets[-1])[:1]:
-                if self._key(largest) not in (key, *self._too_large):
-                    self._record(self._key(largest), largest, None)
+                others = self.attention_for(largest)
+                if (other := self._key(largest, others)) not in (key, *self._refused):
+                    self._record(other, largest, others, None)
         pool = self._pool or GraphPool(self.device, self.dtype)
         patches, buffer = self._static(key.bucket)
-        layout = self._layout(key)
-        self._load(plan, layout, feed, patches, buffer)
-        attention = replace(self.attention, full=self.attention.full_for(plan.max_seqlen))
-        views = view_plan(buffer, layout, plan, max_seqlen=key.bucket, padded=True)
+        layout = self._layout(plan, key, attention)
+        self._load(plan, layout, attention, feed, patches, buffer)
+        views = view_plan(buffer, layout, plan, padded=True)
 
         def forward(choice: AttentionChoice) -> TowerOutput:
             return self.forward(patches, views, choice)
 
-        taken = None
-        try:
-            forward(attention)  # compiles and loads every kernel first
-            taken = pool.record(partial(record_pieces, forward, attention))
-        except torch.cuda.OutOfMemoryError:
-            logger.debug("out of memory at %d patches", key.bucket)
-        # Ranks of a group replay together or not at all, so what each measures decides for all.
-        if not self.parallel.agree_min(taken is not None) or taken is None:
-            logger.warning("no memory to record a graph of %d patches; it runs eagerly", key.bucket)
-            self._too_large.add(key)
+        taken = self._try_to_record(pool, forward, attention.choice, key.bucket)
+        if taken is None:
+            self._refused.add(key)
             return None
         pieces, whole, own = taken
         recording = _Recording(pieces, layout, self.parallel.agree_max(own))
@@ -237,12 +238,51 @@ class GraphRunner(EagerRunner):
         self._evict()
         return self._recordings.get(key)
 
+    def _try_to_record(
+        self,
+        pool: GraphPool,
+        forward: Callable[[AttentionChoice], TowerOutput],
+        choice: AttentionChoice,
+        bucket: int,
+    ) -> tuple[Pieces, int, int] | None:
+        """What `GraphPool.record` gives, on all ranks of a group or on none of them.
+
+        Allocations fail with many faces (cuBLAS's and NCCL's have no exception class), so whatever
+        ends a recording ends only that: the batch then runs eagerly, and says so itself if the
+        fault is another one.
+        """
+        taken, failed, problem = None, _FINE, ""
+        try:
+            forward(choice)  # compiles and loads every kernel first
+            failed = _RECORDING_FAILED
+            taken = pool.record(partial(record_pieces, forward, choice))
+            failed = _FINE
+        except Exception as error:
+            failed = failed or _FORWARD_FAILED
+            problem = f"{type(error).__name__}: {error}"
+            logger.debug("", exc_info=True)
+        worst = self.parallel.agree_max(failed)
+        if worst == _FORWARD_FAILED and self.parallel.tp_size > 1:
+            # The others wait in a sum that this rank never came to: none can go on.
+            raise RuntimeError(
+                f"a rank of this group failed in a forward of {bucket} patches; here: "
+                f"{problem or 'nothing went wrong'}"
+            )
+        if worst == _FINE:
+            return taken
+        logger.warning(
+            "a graph of %d patches was not recorded, and such batches run eagerly: %s",
+            bucket,
+            problem or "another rank of the group could not",
+        )
+        return None
+
     def _evict(self) -> None:
         """Drop the newest recording if it does not fit even alone, then the least recently used."""
         assert self._pool is not None
         newest, recording = next(reversed(self._recordings.items()))
         if self._pool.nbytes + recording.nbytes > self.limit_bytes:
-            self._too_large.add(newest)
+            self._refused.add(newest)
             self._drop(newest)
         while self._graph_bytes() > self.limit_bytes:
             self._drop(next(iter(self._recordings)))
@@ -250,7 +290,15 @@ class GraphRunner(EagerRunner):
 
     def _drop(self, key: GraphKey) -> None:
         del self._recordings[key]
+        self._sightings[key] = 0
+        self._evicted[key] += 1
         self.stats.evictions += 1
+        if self._evicted[key] == 2 and key not in self._refused:
+            logger.warning(
+                "graphs of the shapes that come do not fit %.0f MiB together: those evicted run "
+                "eagerly for longer each time; graph_memory_mib sets the limit",
+                self.limit_bytes / 2**20,
+            )
         if not self._recordings:
             self._pool = None  # no graph holds it any more: the allocator takes it back
 
@@ -263,9 +311,10 @@ class GraphRunner(EagerRunner):
         """The static inputs, sized for the largest bucket; smaller ones use their front."""
         if self._patches is None or self._plan_buffer is None:
             largest, width = self.buckets[-1], self.tower.config.patch_dim
-            most = max(largest // _MOST_SEGMENTS, _FEWEST_SEGMENTS)
-            roomiest = GraphKey(largest, most, "", cut=True)
-            size = self._layout(roomiest).fed_by("sources").size
+            # Any plan of this tower tells what its layouts hold; a schedule is a few values.
+            some = self.tower.plan([(1, *[self.tower.config.spatial_merge_size] * 2)])
+            layout = PlanLayout.bucket(some, largest, most_segments(largest))
+            size = replace(layout, schedule=_MOST_SCHEDULE).fed_by("sources").size
             with torch.inference_mode(False):  # else only callers inside it could write them
                 self._patches = torch.zeros(largest, width, dtype=self.dtype, device=self.device)
                 self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
@@ -275,6 +324,7 @@ class GraphRunner(EagerRunner):
         self,
         plan: ForwardPlan,
         layout: PlanLayout,
+        attention: BatchAttention,
         feed: PatchFeed | None,
         patches: Tensor,
         buffer: Tensor,
@@ -282,13 +332,11 @@ class GraphRunner(EagerRunner):
         """Copy a batch into the static inputs."""
         if self.device.type == "cuda":
             self._take_turns(torch.cuda.current_stream(self.device))
-        if feed is None:
-            packed = self.pack_unfed(plan, layout)
-            buffer[: packed.numel()].copy_(packed, non_blocking=True)
-            return
-        layout = layout.fed_by(feed.kind)
-        packed = self.pack(plan, layout, feed)
+        layout = layout.fed_by(None if feed is None else feed.kind)
+        packed = self.pack(plan, layout, attention, feed)
         buffer[: packed.numel()].copy_(packed, non_blocking=True)
+        if feed is None:
+            return
         rows = None
         if layout.feed is not None:
             offset, shape = layout.fields()["feed"]
@@ -304,16 +352,19 @@ class GraphRunner(EagerRunner):
         self._stream = stream
 
     def _replay(
-        self, key: GraphKey, recording: _Recording, plan: ForwardPlan, feed: PatchFeed
+        self,
+        key: GraphKey,
+        recording: _Recording,
+        plan: ForwardPlan,
+        attention: BatchAttention,
+        feed: PatchFeed,
     ) -> TowerOutput:
         self._recordings.move_to_end(key)
         patches, buffer = self._static(key.bucket)
-        self._load(plan, recording.layout, feed, patches, buffer)
+        self._load(plan, recording.layout, attention, feed, patches, buffer)
         live = None
         if recording.pieces.splits:
-            live = view_plan(
-                buffer, recording.layout, plan, max_seqlen=plan.max_seqlen, padded=True
-            )
+            live = view_plan(buffer, recording.layout, plan, padded=True)
         output = recording.pieces.replay(live)
         self.stats.hits[key.bucket] += 1
         self.stats.patches += plan.num_patches

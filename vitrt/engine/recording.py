@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, Rotary, Segments, attention_shape
-from vitrt.attention.registry import AttentionChoice
+from vitrt.attention import AttentionBackend, AttentionChoice, attention_shape
+from vitrt.kernels.segments import Rotary, Segments
 from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.tower import TowerOutput
 

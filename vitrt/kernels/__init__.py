@@ -9,7 +9,8 @@ __all__ = [
     "patchify",
     "persistent",
     "pos_embed",
-    "rest_attention",
     "rope",
+    "segments",
+    "tail_attention",
     "window_attention",
 ]

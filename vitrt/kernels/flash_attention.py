@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,7 @@ from torch import Tensor
 from vitrt.kernels.attention_block import attend, split_head, store_rows
 from vitrt.kernels.dispatch import jit, pow2_ceil, tl, use_triton
 from vitrt.kernels.persistent import is_hopper, programs
-
-if TYPE_CHECKING:  # attention imports kernels, never the other way round
-    from vitrt.attention.base import Segments
-
-_TILE_ROWS = 128  # query rows of an entry of Segments.tiles, attention.base.TILE_ROWS
+from vitrt.kernels.segments import TILE_ROWS, Segments
 
 
 # The work list lies anywhere in a packed plan: its alignment must not cost another compilation.
@@ -67,7 +62,7 @@ def _flash_kernel(
 
 @dataclass(frozen=True, slots=True)
 class FlashTiling:
-    """How the kernel's work is cut, and how Triton compiles it."""
+    """The kernel's block sizes, and how Triton compiles it."""
 
     block_m: int  # query rows, 64 or 128
     block_n: int  # key rows
@@ -106,13 +101,13 @@ def _flash_triton(
     if tiling is None:
         tiling = _tiling(qkv)
     if segments.tiles is None or segments.tile_count is None:
-        assert segments.max_seqlen <= _TILE_ROWS, "only segments of one tile can do without tiles"
+        assert segments.max_seqlen <= TILE_ROWS, "only segments of one tile can do without tiles"
         work, count, tile_rows = segments.cu_seqlens, segments.count, 0
         block_m = max(16, pow2_ceil(segments.max_seqlen))
         tiling = replace(tiling, warps=4, registers=None)
         items = (work.numel() - 1) * heads
     else:
-        work, count, tile_rows = segments.tiles, segments.tile_count, _TILE_ROWS
+        work, count, tile_rows = segments.tiles, segments.tile_count, TILE_ROWS
         block_m = tiling.block_m
         items = work.shape[0] * (tile_rows // block_m) * heads
     options = {} if tiling.registers is None else {"maxnreg": tiling.registers}

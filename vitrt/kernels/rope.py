@@ -9,14 +9,11 @@ Dh/4 frequencies follow the patch's row, the rest its column.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vitrt.kernels.dispatch import jit, pow2_ceil, tl, use_triton
-
-if TYPE_CHECKING:  # attention imports kernels, never the other way round
-    from vitrt.attention.base import Rotary
+from vitrt.kernels.segments import Rotary
 
 
 # What a plan packs may lie anywhere: its alignment must not cost another compilation.

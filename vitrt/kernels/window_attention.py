@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,9 +25,7 @@ from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl, use_triton
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.persistent import is_hopper, programs
 from vitrt.kernels.rope import rope_ref
-
-if TYPE_CHECKING:  # attention imports kernels, never the other way round
-    from vitrt.attention.base import Rotary, Segments
+from vitrt.kernels.segments import Rotary, Segments
 
 WINDOW = 64  # rows of a program's tile
 
@@ -158,7 +155,7 @@ def _window_kernel(
 
 @dataclass(frozen=True, slots=True)
 class WindowTiling:
-    """How the kernel's work is cut, and how Triton compiles it."""
+    """The kernel's block sizes, and how Triton compiles it."""
 
     heads: int  # that a program does in turn; a power of two, lowered to one that divides H
     keep: bool  # hold the angles in registers from head to head

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from vitrt.attention.base import AttentionBackend, Rotary, Segments, attention_shape
+from vitrt.attention import AttentionBackend, attention_shape
 from vitrt.config import VisionConfig
 from vitrt.kernels.rope import rope_
+from vitrt.kernels.segments import Rotary, Segments
 from vitrt.layers.linear import FusedQKVLinear, RowParallelLinear
 from vitrt.layers.norm import Norm
 from vitrt.layers.weights import WeightTarget

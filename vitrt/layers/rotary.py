@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrt.attention.base import Rotary
 from vitrt.config import ROPE_THETA
+from vitrt.kernels.segments import Rotary
 from vitrt.layers.cache import ByteCache
 
 TABLE_POSITIONS = 8192  # rows or columns of patches: 131072 pixels a side at patch size 16

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import TILE_ROWS, QueryCut, Segments
-from vitrt.attention.rests import MOST_RESTS, rest_list
-from vitrt.models.plan import ForwardPlan, IntArray
+from vitrt.attention import Schedule
+from vitrt.kernels.segments import TILE_ROWS, ScheduleTensors, Segments
+from vitrt.models.plan import ForwardPlan
 
 # What brings patches into the order of execution; see vitrt/engine/batch.py.
 Feed = Literal["order", "sources"]
 _FEED_COLUMNS: dict[Feed, int] = {"order": 1, "sources": 3}
-_COUNTS = 5  # patches, segments, tiles, windows, rests in use
+_COUNTS = 4  # patches, segments, tiles, windows in use
 # int32 values: every field starts on 16 bytes, so that kernels may load it in wide words.
 _ALIGNMENT = 4
+_SEGMENT_PATCHES = 16  # patches of a bucket to each segment, or window, that it has room for
+_FEWEST_SEGMENTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class PlanLayout:
     windows: int | None  # None: a tower without windows
     merge_unit: int
     taps: bool  # a tower with a position table
-    cut: bool = False  # the query rows of full attention, see vitrt/attention/rests.py
+    max_seqlen: int  # bounds the segments for as long as the views are used
+    schedule: int | None = None  # values of the attention backend's own; None: it has no schedule
     feed: Feed | None = None  # last in the buffer: a graph's fields lie the same whatever feeds it
 
     @classmethod
@@ -50,16 +53,21 @@ class PlanLayout:
             windows=windows,
             merge_unit=plan.merge_unit,
             taps=plan.taps is not None,
+            max_seqlen=plan.max_seqlen,
         )
 
     @classmethod
-    def bucket(
-        cls, patches: int, segments: int, windows: int | None, merge_unit: int, taps: bool
-    ) -> PlanLayout:
-        """Room for any batch of at most so many patches, segments and windows."""
-        # Every segment ends in at most one tile that is not full.
-        tiles = patches // TILE_ROWS + segments
-        return cls(patches, segments, tiles, windows, merge_unit, taps)
+    def bucket(cls, plan: ForwardPlan, patches: int, segments: int) -> PlanLayout:
+        """Room for any batch of `plan`'s tower with at most so many patches and segments."""
+        return cls(
+            patches,
+            segments,
+            tiles=patches // TILE_ROWS + segments,  # a segment's last tile may not be full
+            windows=None if plan.windows is None else most_segments(patches),
+            merge_unit=plan.merge_unit,
+            taps=plan.taps is not None,
+            max_seqlen=patches,
+        )
 
     def fits(self, plan: ForwardPlan) -> bool:
         need = PlanLayout.exact(plan)
@@ -69,9 +77,9 @@ class PlanLayout:
             and (need.windows or 0) <= (self.windows or 0)
         )
 
-    def with_cut(self, cut: bool) -> PlanLayout:
-        """The same layout with or without room for a cut of the query rows."""
-        return replace(self, cut=cut)
+    def scheduled(self, schedule: Schedule | None) -> PlanLayout:
+        """The same layout with room for a schedule of this key."""
+        return replace(self, schedule=None if schedule is None else len(schedule.work))
 
     def fed_by(self, feed: Feed | None) -> PlanLayout:
         """The same layout with room for what feeds the patches."""
@@ -86,6 +94,11 @@ class PlanLayout:
         """int32 values of the whole buffer."""
         offset, shape = list(self.fields().values())[-1]
         return offset + prod(shape)
+
+
+def most_segments(patches: int) -> int:
+    """The most segments, or windows, that a bucket of so many patches has room for."""
+    return max(patches // _SEGMENT_PATCHES, _FEWEST_SEGMENTS)
 
 
 @lru_cache(maxsize=1024)
@@ -103,9 +116,9 @@ def _shapes(layout: PlanLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "positions", (layout.patches, 2)
     yield "segments", (layout.segments + 1,)
     yield "tiles", (layout.tiles, 3)
-    if layout.cut:
-        yield "whole", (layout.segments,)
-        yield "rests", (MOST_RESTS, 3)
+    if layout.schedule is not None:
+        yield "schedule", (layout.schedule,)
+        yield "per_segment", (layout.segments,)
     if layout.windows is not None:
         yield "windows", (layout.windows + 1,)
         yield "inverse", (layout.patches // layout.merge_unit,)
@@ -122,13 +135,13 @@ def pack_plan(
     *,
     feed: np.ndarray | None,
     pinned: bool,
-    whole: IntArray | None = None,
+    schedule: Schedule | None = None,
 ) -> Tensor:
     """The plan's arrays at the layout's offsets, int32 [layout.size] on the host.
 
-    `feed` [T, columns] goes with `layout.feed`, `whole` [S] with `layout.cut`. What is left over is
-    inert: boundaries repeat their last value, positions, taps and whole rows are 0, the feed is -1,
-    and the order of padded tokens maps each to itself.
+    `feed` [T, columns] goes with `layout.feed`, `schedule` with `layout.schedule`. What is left
+    over is inert: boundaries repeat their last value, positions, taps and the schedule's values are
+    0, the feed is -1, and the order of padded tokens maps each to itself.
     """
     buffer = torch.zeros(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
     values = buffer.numpy()
@@ -138,14 +151,11 @@ def pack_plan(
         return values[offset : offset + prod(shape)].reshape(shape)
 
     windows = 0 if plan.windows is None else len(plan.windows) - 1
-    rests = 0
-    if whole is not None:
-        work = rest_list(plan.segments, whole)
-        rests = len(work)
-        field("whole")[: len(whole)] = whole
-        field("rests")[:rests] = work
+    if schedule is not None:
+        field("schedule")[:] = schedule.work
+        field("per_segment")[: len(schedule.per_segment)] = schedule.per_segment
     segments = len(plan.segments) - 1
-    field("counts")[:] = (plan.num_patches, segments, len(plan.tiles), windows, rests)
+    field("counts")[:] = (plan.num_patches, segments, len(plan.tiles), windows)
     field("positions")[: plan.num_patches] = plan.positions
     _fill_boundaries(field("segments"), plan.segments)
     field("tiles")[: len(plan.tiles)] = plan.tiles
@@ -192,27 +202,25 @@ class DevicePlan:
         return (self.inverse[:, None] * unit + steps).reshape(-1)
 
 
-def view_plan(
-    buffer: Tensor, layout: PlanLayout, plan: ForwardPlan, *, max_seqlen: int, padded: bool
-) -> DevicePlan:
-    """Named views of a packed plan on the device.
-
-    `max_seqlen` bounds the segments for as long as the views are used.
-    """
+def view_plan(buffer: Tensor, layout: PlanLayout, plan: ForwardPlan, *, padded: bool) -> DevicePlan:
+    """Named views of a packed plan on the device."""
 
     def field(name: str) -> Tensor:
         offset, shape = layout.fields()[name]
         return buffer[offset : offset + prod(shape)].view(shape)
 
     counts = field("counts")
+    schedule = None
+    if layout.schedule is not None:
+        schedule = ScheduleTensors(field("schedule"), field("per_segment"))
     full = Segments(
         cu_seqlens=field("segments"),
         count=counts[1:2],
         tiles=field("tiles"),
         tile_count=counts[2:3],
         lengths=plan.segment_lengths,
-        max_seqlen=max_seqlen,
-        cut=QueryCut(field("whole"), field("rests"), counts[4:5]) if layout.cut else None,
+        max_seqlen=layout.max_seqlen,
+        schedule=schedule,
     )
     window = None
     if plan.windows is not None:

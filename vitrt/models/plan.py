@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrt.attention.base import tile_list
+from vitrt.kernels.segments import tile_list
 
 Grid = tuple[int, int, int]  # frames, rows, columns in patches
 IntArray = NDArray[np.int32]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from vitrt.attention.registry import AttentionChoice
+from vitrt.attention import AttentionChoice
 from vitrt.config import VisionConfig
 from vitrt.layers.merger import PatchMerger
 from vitrt.layers.mlp import SwiGLU

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vitrt.attention.registry import AttentionChoice
+from vitrt.attention import AttentionChoice
 from vitrt.config import VisionConfig
 from vitrt.kernels.pos_embed import add_position_embedding_
 from vitrt.layers.merger import DeepstackMerger, PatchMerger

@@ -13,9 +13,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from vitrt.attention.base import AttentionBackend, Rotary, Segments
-from vitrt.attention.registry import AttentionChoice
+from vitrt.attention import AttentionBackend, AttentionChoice
 from vitrt.config import VisionConfig
+from vitrt.kernels.segments import Rotary, Segments
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import Linear

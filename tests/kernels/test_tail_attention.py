@@ -9,49 +9,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.test_attention import dense_reference
-from tests.kernels.test_flash_attention import poisoned
+from tests.support.attention_cases import dense_reference, poisoned
 from tests.support.interpreter import interpreted
-from vitrt.attention.base import REST_ROWS, QueryCut
-from vitrt.attention.rests import rest_list
-from vitrt.kernels.rest_attention import (
-    _REST_ROWS,
+from vitrt.attention.last_wave import tail_list
+from vitrt.kernels.tail_attention import (
+    TAIL_ROWS,
     VARIANTS,
-    RestTiling,
-    _rest_triton,
-    rest_attention,
-    rest_attention_ref,
+    TailRows,
+    TailTiling,
+    _tail_triton,
+    tail_attention,
+    tail_attention_ref,
 )
 
-SMALL = RestTiling(32, 32, 4, 2, 4)  # 4 splits of the keys for the interpreter's 2 heads
+SMALL = TailTiling(32, 32, 4, 2, 4)  # 4 splits of the keys for the interpreter's 2 heads
 
 
-def make_cut(
-    lengths: list[int], rests: list[int], *, room: int = 0, device: str = "cpu"
-) -> QueryCut:
-    """The last `rests[i]` rows of each segment, and `room` unused entries, as in a graph."""
-    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    whole = np.array(lengths, dtype=np.int32) - np.array(rests, dtype=np.int32)
-    work = rest_list(cu, whole)
+def make_rows(
+    lengths: list[int], tails: list[int], *, room: int = 0, device: str = "cpu"
+) -> TailRows:
+    """The last `tails[i]` rows of each segment, and `room` unused entries, as in a graph."""
+    work = tail_list(lengths, np.array(lengths, dtype=np.int32) - np.array(tails, dtype=np.int32))
     unused = np.full((room, 3), 2**30, dtype=np.int32)  # read, these would fault
-    return QueryCut(
-        torch.as_tensor(np.concatenate([whole, np.zeros(room, np.int32)]), device=device),
+    return TailRows(
         torch.as_tensor(np.concatenate([work, unused]), device=device),
         torch.tensor([len(work)], dtype=torch.int32, device=device),
     )
 
 
-def rest_rows(lengths: list[int], rests: list[int]) -> Tensor:
-    """Which rows of the segments are rests: bool [sum of lengths]."""
+def tail_rows(lengths: list[int], tails: list[int]) -> Tensor:
+    """Which rows of the segments are tails: bool [sum of lengths]."""
     parts = [
-        torch.arange(length) >= length - rest for length, rest in zip(lengths, rests, strict=True)
+        torch.arange(length) >= length - tail for length, tail in zip(lengths, tails, strict=True)
     ]
     return torch.cat(parts)
 
 
-def assert_rests(qkv: Tensor, out: Tensor, lengths: list[int], rests: list[int]) -> None:
-    """`out` holds the rests' rows, and NaN as before everywhere else."""
-    tokens, rows = sum(lengths), rest_rows(lengths, rests)
+def assert_tails(qkv: Tensor, out: Tensor, lengths: list[int], tails: list[int]) -> None:
+    """`out` holds the tails' rows, and NaN as before everywhere else."""
+    tokens, rows = sum(lengths), tail_rows(lengths, tails)
     # float32 throughout: rounding over some hundred keys of 128 products stays well under this.
     torch.testing.assert_close(
         out[:tokens][rows].double(), dense_reference(qkv, lengths)[rows], rtol=1e-5, atol=1e-5
@@ -62,20 +58,20 @@ def assert_rests(qkv: Tensor, out: Tensor, lengths: list[int], rests: list[int])
 
 @interpreted
 @pytest.mark.parametrize("head_dim", [8, 24, 72, 80, 128])
-@pytest.mark.parametrize(("lengths", "rests"), [([1], [1]), ([70, 5, 33], [9, 0, 33])], ids=str)
-def test_kernels_equal_dense(head_dim: int, lengths: list[int], rests: list[int]) -> None:
+@pytest.mark.parametrize(("lengths", "tails"), [([1], [1]), ([70, 5, 33], [9, 0, 33])], ids=str)
+def test_kernels_equal_dense(head_dim: int, lengths: list[int], tails: list[int]) -> None:
     qkv, out = poisoned(lengths, 6, 2, head_dim)
-    _rest_triton(qkv, make_cut(lengths, rests, room=2), out, SMALL)
-    assert_rests(qkv, out, lengths, rests)
+    _tail_triton(qkv, make_rows(lengths, tails, room=2), out, SMALL)
+    assert_tails(qkv, out, lengths, tails)
 
 
 @interpreted
 @pytest.mark.parametrize("tiling", sorted({(v.block_m, v.block_n) for v in VARIANTS}), ids=str)
 def test_every_block_size(tiling: tuple[int, int]) -> None:
-    lengths, rests = [200, 64, 7], [100, 0, 5]
+    lengths, tails = [200, 64, 7], [100, 0, 5]
     qkv, out = poisoned(lengths, 2, 1, 72)
-    _rest_triton(qkv, make_cut(lengths, rests), out, RestTiling(*tiling, 4, 2, 2))
-    assert_rests(qkv, out, lengths, rests)
+    _tail_triton(qkv, make_rows(lengths, tails), out, TailTiling(*tiling, 4, 2, 2))
+    assert_tails(qkv, out, lengths, tails)
 
 
 @interpreted
@@ -83,30 +79,30 @@ def test_every_block_size(tiling: tuple[int, int]) -> None:
 def test_splits_around_whole_blocks(length: int) -> None:
     """Empty splits, splits of one key, and the last block of each split full or not."""
     qkv, out = poisoned([length, 40], 3, 2, 24)
-    _rest_triton(qkv, make_cut([length, 40], [1, 0]), out, SMALL)
-    assert_rests(qkv, out, [length, 40], [1, 0])
+    _tail_triton(qkv, make_rows([length, 40], [1, 0]), out, SMALL)
+    assert_tails(qkv, out, [length, 40], [1, 0])
 
 
 @interpreted
-@pytest.mark.parametrize("rest", [1, 16, 17, 64, 129])
-def test_blocks_of_query_rows(rest: int) -> None:
+@pytest.mark.parametrize("tail", [1, 16, 17, 64, 129])
+def test_blocks_of_query_rows(tail: int) -> None:
     qkv, out = poisoned([130], 3, 1, 16)
-    _rest_triton(qkv, make_cut([130], [rest]), out, SMALL)
-    assert_rests(qkv, out, [130], [rest])
+    _tail_triton(qkv, make_rows([130], [tail]), out, SMALL)
+    assert_tails(qkv, out, [130], [tail])
 
 
 @interpreted
 @pytest.mark.parametrize("per_processor", [1, 16])
 def test_any_number_of_splits(per_processor: int) -> None:
     qkv, out = poisoned([150], 0, 3, 24)
-    _rest_triton(qkv, make_cut([150], [20]), out, RestTiling(16, 16, 4, 2, per_processor))
-    assert_rests(qkv, out, [150], [20])
+    _tail_triton(qkv, make_rows([150], [20]), out, TailTiling(16, 16, 4, 2, per_processor))
+    assert_tails(qkv, out, [150], [20])
 
 
 @interpreted
 def test_nothing_to_do_writes_nothing() -> None:
     qkv, out = poisoned([50], 0, 2, 16)
-    _rest_triton(qkv, make_cut([50], [0], room=3), out, SMALL)
+    _tail_triton(qkv, make_rows([50], [0], room=3), out, SMALL)
     assert out.isnan().all()
 
 
@@ -116,14 +112,14 @@ def test_replay_with_other_rests() -> None:
     first, second = ([90, 38], [30, 0]), ([10, 70, 40], [0, 6, 3])
     qkv, out = poisoned(first[0], 8, 2, 40)
     qkv[128:] = torch.randn(8, 3, 2, 40)
-    cut = make_cut(*first, room=4)
-    _rest_triton(qkv, cut, out, SMALL)
-    assert_rests(qkv, out, *first)
-    other = make_cut(*second)
-    cut.rests[: len(other.rests)] = other.rests
-    cut.rest_count.copy_(other.rest_count)
-    _rest_triton(qkv, cut, out.fill_(math.nan), SMALL)
-    assert_rests(qkv, out, *second)
+    rows = make_rows(*first, room=4)
+    _tail_triton(qkv, rows, out, SMALL)
+    assert_tails(qkv, out, *first)
+    other = make_rows(*second)
+    rows.entries[: len(other.entries)] = other.entries
+    rows.count.copy_(other.count)
+    _tail_triton(qkv, rows, out.fill_(math.nan), SMALL)
+    assert_tails(qkv, out, *second)
 
 
 @interpreted
@@ -131,42 +127,42 @@ def test_large_scores_do_not_overflow() -> None:
     """One split holds nearly all of the weight, whose scores reach 1e5."""
     qkv, out = poisoned([200], 0, 1, 64)
     qkv[:, :2] *= 100.0
-    _rest_triton(qkv, make_cut([200], [7]), out, SMALL)
+    _tail_triton(qkv, make_rows([200], [7]), out, SMALL)
     expected = dense_reference(qkv, [200])[-7:]
     # float32 holds the scores to 2^-24 * 1e5 = 0.006: that is the error of a weight.
     torch.testing.assert_close(out[-7:].double(), expected, rtol=0, atol=0.05)
 
 
 def test_reference_is_the_cpu_path() -> None:
-    lengths, rests = [9, 84, 30], [2, 70, 0]
+    lengths, tails = [9, 84, 30], [2, 70, 0]
     qkv, out = poisoned(lengths, 5, 2, 24)
-    cut = make_cut(lengths, rests, room=2)
+    rows = make_rows(lengths, tails, room=2)
     if torch.cuda.is_available():
-        rest_attention_ref(qkv, cut, out)
+        tail_attention_ref(qkv, rows, out)
     else:
-        rest_attention(qkv, cut, out)
-    assert_rests(qkv, out, lengths, rests)
+        tail_attention(qkv, rows, out)
+    assert_tails(qkv, out, lengths, tails)
 
 
 def test_entries_are_as_long_as_plans_make_them() -> None:
-    assert _REST_ROWS == REST_ROWS
-    work = rest_list(np.array([0, 100, 350], np.int32), np.array([100, 150], np.int32))
+    assert TAIL_ROWS == 64
+    work = tail_list([100, 250], np.array([100, 150], np.int32))
     assert work.tolist() == [[250, 100, 350], [314, 100, 350]]
     assert work.dtype == np.int32
-    assert rest_list(np.array([0, 9], np.int32), np.array([9], np.int32)).shape == (0, 3)
+    assert tail_list([9], np.array([9], np.int32)).shape == (0, 3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tiling", VARIANTS, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
 @pytest.mark.parametrize("heads", [4, 16])
-def test_variants_on_gpu(tiling: RestTiling, head_dim: int, heads: int) -> None:
-    lengths, rests, padding = [1600, 130, 3080], [64, 0, 9], 9
+def test_variants_on_gpu(tiling: TailTiling, head_dim: int, heads: int) -> None:
+    lengths, tails, padding = [1600, 130, 3080], [64, 0, 9], 9
     qkv, out = poisoned(lengths, padding, heads, head_dim)
     qkv, out = qkv.cuda().bfloat16(), out.cuda().bfloat16()
-    cut = make_cut(lengths, rests, room=2, device="cuda")
-    _rest_triton(qkv, cut, out, tiling)
-    tokens, rows = sum(lengths), rest_rows(lengths, rests)
+    rows = make_rows(lengths, tails, room=2, device="cuda")
+    _tail_triton(qkv, rows, out, tiling)
+    tokens, rows = sum(lengths), tail_rows(lengths, tails)
     expected = dense_reference(qkv, lengths)[rows]
     error = (out[:tokens].cpu()[rows].double() - expected).norm() / expected.norm()
     # Probabilities and outputs are rounded to bf16 once each, 2^-9 relative at most.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,10 +19,15 @@ from vitrt.kernels.attention_block import attend, split_head, store_rows
 from vitrt.kernels.dispatch import jit, pow2_floor, tl, use_triton
 from vitrt.kernels.persistent import processors, programs
 
-if TYPE_CHECKING:  # attention imports kernels, never the other way round
-    from vitrt.attention.base import QueryCut
+TAIL_ROWS = 64  # query rows of one entry of a work list
 
-_REST_ROWS = 64  # query rows of an entry of QueryCut.rests, attention.base.REST_ROWS
+
+@dataclass(frozen=True, slots=True)
+class TailRows:
+    """Query rows that another kernel left out; there may be room for more than are in use."""
+
+    entries: Tensor  # int32 [R, 3]: first row, segment start and end; all up to TAIL_ROWS rows
+    count: Tensor  # int32 [1], entries in use
 
 
 @jit()
@@ -33,9 +37,9 @@ def _keys_a_split(length, SPLITS: tl.constexpr, N: tl.constexpr):
 
 
 # The work list lies anywhere in a packed plan: its alignment must not cost another compilation.
-@jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["rests", "count"])
+@jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["entries", "count"])
 def _partial_kernel(
-    qkv, rests, count, partial, level, scale, H: tl.constexpr, D: tl.constexpr,
+    qkv, entries, count, partial, level, scale, H: tl.constexpr, D: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, ENTRY: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,9 +58,9 @@ def _partial_kernel(
         split = item // H % SPLITS
         part = item // (H * SPLITS) % PARTS
         entry = item // (H * SPLITS * PARTS)
-        first = tl.load(rests + 3 * entry) + part * M
-        start = tl.load(rests + 3 * entry + 1)
-        end = tl.load(rests + 3 * entry + 2)
+        first = tl.load(entries + 3 * entry) + part * M
+        start = tl.load(entries + 3 * entry + 1)
+        end = tl.load(entries + 3 * entry + 2)
         span = _keys_a_split(end - start, SPLITS, N)
         start += split * span
         if (first < end) & (start < end):
@@ -75,9 +79,9 @@ def _partial_kernel(
             tl.store(level + item * M + row, levels, mask=row < end - first)
 
 
-@jit(do_not_specialize_on_alignment=["rests", "count"])
+@jit(do_not_specialize_on_alignment=["entries", "count"])
 def _combine_kernel(
-    partial, level, rests, count, out, H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+    partial, level, entries, count, out, H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     TAIL: tl.constexpr, ENTRY: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
@@ -90,9 +94,9 @@ def _combine_kernel(
         head = item % H
         row = item // H % ENTRY
         entry = item // (H * ENTRY)
-        first = tl.load(rests + 3 * entry) + row
-        start = tl.load(rests + 3 * entry + 1)
-        end = tl.load(rests + 3 * entry + 2)
+        first = tl.load(entries + 3 * entry) + row
+        start = tl.load(entries + 3 * entry + 1)
+        end = tl.load(entries + 3 * entry + 2)
         if first < end:
             split = tl.arange(0, SPLITS)
             live = split * _keys_a_split(end - start, SPLITS, N) < end - start
@@ -116,8 +120,8 @@ def _combine_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class RestTiling:
-    """How the kernels are cut: block_m 16, 32 or 64 query rows, block_n key rows, and how Triton
+class TailTiling:
+    """The sizes of the blocks: block_m 16, 32 or 64 query rows, block_n key rows, and how Triton
     compiles the first of the two.
     """
 
@@ -131,42 +135,42 @@ class RestTiling:
 
 # For scripts that search; the first is the default.
 VARIANTS = (
-    RestTiling(64, 64, 4, 2, 2),
-    RestTiling(64, 64, 4, 3, 2),
-    RestTiling(64, 64, 4, 2, 4),
-    RestTiling(64, 32, 4, 3, 4),
-    RestTiling(64, 128, 4, 2, 2),
-    RestTiling(32, 64, 4, 2, 2),
-    RestTiling(32, 64, 4, 3, 4),
-    RestTiling(32, 64, 2, 3, 4),
-    RestTiling(16, 64, 4, 3, 4),
-    RestTiling(16, 128, 4, 2, 2),
+    TailTiling(64, 64, 4, 2, 2),
+    TailTiling(64, 64, 4, 3, 2),
+    TailTiling(64, 64, 4, 2, 4),
+    TailTiling(64, 32, 4, 3, 4),
+    TailTiling(64, 128, 4, 2, 2),
+    TailTiling(32, 64, 4, 2, 2),
+    TailTiling(32, 64, 4, 3, 4),
+    TailTiling(32, 64, 2, 3, 4),
+    TailTiling(16, 64, 4, 3, 4),
+    TailTiling(16, 128, 4, 2, 2),
 )
 _MOST_SPLITS = 32  # the second kernel holds a row of all of them at once
 
 
-def _splits(heads: int, tiling: RestTiling, device: torch.device) -> int:
+def _splits(heads: int, tiling: TailTiling, device: torch.device) -> int:
     """Splits of the keys that give each processor its items where one entry is all there is."""
     wanted = processors(device) * tiling.per_processor // heads
     return min(pow2_floor(max(wanted, 2)), _MOST_SPLITS)
 
 
-def _rest_triton(
-    qkv: Tensor, cut: QueryCut, out: Tensor, tiling: RestTiling = VARIANTS[0]
+def _tail_triton(
+    qkv: Tensor, rows: TailRows, out: Tensor, tiling: TailTiling = VARIANTS[0]
 ) -> Tensor:
     assert qkv.is_contiguous() and out.is_contiguous()
-    assert _REST_ROWS % tiling.block_m == 0
+    assert TAIL_ROWS % tiling.block_m == 0
     _, _, heads, head_dim = qkv.shape
     main, tail = split_head(head_dim)
     splits = _splits(heads, tiling, qkv.device)
-    rows = cut.rests.shape[0] * _REST_ROWS  # room for so many
-    items = rows // tiling.block_m * splits * heads
+    most_rows = rows.entries.shape[0] * TAIL_ROWS  # room for so many
+    items = most_rows // tiling.block_m * splits * heads
     partial = qkv.new_empty(items, tiling.block_m, head_dim, dtype=torch.float32)
     level = qkv.new_empty(items, tiling.block_m, dtype=torch.float32)
     _partial_kernel[(programs(items, 2 * tiling.per_processor, qkv.device),)](
         qkv,
-        cut.rests,
-        cut.rest_count,
+        rows.entries,
+        rows.count,
         partial,
         level,
         head_dim**-0.5 * math.log2(math.e),
@@ -174,7 +178,7 @@ def _rest_triton(
         head_dim,
         main,
         tail,
-        _REST_ROWS,
+        TAIL_ROWS,
         splits,
         tiling.block_m,
         tiling.block_n,
@@ -182,17 +186,17 @@ def _rest_triton(
         "ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
     )
-    _combine_kernel[(programs(rows * heads, 16, qkv.device),)](
+    _combine_kernel[(programs(most_rows * heads, 16, qkv.device),)](
         partial,
         level,
-        cut.rests,
-        cut.rest_count,
+        rows.entries,
+        rows.count,
         out,
         heads,
         head_dim,
         main,
         tail,
-        _REST_ROWS,
+        TAIL_ROWS,
         splits,
         tiling.block_m,
         tiling.block_n,
@@ -201,10 +205,10 @@ def _rest_triton(
     return out
 
 
-def rest_attention_ref(qkv: Tensor, cut: QueryCut, out: Tensor) -> Tensor:
-    """The rests' rows of attention, float32 inside, one rounding; reads the work list here."""
-    for first, start, end in cut.rests[: int(cut.rest_count)].tolist():
-        last = min(first + _REST_ROWS, end)
+def tail_attention_ref(qkv: Tensor, rows: TailRows, out: Tensor) -> Tensor:
+    """The tail rows of attention, float32 inside, one rounding; reads the work list here."""
+    for first, start, end in rows.entries[: int(rows.count)].tolist():
+        last = min(first + TAIL_ROWS, end)
         q = qkv[first:last, 0].float().transpose(0, 1)
         k, v = qkv[start:end, 1:].float().permute(1, 2, 0, 3)
         weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
@@ -212,13 +216,13 @@ def rest_attention_ref(qkv: Tensor, cut: QueryCut, out: Tensor) -> Tensor:
     return out
 
 
-def rest_attention(qkv: Tensor, cut: QueryCut, out: Tensor) -> Tensor:
-    """Attention of the query rows in `cut.rests` over all keys of their segments, scaled by
+def tail_attention(qkv: Tensor, rows: TailRows, out: Tensor) -> Tensor:
+    """Attention of the query rows in `rows.entries` over all keys of their segments, scaled by
     Dh ** -0.5, q and k already rotated.
 
     qkv [T, 3, H, Dh] contiguous, Dh a multiple of 8 up to 128; writes those rows of out
     [T, H * Dh], no others, and returns it.
     """
     if use_triton(qkv):
-        return _rest_triton(qkv, cut, out)
-    return rest_attention_ref(qkv, cut, out)
+        return _tail_triton(qkv, rows, out)
+    return tail_attention_ref(qkv, rows, out)

@@ -1,4 +1,4 @@
-"""Query rows taken from a backend to save a wave: which, and that exactly they reach the kernel."""
+"""A backend's schedule: which rows leave the last wave, and that it reaches the backend whole."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.attention.test_attention import dense_reference, make_segments, no_rotary
-from tests.kernels.test_rest_attention import make_cut
+from tests.support.attention_cases import dense_reference, make_segments, no_rotary
 from vitrt import VisionEncoder
-from vitrt.attention import AttentionChoice, Rotary, Segments, fa4, get_backend, usable
-from vitrt.attention.base import REST_ROWS
-from vitrt.attention.rests import MOST_RESTS, cut_last_wave, rest_list, whole_rows
+from vitrt.attention import AttentionChoice, Schedule, fa4, get_backend, usable
+from vitrt.attention.last_wave import (
+    MOST_ENTRIES,
+    rows_in_whole_tiles,
+    schedule_last_wave,
+    tail_list,
+    tail_rows,
+)
 from vitrt.attention.sdpa import SdpaBackend
 from vitrt.engine.batch import ValuesFeed
 from vitrt.engine.graph_runner import GraphKey, GraphRunner
-from vitrt.kernels.rest_attention import rest_attention
+from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments
+from vitrt.kernels.tail_attention import TAIL_ROWS, tail_attention
 from vitrt.layers.attention import VisionAttention
 from vitrt.models.packed_plan import view_plan
+from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput
 from vitrt.parallel.context import ParallelContext
 
@@ -39,7 +45,7 @@ H200 = {"tile_rows": 192, "processors": 132}
 
 
 @pytest.mark.parametrize(
-    ("lengths", "heads", "cut"),
+    ("lengths", "heads", "left_out"),
     [
         ([3080], 16, [8]),  # 272 blocks: 8 in a third wave
         ([3072], 16, None),  # whole tiles, and two waves
@@ -58,14 +64,18 @@ H200 = {"tile_rows": 192, "processors": 132}
     ],
     ids=str,
 )
-def test_what_is_cut(lengths: list[int], heads: int, cut: list[int] | None) -> None:
-    whole = cut_last_wave(lengths, heads, **H200)
-    if cut is None:
-        assert whole is None
+def test_which_rows_are_left_out(
+    lengths: list[int], heads: int, left_out: list[int] | None
+) -> None:
+    schedule = schedule_last_wave(lengths, heads, **H200)
+    if left_out is None:
+        assert schedule is None
     else:
-        assert whole is not None
-        assert whole.dtype == np.int32
-        assert (np.array(lengths) - whole).tolist() == cut
+        assert schedule is not None
+        assert schedule.per_segment.dtype == schedule.work.dtype == np.int32
+        assert (np.array(lengths) - schedule.per_segment).tolist() == left_out
+        assert schedule.work[0] == sum(-(-rows // TAIL_ROWS) for rows in left_out)
+        assert len(schedule.work) == 4 + 3 * MOST_ENTRIES
 
 
 @given(
@@ -73,8 +83,11 @@ def test_what_is_cut(lengths: list[int], heads: int, cut: list[int] | None) -> N
     st.sampled_from([2, 4, 8, 16, 20]),
     st.sampled_from([78, 114, 132, 148]),
 )
-def test_a_cut_saves_a_wave_and_is_small(lengths: list[int], heads: int, processors: int) -> None:
-    whole = cut_last_wave(lengths, heads, tile_rows=192, processors=processors)
+def test_a_schedule_saves_a_wave(lengths: list[int], heads: int, processors: int) -> None:
+    if len(lengths) > 4 or max(lengths) < 1024:
+        assert schedule_last_wave(lengths, heads, tile_rows=192, processors=processors) is None
+        return
+    whole = rows_in_whole_tiles(lengths, heads, tile_rows=192, processors=processors)
     if whole is None:
         return
 
@@ -86,12 +99,12 @@ def test_a_cut_saves_a_wave_and_is_small(lengths: list[int], heads: int, process
         assert kept in (length, length // 192 * 192)
         assert kept == length or length >= 1024
         if kept < length:
-            # Every cut is needed: with any of them undone, the wave is back.
+            # Every tail is needed: with any of them back, the wave is back.
             assert waves([*whole.tolist(), length - kept]) == waves(lengths)
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    work = rest_list(boundaries, whole)
-    assert 0 < len(work) <= MOST_RESTS
-    rows = [r for first, _, end in work for r in range(first, min(first + REST_ROWS, end))]
+    work = tail_list(lengths, whole)
+    assert 0 < len(work) <= MOST_ENTRIES
+    rows = [r for first, _, end in work for r in range(first, min(first + TAIL_ROWS, end))]
     kept_rows = [r for s, n in zip(boundaries[:-1], whole, strict=True) for r in range(s, s + n)]
     assert sorted(rows + kept_rows) == list(range(sum(lengths))), "every row once"
 
@@ -102,40 +115,51 @@ def test_heads_are_those_of_the_rank(tiny_qwen3_vl: Path) -> None:
     assert VisionAttention(config, context).heads == config.num_heads // 2
 
 
-# Which of them reach the backend
+# What reaches the backend
 
 
-class Cutting(SdpaBackend):
-    """Computes tiles of 16 query rows; with a cut, whatever else is the kernel's or stays NaN."""
+class Scheduling(SdpaBackend):
+    """Computes tiles of 16 query rows; with a schedule, the rest is the kernel's or stays NaN."""
 
-    name = "cutting"
+    name = "scheduling"
     capturable = True
 
     def __init__(self, *, asks: bool = True) -> None:
         self.asks = asks
-        self.cuts: list[tuple[list[int], int]] = []
+        self.seen: list[tuple[list[int], int]] = []
         self.heads: set[int] = set()
 
-    def whole_rows(self, lengths: Sequence[int], heads: int) -> np.ndarray | None:
-        self.heads.add(heads)
-        if not self.asks or len(lengths) > MOST_RESTS or not any(n % 16 for n in lengths):
+    def whole_rows(self, lengths: Sequence[int]) -> list[int] | None:
+        if not self.asks or len(lengths) > MOST_ENTRIES or not any(n % 16 for n in lengths):
             return None
-        return np.array([n // 16 * 16 for n in lengths], dtype=np.int32)
+        return [n // 16 * 16 for n in lengths]
+
+    def schedule(self, lengths: Sequence[int], heads: int) -> Schedule | None:
+        self.heads.add(heads)
+        whole = self.whole_rows(lengths)
+        return None if whole is None else make_schedule(lengths, whole)
 
     def __call__(
         self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
     ) -> Tensor:
         out = super().__call__(qkv, segments, rotary, out)
-        cut = segments.cut
-        if cut is None:
+        if segments.schedule is None:
             return out
-        used = int(segments.count)
+        used, whole = int(segments.count), segments.schedule.per_segment
         starts, ends = segments.cu_seqlens[:used], segments.cu_seqlens[1 : used + 1]
-        for start, end, rows in zip(starts, ends, cut.whole[:used], strict=True):
+        for start, end, rows in zip(starts, ends, whole[:used], strict=True):
             out[start + rows : end] = torch.nan
-        assert not cut.whole[used:].any(), "unused segments have no rows"
-        self.cuts.append((cut.whole[:used].tolist(), int(cut.rest_count)))
-        return rest_attention(qkv, cut, out)
+        assert not whole[used:].any(), "unused segments have no rows"
+        tail = tail_rows(segments.schedule)
+        self.seen.append((whole[:used].tolist(), int(tail.count)))
+        return tail_attention(qkv, tail, out)
+
+
+def make_schedule(lengths: Sequence[int], whole: Sequence[int]) -> Schedule:
+    entries = tail_list(lengths, np.array(whole, dtype=np.int32))
+    work = np.zeros(4 + 3 * MOST_ENTRIES, dtype=np.int32)
+    work[0], work[4 : 4 + entries.size] = len(entries), entries.reshape(-1)
+    return Schedule("tiles of 16", work, np.array(whole, dtype=np.int32))
 
 
 @pytest.fixture(params=["tiny_qwen2_5_vl", "tiny_qwen3_vl"])
@@ -143,48 +167,48 @@ def encoder(request: pytest.FixtureRequest) -> VisionEncoder:
     return VisionEncoder.from_pretrained(request.getfixturevalue(request.param), device="cpu")
 
 
-CUT_GRIDS = [[(1, 6, 10)], [(2, 6, 6)], [(1, 4, 4), (1, 10, 10), (1, 2, 6)]]
+GRIDS = [[(1, 6, 10)], [(2, 6, 6)], [(1, 4, 4), (1, 10, 10), (1, 2, 6)]]
 
 
-@pytest.mark.parametrize("grids", CUT_GRIDS, ids=str)
-def test_eager_forwards_with_a_cut_are_the_same(encoder: VisionEncoder, grids: Any) -> None:
+@pytest.mark.parametrize("grids", GRIDS, ids=str)
+def test_eager_forwards_with_a_schedule_are_the_same(encoder: VisionEncoder, grids: Any) -> None:
     lengths = [h * w for t, h, w in grids for _ in range(t)]
     values = torch.randn(sum(lengths), encoder.config.patch_dim)
     expected = encoder(values, grids)
-    backend = Cutting()
+    backend = Scheduling()
     encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
     for _ in range(2):  # the second from the cache of packed plans
         torch.testing.assert_close(encoder(values, grids).embeddings, expected.embeddings)
     whole = [n // 16 * 16 for n in lengths]
-    assert backend.cuts
-    rests = sum(n > w for n, w in zip(lengths, whole, strict=True))
-    assert all(cut == (whole, rests) for cut in backend.cuts)
+    assert backend.seen
+    tails = sum(n > w for n, w in zip(lengths, whole, strict=True))
+    assert all(seen == (whole, tails) for seen in backend.seen)
     assert backend.heads == {encoder.config.num_heads}
 
 
-@pytest.mark.parametrize("cut", [1156, None])
-def test_kernels_of_a_cut_are_loaded_with_the_model(
-    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch, cut: int | None
+@pytest.mark.parametrize("scheduled", [1156, None])
+def test_kernels_of_a_schedule_are_loaded_with_the_model(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch, scheduled: int | None
 ) -> None:
-    backend = Cutting()
+    backend = Scheduling()
     monkeypatch.setattr(
         backend,
         "whole_rows",
-        lambda lengths, heads: np.array([1152]) if list(lengths) == [cut] else None,
+        lambda lengths: [1152] if list(lengths) == [scheduled] else None,
     )
     encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
     encoder._load_kernels()
-    assert bool(backend.cuts) == (cut is not None)
+    assert bool(backend.seen) == (scheduled is not None)
     assert not encoder.stats().eager
 
 
 @pytest.mark.parametrize("grids", [[(1, 8, 8)], [(1, 2, 6)] * 5], ids=str)
-def test_what_is_not_cut_has_no_rests(encoder: VisionEncoder, grids: Any) -> None:
-    """Whole tiles, and more segments than this backend wants to cut."""
-    backend = Cutting()
+def test_a_batch_without_a_schedule(encoder: VisionEncoder, grids: Any) -> None:
+    """Whole tiles, and more segments than this backend plans for."""
+    backend = Scheduling()
     encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
     encoder(torch.randn(sum(h * w for _, h, w in grids), encoder.config.patch_dim), grids)
-    assert not backend.cuts
+    assert not backend.seen
 
 
 def graph_runner(encoder: VisionEncoder, backend: SdpaBackend) -> GraphRunner:
@@ -199,69 +223,78 @@ def graph_runner(encoder: VisionEncoder, backend: SdpaBackend) -> GraphRunner:
     )
 
 
-def test_graphs_are_keyed_by_the_cut(encoder: VisionEncoder) -> None:
-    runner = graph_runner(encoder, Cutting())
-    cut, whole = (encoder.tower.plan(grids) for grids in ([(1, 6, 18)], [(1, 8, 16)]))
-    assert runner._key(cut) == GraphKey(128, 8, "cutting", cut=True)
-    assert runner._key(whole) == GraphKey(128, 8, "cutting", cut=False)
-    assert runner._key(encoder.tower.plan([(1, 2, 6)] * 5)).cut is False
-    assert runner._ineligible(cut, ()) is None
-    assert graph_runner(encoder, Cutting(asks=False))._key(cut).cut is False
-    assert graph_runner(encoder, SdpaBackend())._key(cut).cut is False
+def key_of(runner: GraphRunner, plan: ForwardPlan) -> GraphKey:
+    return runner._key(plan, runner.attention_for(plan))
 
 
-def test_a_bucket_is_warmed_up_with_and_without_a_cut(
+WITH = GraphKey(128, 8, ("scheduling", "tiles of 16"))
+WITHOUT = GraphKey(128, 8, ("scheduling", None))
+
+
+def test_graphs_are_keyed_by_the_schedule(encoder: VisionEncoder) -> None:
+    runner = graph_runner(encoder, Scheduling())
+    tails, whole = (encoder.tower.plan(grids) for grids in ([(1, 6, 18)], [(1, 8, 16)]))
+    assert key_of(runner, tails) == WITH
+    assert key_of(runner, whole) == WITHOUT
+    assert key_of(runner, encoder.tower.plan([(1, 2, 6)] * 5)).attention == WITHOUT.attention
+    assert key_of(graph_runner(encoder, Scheduling(asks=False)), tails) == WITHOUT
+    assert key_of(graph_runner(encoder, SdpaBackend()), tails).attention == ("sdpa", None)
+
+
+def test_a_bucket_is_warmed_up_with_and_without_a_schedule(
     encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 65 to 128 patches: 128 fills tiles of 64 rows, and 96 does not."""
-    backend = Cutting()
+    backend = Scheduling()
     monkeypatch.setattr(
         backend,
         "whole_rows",
-        lambda lengths, heads: np.array([64]) if list(lengths) == [96] else None,
+        lambda lengths: [64] if list(lengths) == [96] else None,
     )
     runner = graph_runner(encoder, backend)
-    keys = {runner._key(plan) for plan in runner._warmup_plans(128)}
-    assert keys == {GraphKey(128, 8, "cutting", cut=cut) for cut in (False, True)}
+    keys = {key_of(runner, plan) for plan in runner._warmup_plans(128)}
+    assert keys == {WITH, WITHOUT}
 
 
-def test_replays_with_other_rests_are_right(encoder: VisionEncoder) -> None:
-    """One static buffer, loaded for one cut batch after the other: rests are read from there."""
-    backend = Cutting()
+def test_replays_with_other_tails_are_right(encoder: VisionEncoder) -> None:
+    """One static buffer, loaded for one batch after the other: schedules are read from there."""
+    backend = Scheduling()
     runner = graph_runner(encoder, backend)
     batches = [[(1, 6, 18)], [(1, 4, 10), (1, 6, 6)], [(3, 6, 6)], [(1, 6, 18)]]
-    keys = {runner._key(encoder.tower.plan(grids)) for grids in batches}
-    assert keys == {GraphKey(128, 8, "cutting", cut=True)}
+    assert {key_of(runner, encoder.tower.plan(grids)) for grids in batches} == {WITH}
     for grids in batches:
         plan = encoder.tower.plan(grids)
         values = torch.randn(plan.num_patches, encoder.config.patch_dim)
-        (key,) = keys
-        layout = runner._layout(key)
-        patches, buffer = runner._static(key.bucket)
+        attention = runner.attention_for(plan)
+        layout = runner._layout(plan, WITH, attention)
+        patches, buffer = runner._static(WITH.bucket)
         patches.fill_(torch.nan)
         feed = ValuesFeed(values, reordered=plan.order is not None)
-        runner._load(plan, layout, feed, patches, buffer)
-        views = view_plan(buffer, layout, plan, max_seqlen=key.bucket, padded=True)
-        backend.cuts.clear()
+        runner._load(plan, layout, attention, feed, patches, buffer)
+        views = view_plan(buffer, layout, plan, padded=True)
+        backend.seen.clear()
         output: TowerOutput = runner.forward(patches, views, runner.attention)
         expected = encoder(values, grids).embeddings
         torch.testing.assert_close(
             output.embeddings[: sum(plan.tokens)], expected, rtol=1e-5, atol=1e-5
         )
-        assert backend.cuts
-        assert all(cut[0] == [n // 16 * 16 for n in plan.segment_lengths] for cut in backend.cuts)
+        assert backend.seen
+        whole = [n // 16 * 16 for n in plan.segment_lengths]
+        assert all(seen[0] == whole for seen in backend.seen)
 
 
 def test_static_buffers_hold_every_layout(encoder: VisionEncoder) -> None:
-    runner = graph_runner(encoder, Cutting())
+    runner = graph_runner(encoder, Scheduling())
     _, buffer = runner._static(64)
-    for cut in (False, True):
-        layout = runner._layout(GraphKey(128, 8, "", cut=cut)).fed_by("sources")
+    for key, grid in ((WITH, (1, 6, 18)), (WITHOUT, (1, 8, 16))):
+        plan = encoder.tower.plan([grid])
+        layout = runner._layout(plan, key, runner.attention_for(plan)).fed_by("sources")
         assert layout.size <= buffer.numel()
         fields = sorted(layout.fields().values())
         for (offset, shape), (following, _) in pairwise(fields):
             assert offset + int(np.prod(shape)) <= following
-        assert layout.fields().keys() >= ({"whole", "rests"} if cut else set())
+        fields_of_a_schedule = {"schedule", "per_segment"}
+        assert (layout.fields().keys() >= fields_of_a_schedule) == (key == WITH)
 
 
 # FA4
@@ -294,11 +327,11 @@ def flash_attn_4(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -
     monkeypatch.setattr(fa4, "processors", lambda device: 132)
 
 
-def test_fa4_leaves_the_rests_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fa4_leaves_the_tail_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     flash_attn_4(monkeypatch, calls)
     backend = fa4.FlashAttention4(torch.device("cpu"), 16)
-    assert whole_rows(backend, [1296], 16) is None
+    assert backend.schedule([1296], 16) is None
     lengths = [1160, 40]
     qkv = torch.randn(1200 + 5, 3, 2, 16)
     segments = make_segments(lengths, room=2)
@@ -308,33 +341,41 @@ def test_fa4_leaves_the_rests_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls[-1]["seqused_q"] is None
     torch.testing.assert_close(out[:1200].double(), expected, rtol=1e-5, atol=1e-5)
 
-    cut = make_cut(lengths, [8, 0], room=2)
+    schedule = on_device(make_schedule(lengths, [1152, 40]), room=2)
     out.fill_(torch.nan)
-    backend(qkv, replace(segments, cut=cut), no_rotary(1205, 16), out)
-    assert calls[-1]["seqused_q"] is cut.whole
+    backend(qkv, replace(segments, schedule=schedule), no_rotary(1205, 16), out)
+    assert calls[-1]["seqused_q"] is schedule.per_segment
     torch.testing.assert_close(out[:1200].double(), expected, rtol=1e-5, atol=1e-5)
     assert out[1200:].isnan().all()
 
 
 @pytest.mark.parametrize(("hopper", "head_dim"), [(True, 72), (True, 128), (False, 72)])
-def test_fa4_is_cut_where_its_tiles_are_known(
+def test_fa4_schedules_where_its_tiles_are_known(
     monkeypatch: pytest.MonkeyPatch, hopper: bool, head_dim: int
 ) -> None:
     flash_attn_4(monkeypatch, [])
     monkeypatch.setattr(fa4, "is_hopper", lambda device: hopper)
     backend = fa4.FlashAttention4(torch.device("cpu"), head_dim)
-    whole = whole_rows(backend, [3080], 16)
-    assert (None if whole is None else whole.tolist()) == (
+    schedule = backend.schedule([3080], 16)
+    assert (None if schedule is None else schedule.per_segment.tolist()) == (
         [3072] if hopper and head_dim == 72 else None
+    )
+
+
+def on_device(schedule: Schedule, *, room: int, device: str = "cpu") -> ScheduleTensors:
+    """With zeros for segments that are not in use, as in a graph."""
+    per_segment = np.concatenate([schedule.per_segment, np.zeros(room, np.int32)])
+    return ScheduleTensors(
+        torch.as_tensor(schedule.work, device=device), torch.as_tensor(per_segment, device=device)
     )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
 @pytest.mark.parametrize(
-    ("lengths", "rests"), [([3080], [8]), ([1600, 300, 1290], [64, 0, 138])], ids=str
+    ("lengths", "tails"), [([3080], [8]), ([1600, 300, 1290], [64, 0, 138])], ids=str
 )
-def test_fa4_with_a_cut_on_gpu(head_dim: int, lengths: list[int], rests: list[int]) -> None:
+def test_fa4_with_a_schedule_on_gpu(head_dim: int, lengths: list[int], tails: list[int]) -> None:
     reason = dict(usable("cuda", torch.bfloat16, head_dim))["fa4"]
     if reason is not None:
         pytest.skip(reason)
@@ -346,9 +387,10 @@ def test_fa4_with_a_cut_on_gpu(head_dim: int, lengths: list[int], rests: list[in
     rotary = no_rotary(tokens, head_dim, "cuda")
     plain = backend(qkv, segments, rotary)
     out = torch.full_like(plain, torch.nan)
-    cut = make_cut(lengths, rests, room=5, device="cuda")
-    backend(qkv, replace(segments, cut=cut), rotary, out)
-    rows = torch.cat([torch.arange(n) < n - rest for n, rest in zip(lengths, rests, strict=True)])
+    whole = [n - tail for n, tail in zip(lengths, tails, strict=True)]
+    schedule = on_device(make_schedule(lengths, whole), room=5, device="cuda")
+    backend(qkv, replace(segments, schedule=schedule), rotary, out)
+    rows = torch.cat([torch.arange(n) < kept for n, kept in zip(lengths, whole, strict=True)])
     assert torch.equal(out[:tokens][rows.cuda()], plain[:tokens][rows.cuda()])
     expected = dense_reference(qkv, lengths)
     error = (out[:tokens].double().cpu() - expected)[~rows].norm() / expected[~rows].norm()
