@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, SchedulingBackend
 from vitrt.attention import AttentionChoice, get_backend, resolve, usable
+from vitrt.attention.base import AttentionBackend, SchedulingBackend
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments, tile_list
 

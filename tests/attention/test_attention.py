@@ -15,7 +15,7 @@ import torch
 
 from tests.support.attention_cases import dense_reference, make_segments, no_rotary
 from vitrt.attention import AutoBackend, BackendSpec, get_backend, register, resolve, usable
-from vitrt.attention import _SPECS
+from vitrt.attention.registry import _SPECS
 from vitrt.attention.sdpa import SdpaBackend, _batches
 from vitrt.kernels.segments import TILE_ROWS, tile_list
 
