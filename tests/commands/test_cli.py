@@ -112,6 +112,22 @@ def test_encode_again_does_nothing_and_skipping_is_exit_code_3(
     assert list(FeatureStore(tmp_path / "out")) == IDS
 
 
+def test_files_that_are_left_out_are_named(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    for name in ("IMG_1", "x.psd", "y.psd"):
+        (photos / name).write_bytes((photos / "a.png").read_bytes())
+    command = ("encode", tiny_qwen3_vl, photos, "--output", tmp_path / "out")
+    done = vitrt(*command)
+    text = "3 files left out by their suffix (2 .psd, 1 with none; --all-files tries them)"
+    assert done.code == 0 and text in done.out and text in done.err
+    end = json.loads(vitrt(*command, "--log-json").err.splitlines()[-1])
+    assert end["left_out"] == {".psd": 2, "": 1}
+    done = vitrt(*command, "--all-files")
+    assert done.code == 0 and "3 images (" in done.out and "left out" not in done.out + done.err
+    assert sorted(FeatureStore(tmp_path / "out")) == sorted([*IDS, "IMG_1", "x.psd", "y.psd"])
+
+
 def test_changed_files_are_counted(
     tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
 ) -> None:

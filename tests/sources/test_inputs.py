@@ -51,6 +51,38 @@ def test_folder(tmp_path: Path) -> None:
     assert source == Record("c.WebP", str(tmp_path / "z/c.WebP"), status.st_size, status.st_mtime)
 
 
+def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(5):
+        touch(tmp_path / f"IMG_{number}")
+        touch(tmp_path / f"sub/{number}.PSD")
+    with pytest.raises(InputError, match=r"no image: 10 files left out by their suffix .*5 \.psd"):
+        Inputs([tmp_path]).check_any()
+    touch(tmp_path / "a.png")
+    inputs = Inputs([tmp_path])
+    inputs.check_any()
+    caplog.set_level("INFO")
+    for _ in range(2):  # counted anew each time
+        assert [record.id for record in inputs.until(lambda: False)] == ["a.png"]
+        assert inputs.choice.left_out == {"": 5, ".psd": 5}
+        expected = "10 files left out by their suffix (5 with none, 5 .psd; --all-files tries them)"
+        assert expected in caplog.text
+        caplog.clear()
+    everything = Inputs([tmp_path], all_files=True)
+    assert len(list(everything.until(lambda: False))) == 11
+    assert not everything.choice.left_out and caplog.text == ""
+
+
+def test_two_folders_with_one_name_that_is_no_image(tmp_path: Path) -> None:
+    touch(tmp_path / "one/IMG_1")
+    touch(tmp_path / "two/IMG_1")
+    both = [tmp_path / "one", tmp_path / "two"]
+    assert list(Inputs(both)) == []
+    with pytest.raises(InputError, match="would both get the id 'IMG_1'"):
+        Inputs(both, all_files=True)
+    with pytest.raises(InputError, match="share files"):
+        Inputs([tmp_path / "one", tmp_path / "one/IMG_1"], all_files=True)
+
+
 def test_single_file_is_always_tried(tmp_path: Path) -> None:
     assert ids(touch(tmp_path / "deep/a.jpg")) == ["a.jpg"]
     assert ids(touch(tmp_path / "strange.dat"), touch(tmp_path / ".hidden")) == [

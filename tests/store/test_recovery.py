@@ -24,9 +24,10 @@ from vitrt import FeatureStore
 from vitrt.store import compaction, durable
 from vitrt.store.check import check_folder
 from vitrt.store.durable import OutputError
-from vitrt.store.feature_shard import ShardError, read_header
+from vitrt.store.feature_shard import read_header
 from vitrt.store.lock import FolderLock
 from vitrt.store.recovery import ShardNumbers, compact, recover
+from vitrt.tensor_file import TensorFileError
 
 SHARD = "features-00000-00000.safetensors"
 MANIFEST = "manifest-00000.jsonl"
@@ -155,7 +156,7 @@ def test_headers_that_cannot_be(
     folder: Path, output: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     edit_header(output / SHARD, change)
-    with pytest.raises(ShardError, match=SHARD):
+    with pytest.raises(TensorFileError, match=SHARD):
         read_header(output / SHARD)
     held = sum(SHARD in line for line in (output / MANIFEST).read_text().splitlines())
     assert len(check_folder(output).problems) == 1

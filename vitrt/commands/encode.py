@@ -24,6 +24,7 @@ from vitrt.job.options import EncodeOptions
 
 if TYPE_CHECKING:
     from vitrt.job.encode import Summary
+    from vitrt.sources.folder import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_fields(parser, EncodeOptions, RUN)
     parser.add_argument(
+        "--all-files",
+        action="store_true",
+        help="try every file of a folder as an image, whatever its suffix",
+    )
+    parser.add_argument(
         "--max-image-pixels",
         type=int,
         metavar="N",
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from vitrt.sources.inputs import Inputs
 
     options, runtime = from_args(EncodeOptions, args), from_args(RuntimeConfig, args)
-    inputs = Inputs(args.inputs)
+    inputs = Inputs(args.inputs, all_files=args.all_files)
     _limit_image_size(args.max_image_pixels)
     progress, stop = Progress(), Stop()
     try:
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
                     parallel=job.parallel,
                 )
             # What the first rank says stands for all of them, so torchrun sees one exit code.
-            return _conclude(summary, args) if job.is_first else OK
+            return _conclude(summary, inputs.choice, args) if job.is_first else OK
     except PeerFailedError:
         return FAILED  # which rank and why was said when it was noticed
     except GroupError as error:
@@ -126,13 +132,13 @@ def run(args: argparse.Namespace) -> int:
         return FAILED
 
 
-def _conclude(summary: Summary, args: argparse.Namespace) -> int:
+def _conclude(summary: Summary, choice: Choice, args: argparse.Namespace) -> int:
     from vitrt.job.progress import write_json
 
     state, output = summary.state, args.output
     code = INTERRUPTED if summary.interrupted else SKIPPED if state.skipped else OK
     if args.log_json:
-        write_json("end", {**asdict(state), "exit_code": code})
+        write_json("end", {**asdict(state), "left_out": choice.left_out, "exit_code": code})
         return code
     text = f"{state.images} images ({state.tokens} tokens) encoded into {output}"
     if state.replaced:
@@ -141,6 +147,8 @@ def _conclude(summary: Summary, args: argparse.Namespace) -> int:
         text += f", {state.resumed} were there already"
     if state.skipped:
         text += f", {state.skipped} skipped: see {output}/errors-*.jsonl"
+    if choice.left_out:
+        text += f", {choice}"
     if summary.interrupted:
         again = "the same command carries on"
         if args.overwrite:  # which would first remove what there is

@@ -25,7 +25,7 @@ from vitrt.job.options import EncodeOptions
 from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress, Snapshot
 from vitrt.parallel.context import SINGLE, ParallelContext
-from vitrt.sources.inputs import InputError, Inputs, any_image
+from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
 from vitrt.store.durable import flush_folder, make_folder
 from vitrt.store.encoded_index import EncodedIndex
@@ -115,8 +115,7 @@ def encode_folder(
         SkippedImageError: an unusable image, where `options` say to fail.
     """
     ranks = ranks or Alone()
-    if not any_image(inputs):
-        raise InputError("the inputs hold no image")
+    inputs.check_any()
     identity = run_identity(checkpoint, runtime, options)
     if not options.overwrite:
         check_identity(output, identity)

@@ -1,8 +1,8 @@
 """The images below a folder, one after the other, however large it is.
 
 Walks follow links (except back into a folder they are in), skip hidden files and folders, and take
-files by their extension. A byte of a path that is not UTF-8 becomes \\xNN in the id; of such a path
-alone, a backslash becomes two.
+files by their extension, or all of them. A byte of a path that is not UTF-8 becomes \\xNN in the
+id; of such a path alone, a backslash becomes two.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
@@ -23,8 +24,34 @@ IMAGE_EXTENSIONS = frozenset(
         *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif", "heic", "heif", "tga", "ico"),
     )
 )
+_KINDS_NAMED = 6
 _SORTED_NAMES = 10_000  # a folder's names are sorted this many at a time
 _ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
+
+
+@dataclass(slots=True)
+class Choice:
+    """Which files of a folder or an archive are images, and what was left out."""
+
+    all_files: bool = False  # every one, whatever its name
+    left_out: Counter[str] = field(default_factory=Counter)  # suffix -> files
+
+    def takes(self, name: str) -> bool:
+        """Whether it is tried; a name that is not is counted."""
+        if self.all_files or is_image_name(name):
+            return True
+        self.left_out[os.path.splitext(name)[1].lower()] += 1
+        return False
+
+    def __str__(self) -> str:
+        kinds = [
+            f"{count} {suffix or 'with none'}" for suffix, count in self.left_out.most_common()
+        ]
+        more = "" if len(kinds) <= _KINDS_NAMED else f" and {len(kinds) - _KINDS_NAMED} other kinds"
+        return (
+            f"{self.left_out.total()} files left out by their suffix "
+            f"({', '.join(kinds[:_KINDS_NAMED])}{more}; --all-files tries them)"
+        )
 
 
 @dataclass(slots=True)
@@ -39,11 +66,14 @@ class _Level:
     images: int = 0  # found in it and below
 
 
-def walk(root: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+def walk(
+    root: str, should_stop: Callable[[], bool] = lambda: False, choice: Choice | None = None
+) -> Iterator[Record]:
     """The images of a folder and of the folders in it: sorted, files before folders.
 
     Ends early once `should_stop`, even where there is no image for long.
     """
+    choice = choice or Choice()
     stack = [_open_level("", root)]
     while stack and not should_stop():
         level = stack[-1]
@@ -66,7 +96,7 @@ def walk(root: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator
             continue
         name = level.prefix + entry.name
         if not _is_folder(entry):
-            if is_image_name(entry.name):
+            if choice.takes(entry.name):
                 level.images += 1
                 yield _checked(root, named(id_from(name), entry.path))
             continue
@@ -113,10 +143,10 @@ def _unlisted(name: str, path: str, error: OSError) -> Record:
     return Record(id_from(name), path, problem=problem)
 
 
-def would_be_met(relative: str) -> bool:
+def would_be_met(relative: str, *, all_files: bool = False) -> bool:
     """Whether a walk takes the file of this path below its root."""
     hidden = any(name.startswith(".") for name in relative.split(os.sep))
-    return not hidden and is_image_name(relative)
+    return not hidden and (all_files or is_image_name(relative))
 
 
 def is_image_name(name: str) -> bool:

@@ -14,11 +14,12 @@ import codecs
 import logging
 import os
 import stat
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from vitrt.sources.folder import (
+    Choice,
     id_from,
     is_image_name,
     named,
@@ -29,7 +30,7 @@ from vitrt.sources.folder import (
 )
 from vitrt.sources.record import Record
 
-__all__ = ["InputError", "Inputs", "any_image"]
+__all__ = ["InputError", "Inputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,15 @@ class InputError(ValueError):
 class Inputs:
     """The images behind the INPUT arguments, listed afresh by every iteration."""
 
-    def __init__(self, arguments: Sequence[str | os.PathLike[str]]) -> None:
-        """InputError for an argument that cannot be listed, or for two that give equal ids."""
-        self._parts = [_part(os.fspath(argument)) for argument in arguments]
+    def __init__(
+        self, arguments: Sequence[str | os.PathLike[str]], *, all_files: bool = False
+    ) -> None:
+        """InputError for an argument that cannot be listed, or for two that give equal ids.
+
+        `all_files` takes every file of a folder for an image, whatever its name.
+        """
+        self.choice = Choice(all_files)  # with what the last iteration left out
+        self._parts = [_part(os.fspath(argument), self.choice) for argument in arguments]
         if not self._parts:
             raise InputError("no INPUT: give a folder, an image file, or @list.txt")
         self._files: dict[str, str] = {}  # id -> path: a shell's * names files by the thousand
@@ -54,16 +61,28 @@ class Inputs:
                 _check_id(part.id, part.path, self._files.get(part.id))
                 self._files[part.id] = part.path
         if len(self._parts) > 1:
-            _check_apart(self._parts)
+            _check_apart(self._parts, all_files=all_files)
             for _ in islice(self, _PEEK):
                 pass
 
     def __iter__(self) -> Iterator[Record]:
         """Raises InputError on meeting two images with one id."""
-        return self.until(lambda: False)
+        return self._records(lambda: False)
 
     def until(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        """The same, ending early once `should_stop`."""
+        """The same, ending early once `should_stop`; logs what was left out."""
+        yield from self._records(should_stop)
+        if self.choice.left_out:
+            logger.info("%s", self.choice)
+
+    def check_any(self) -> None:
+        """InputError where there is nothing to encode at all."""
+        if next(iter(self), None) is None:
+            left_out = f": {self.choice}" if self.choice.left_out else ""
+            raise InputError(f"the inputs hold no image{left_out}")
+
+    def _records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+        self.choice.left_out.clear()
         earlier: list[_Folder | _List] = []
         for part in self._parts:
             if isinstance(part, _File):
@@ -77,11 +96,11 @@ class Inputs:
             earlier.append(part)
 
 
-def _part(argument: str) -> _Folder | _File | _List:
+def _part(argument: str, choice: Choice) -> _Folder | _File | _List:
     if argument.startswith("@"):
         return _List(argument[1:])
     if os.path.isdir(argument):
-        return _Folder(argument)
+        return _Folder(argument, choice)
     if not os.path.lexists(argument):
         raise InputError(f"INPUT {printable(argument)} does not exist")
     return _File(argument)
@@ -96,7 +115,7 @@ def _check_id(image_id: str, path: str, other: str | None) -> None:
         )
 
 
-def _check_apart(parts: Sequence[_Folder | _File | _List]) -> None:
+def _check_apart(parts: Sequence[_Folder | _File | _List], *, all_files: bool) -> None:
     """InputError for a folder or an image in another folder, which would be encoded twice."""
     folders: dict[str, str] = {}  # true path -> as given
     for part in parts:
@@ -119,7 +138,9 @@ def _check_apart(parts: Sequence[_Folder | _File | _List]) -> None:
                 parents[parent] = os.path.realpath(parent)
             real = os.path.join(parents[parent], name)
             outer = _outer(real, folders)
-            if outer is not None and would_be_met(os.path.relpath(real, outer)):
+            if outer is not None and would_be_met(
+                os.path.relpath(real, outer), all_files=all_files
+            ):
                 raise _shared(part.path, folders[outer])
 
 
@@ -148,8 +169,9 @@ class _File:
 
 
 class _Folder:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, choice: Choice) -> None:
         self.path = path
+        self._choice = choice
         try:
             os.scandir(path).close()
         except OSError as error:
@@ -158,11 +180,11 @@ class _Folder:
             ) from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        return walk(self.path, should_stop)
+        return walk(self.path, should_stop, self._choice)
 
     def path_of(self, image_id: str) -> str | None:
         for name in (image_id, unprintable(image_id)):
-            if name is not None and is_image_name(name):
+            if name is not None and (self._choice.all_files or is_image_name(name)):
                 path = os.path.join(self.path, name)
                 if os.path.isfile(path):
                     return path
@@ -260,8 +282,3 @@ def _without_dots(path: str) -> str:
         else:
             head = os.path.dirname(os.path.realpath(head) if os.path.islink(head) else head)
     return head
-
-
-def any_image(inputs: Iterable[Record]) -> bool:
-    """Whether there is anything to encode at all."""
-    return next(iter(inputs), None) is not None

@@ -13,8 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vitrt.store.feature_shard import (
-    ShardError,
-    ShardHeader,
     file_crc32,
     kinds_of,
     merge_size_of,
@@ -32,10 +30,10 @@ from vitrt.store.manifest import (
     manifests,
     matching,
 )
+from vitrt.tensor_file import DTYPE_NAMES, Header, TensorFileError
 
 _SHARED = RunIdentity.shared()  # what must be the same in every shard of a folder
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
+_CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_NAMES.items()}
 _OWN_DTYPES = {"pooled": "F32", "grid_thw": "I64"}  # of tensors that are not of the run's
 
 
@@ -149,7 +147,7 @@ class _Check:
                 self._content(name, entries, header, shard)
             self._checksum(path, entries)
             self.result.bytes += path.stat().st_size
-        except (ShardError, SafetensorError, OSError) as error:
+        except (TensorFileError, SafetensorError, OSError) as error:
             self._problem(f"{len(entries)} images of {name} are lost: {error}")
 
     def _checksum(self, path: Path, entries: list[Entry]) -> None:
@@ -162,7 +160,7 @@ class _Check:
                 f"{', '.join(sorted(listed))}: the file has changed since it was written"
             )
 
-    def _content(self, name: str, entries: list[Entry], header: ShardHeader, shard: Any) -> None:
+    def _content(self, name: str, entries: list[Entry], header: Header, shard: Any) -> None:
         self.result.shards += 1
         self._metadata(name, header)
         expected: set[str] = set()
@@ -171,7 +169,7 @@ class _Check:
         for orphan in sorted(header.tensors.keys() - expected):
             self._problem(f"{name}: no manifest line for tensor {orphan!r}")
 
-    def _metadata(self, name: str, header: ShardHeader) -> None:
+    def _metadata(self, name: str, header: Header) -> None:
         shared = {key: header.metadata.get(key, "") for key in _SHARED}
         if self._shared is None:
             self._shared = shared
@@ -179,7 +177,7 @@ class _Check:
             if value != self._shared[key]:
                 self._problem(f"{name}: {key} is {value}, in other shards {self._shared[key]}")
 
-    def _image(self, entry: Entry, header: ShardHeader, shard: Any) -> set[str]:
+    def _image(self, entry: Entry, header: Header, shard: Any) -> set[str]:
         """Check one image; the names of the tensors it should have."""
         merge = merge_size_of(header.metadata)
         t, h, w = entry.grid_thw
@@ -189,7 +187,7 @@ class _Check:
         kinds = kinds_of(header.metadata)
         if "embeddings" in kinds and f"{entry.id}/deepstack" in header.tensors:
             kinds |= {"deepstack"}
-        of_shard = _DTYPES.get(header.metadata.get("dtype", ""), "")
+        of_shard = _CODES.get(header.metadata.get("dtype", ""), "")
         names = {f"{entry.id}/{kind}": _OWN_DTYPES.get(kind, of_shard) for kind in sorted(kinds)}
         for tensor, dtype in names.items():
             if tensor not in header.tensors:
@@ -201,7 +199,7 @@ class _Check:
         self._values(entry, shard, header.tensors.keys() & names.keys())
         return set(names)
 
-    def _shapes(self, entry: Entry, header: ShardHeader) -> None:
+    def _shapes(self, entry: Entry, header: Header) -> None:
         def shape(kind: str) -> tuple[int, ...] | None:
             span = header.tensors.get(f"{entry.id}/{kind}")
             return None if span is None else span.shape
@@ -233,7 +231,7 @@ class _Check:
                 f"have {self._layout[0]} with {self._layout[1]}"
             )
 
-    def _hidden_shape(self, entry: Entry, header: ShardHeader) -> None:
+    def _hidden_shape(self, entry: Entry, header: Header) -> None:
         span = header.tensors.get(f"{entry.id}/hidden")
         if span is None:
             return  # not asked for, or reported as missing

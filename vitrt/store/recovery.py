@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vitrt.store.compaction import compact, drop_lines, forget_replaced, strip
 from vitrt.store.durable import FULL, OutputError, flush_folder, remove, truncate
-from vitrt.store.feature_shard import ShardError, read_header
+from vitrt.store.feature_shard import read_header
 from vitrt.store.manifest import (
     ERRORS_NAME,
     MANIFEST_NAME,
@@ -22,6 +22,7 @@ from vitrt.store.manifest import (
 )
 from vitrt.store.scan import FolderScan
 from vitrt.store.shard_numbers import ShardNumbers, keep_numbers
+from vitrt.tensor_file import TensorFileError
 
 __all__ = ["FolderMismatchError", "ShardNumbers", "check_identity", "clear", "compact", "recover"]
 
@@ -37,7 +38,7 @@ def check_identity(folder: Path, identity: RunIdentity) -> None:
     for path in matching(folder, SHARD_NAME):
         try:
             metadata = read_header(path).metadata
-        except ShardError:
+        except TensorFileError:
             continue  # an unfinished or broken one says nothing; recovery deals with it
         differences = identity.differences(metadata)
         if differences:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from vitrt.store.durable import OutputError
-from vitrt.store.feature_shard import ShardError, kinds_of, read_header
+from vitrt.store.feature_shard import kinds_held, kinds_of, read_header
 from vitrt.store.manifest import Damage, Entry, entry_key, iter_manifest, manifests
+from vitrt.tensor_file import TensorFileError
 
 
 class FolderScan:
@@ -42,13 +43,13 @@ class FolderScan:
     def _shard(self, name: str, entries: list[Entry]) -> None:
         try:
             header = read_header(self._folder / name)
-        except ShardError as error:
+        except TensorFileError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise OutputError("read", self._folder / name, cause) from error
             self.broken[name] = str(error)
             return
-        held, wanted = header.kinds(), kinds_of(header.metadata)
+        held, wanted = kinds_held(header), kinds_of(header.metadata)
         if any(tensor.endswith("deepstack") for tensor in header.tensors):
             wanted |= {"deepstack"}  # one model, so all images have it
         unlisted = held.keys() - {entry.id for entry in entries}
