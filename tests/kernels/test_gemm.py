@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -291,6 +292,33 @@ def test_prepare_compiles_each_tile_once(
     assert prepare(weight, torch.empty(4304), activation="gelu_tanh") == 2
     assert [key[:2] for key in asked] == [("gelu_tanh", SMALL), ("gelu_tanh", LARGE)]
     assert prepare(weight, None, activation="gelu_tanh") == 0
+
+
+def on_hopper(hopper: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """As much of a tensor on a GPU as choosing a kernel looks at."""
+    size = torch.Size(shape)
+    return SimpleNamespace(shape=size, ndim=len(shape), dtype=dtype, device=hopper, is_cuda=True)
+
+
+def test_a_kernel_is_taken_by_all_that_it_depends_on(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual in another dtype than the kernel was compiled for comes after one that fits."""
+    ran: list[str] = []
+    monkeypatch.setattr(gemm, "_resolved", {})
+    monkeypatch.setattr(gemm_quack, "compiled", lambda *key: lambda *operands: ran.append("quack"))
+    monkeypatch.setattr(
+        gemm_aten, "product_then_kernel", lambda kind, *operands: ran.append("cublas")
+    )
+    half = torch.bfloat16
+    x, weight = on_hopper(hopper, (41472, 4304), half), on_hopper(hopper, (1152, 4304), half)
+    bias = on_hopper(hopper, (1152,), half)
+    for dtype in (torch.float32, half, torch.float32):
+        residual = on_hopper(hopper, (41472, 1152), dtype)
+        linear(x, weight, bias, residual=residual)
+    assert ran == ["quack", "cublas", "quack"]
+    with pytest.raises(AssertionError, match="must share a dtype"):
+        linear(x, on_hopper(hopper, (1152, 4304), torch.float32), bias)
 
 
 def test_the_cpu_adds_the_residual_in_place() -> None:

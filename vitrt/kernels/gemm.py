@@ -58,10 +58,20 @@ def linear(
     """
     assert activation is None or residual is None
     kind: Kind = activation or ("bias" if residual is None else "residual")
-    key = (kind, x.shape, weight.shape, x.dtype, x.device, bias is None)
+    # Each of them alone can rule a kernel out.
+    key = (
+        kind,
+        x.shape,
+        weight.shape,
+        x.dtype,
+        weight.dtype,
+        None if bias is None else bias.dtype,
+        None if residual is None else residual.dtype,
+        x.device,
+    )
     function = _resolved.get(key)
     if function is None:
-        function = _resolve(kind, x, weight, bias)
+        function = _resolve(kind, x, weight, bias, residual)
         if len(_resolved) >= _MAX_RESOLVED:
             _resolved.clear()
         _resolved[key] = function
@@ -117,8 +127,13 @@ def _usable_table(
     return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
-def _resolve(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+def _resolve(
+    kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Any:
     """The function (x, weight, bias, residual, out) that runs this product from now on."""
+    given = {t.dtype for t in (x, weight, bias) if t is not None}
+    assert len(given) == 1, f"x, weight and bias must share a dtype, got {given}"
+    assert residual is None or residual.dtype in (x.dtype, torch.float32), residual.dtype
     assert x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1], (
         f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not share K"
     )
@@ -128,7 +143,7 @@ def _resolve(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     if bias is None or not x.is_cuda or m == 0:
         return partial(gemm_aten.product_then_kernel, kind)
     chosen = choose(kind, m, n, k, x.dtype, x.device)
-    if chosen.tile is not None:
+    if chosen.tile is not None and gemm_quack.takes_residual(residual):
         return gemm_quack.compiled(kind, chosen.tile, x.dtype, x.device)
     if chosen.implementation == "addmm":
         return partial(gemm_aten.addmm, kind)

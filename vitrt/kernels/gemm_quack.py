@@ -75,6 +75,11 @@ def supports(kind: Kind, n: int, k: int, dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and n % aligned == 0 and k % _ALIGNMENT == 0
 
 
+def takes_residual(residual: Tensor | None) -> bool:
+    """Whether the compiled kernels add it: they are compiled for hidden states in float32."""
+    return residual is None or residual.dtype == torch.float32
+
+
 class FusedProduct:
     """One compiled kernel: a product of any shape with its epilogue, rounded once."""
 
