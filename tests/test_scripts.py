@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -23,18 +25,32 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("folder", ["scripts", "examples"])
+def test_what_programs_import_exists(folder: str) -> None:
+    """Most of them need a GPU, so nothing else runs them here."""
+    programs = sorted((ROOT / folder).rglob("*.py"))
+    assert programs
+    for program in programs:
+        for node in ast.walk(ast.parse(program.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitrt"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    if not hasattr(module, alias.name):  # then a module of the package
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
 def test_damaged_images(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     where = ("--checkpoint", tiny_qwen3_vl, "--folder", tmp_path)
-    assert "300 damaged images: " in run("mutation_test.py", "--images", 300, *where)
+    assert "300 damaged images: " in run("stress/damaged_images.py", "--images", 300, *where)
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
-    run("memory_test.py", "--images", 2000, 20_000, "--folder", tmp_path)
+    run("stress/memory.py", "--images", 2000, 20_000, "--folder", tmp_path)
 
 
 def test_end_to_end_rate() -> None:
-    out = run("bench_end_to_end.py", "--tiny", "--images", 20, "--size", "90x60", "--workers", 1)
+    out = run("bench/end_to_end.py", "--tiny", "--images", 20, "--size", "90x60", "--workers", 1)
     assert "of the device's" in out
 
 

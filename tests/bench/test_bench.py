@@ -447,7 +447,7 @@ def test_compare_sees_another_dtype_and_a_missing_image(
 def test_end_to_end_rates_are_measured_on_every_image(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     options = ("--tiny", "--images", "12", "--size", "140x90", "--workers", "2", "--json", file)
-    command = [sys.executable, str(SCRIPTS / "bench_end_to_end.py"), *map(str, options)]
+    command = [sys.executable, str(SCRIPTS / "bench" / "end_to_end.py"), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rates = json.loads(file.read_text())

@@ -452,7 +452,7 @@ def check_on_gpu(
 
 @pytest.fixture
 def selection(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "tune"))
     return importlib.import_module("gemm_selection")
 
 

@@ -336,7 +336,7 @@ def test_gpus_equal_one(
 def test_the_benchmark_of_several_gpus_walks_through(tmp_path: Path):
     """Its ranks meet in every collective; on CPUs there is no symmetric memory to time."""
     found = tmp_path / "found.json"
-    script = str(ROOT / "scripts/bench_parallel.py")
+    script = str(ROOT / "scripts/bench/parallel_gpus.py")
     steps = ("--seconds", "120", "2:nccl", "2:symmetric", "messages")
     code, output = run_ranks(2, script, "--tiny", "--json", str(found), *steps)
     assert code == 0, output

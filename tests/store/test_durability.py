@@ -257,7 +257,7 @@ def test_death_at_every_call(mode: str, tmp_path: Path) -> None:
 
 
 def test_random_kills(tmp_path: Path, tiny_qwen3_vl: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/kill_test.py"), "--kills", "20"]
+    command = [sys.executable, str(ROOT / "scripts/stress/kill.py"), "--kills", "20"]
     command += ["--images", "60", "--folder", str(tmp_path), "--checkpoint", str(tiny_qwen3_vl)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Medians of warm calls, the ceilings they are held against, and the time limit."""
+"""The one timer: marks in the device's queue, medians of warm calls, ceilings, the time limit."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Samples:
 
     def burst(self, count: int) -> None:
         """`count` calls queued without a pause; one more before them fills the queue."""
-        self.rates += _rates(self.call, self.inputs, self.device, count + 1)[1:]
+        self.rates += rates(self.call, self.inputs, self.device, count + 1)[1:]
 
     def single_calls(self, count: int) -> None:
         """`count` calls, each of which finds the device idle."""
-        walls, hosts = _latencies(self.call, self.inputs, self.device, count)
+        walls, hosts = latencies(self.call, self.inputs, self.device, count)
         self.walls += walls
         self.hosts += hosts
 
@@ -95,27 +95,46 @@ def warm(call: Call, inputs: Sequence[Tensor], device: torch.device) -> float:
     return max(elapsed, 1e-6)
 
 
-def _rates(call: Call, inputs: Sequence[Tensor], device: torch.device, count: int) -> list[float]:
-    turns = islice(cycle(inputs), count)
+Mark = float | torch.cuda.Event
+
+
+def mark(device: torch.device) -> Mark:
+    """A moment in the device's queue; on a CPU, now."""
     if device.type != "cuda":
-        marks = [time.perf_counter()]
-        for pixels in turns:
-            call(pixels)
-            marks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    torch.cuda.synchronize(device)
-    events[0].record()
-    for pixels, event in zip(turns, events[1:], strict=True):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(marks: Sequence[Mark]) -> list[float]:
+    """From each of the marks of one device to the next, once it has passed the last."""
+    times = []
+    for first, last in pairwise(marks):
+        if isinstance(first, float):
+            assert isinstance(last, float)
+            times.append(1e3 * (last - first))
+        else:
+            assert not isinstance(last, float)
+            last.synchronize()
+            times.append(float(first.elapsed_time(last)))
+    return times
+
+
+def rates(call: Call, inputs: Sequence[Tensor], device: torch.device, count: int) -> list[float]:
+    """Milliseconds between the ends of successive calls, queued without a pause."""
+    synchronize(device)
+    marks = [mark(device)]
+    for pixels in islice(cycle(inputs), count):
         call(pixels)
-        event.record()
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
+        marks.append(mark(device))
+    return milliseconds(marks)
 
 
-def _latencies(
+def latencies(
     call: Call, inputs: Sequence[Tensor], device: torch.device, count: int
 ) -> tuple[list[float], list[float]]:
+    """Milliseconds until the device has finished, and until the call returns, one at a time."""
     walls, hosts = [], []
     for pixels in islice(cycle(inputs), count):
         synchronize(device)

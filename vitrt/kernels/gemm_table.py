@@ -1,6 +1,6 @@
 """Which implementation runs a matrix product: tables of measurements, one a device.
 
-A table is a JSON file in gemm_tables/, written by scripts/tune_gemm.py on the device that it names.
+A table is a JSON file in gemm_tables/, written by scripts/tune/gemm.py on the device that it names.
 At run time nothing is measured: a product that is no entry takes the choice of the nearest one.
 
 Shapes: M rows (patches or merged tokens), K input and N output features.
@@ -88,7 +88,7 @@ class Table:
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Table:
-        """From the JSON that scripts/tune_gemm.py writes."""
+        """From the JSON that scripts/tune/gemm.py writes."""
         choices = {
             Product(entry["kind"], entry["n"], entry["k"]): sorted(
                 (row["m"], Choice.parse(row["use"])) for row in entry["rows"]

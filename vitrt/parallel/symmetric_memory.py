@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 # The largest message, in bytes, by ranks of the group, for which this beats NCCL. Measured on H200s
-# (scripts/bench_parallel.py) for 2 and 4: 15.6 against 33.5 and 21.8 against 36.2 microseconds at
-# 2.85 MiB, 120 against 159 and 192 against 199 at 36 MiB. The ops that sum in one step, where every
-# rank reads all of its peers, were slower at every size.
+# (scripts/bench/parallel_gpus.py) for 2 and 4: 15.6 against 33.5 and 21.8 against 36.2 microseconds
+# at 2.85 MiB, 120 against 159 and 192 against 199 at 36 MiB. The ops that sum in one step, where
+# every rank reads all of its peers, were slower at every size.
 _MOST_BYTES = {2: 36 << 20, 3: 16 << 20, 4: 36 << 20, 8: 16 << 20}
 _FIRST_BYTES = 16 << 20  # of a buffer, so that it seldom has to grow
 _DTYPES = (torch.bfloat16, torch.float32)  # that the op knows

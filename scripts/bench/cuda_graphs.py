@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """CUDA graphs at work: what recording costs, where replays win, and 500 random images.
 
-    python scripts/bench_graphs.py qwen3-vl-8b --json graphs.json
+    python scripts/bench/cuda_graphs.py qwen3-vl-8b --json graphs.json
 
 Three tables: recording every bucket (seconds, memory); milliseconds of an eager forward and of a
 replay by number of patches, which is where `AUTO_MAX_PATCHES` of vitrt/engine/graph_runner.py comes
@@ -18,16 +18,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
 from vitrt import VisionEncoder  # noqa: E402
+from vitrt.bench.timing import Samples  # noqa: E402
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint  # noqa: E402
 from vitrt.engine.graph_runner import GraphRunner  # noqa: E402
 from vitrt.images.processor import smart_resize  # noqa: E402
@@ -36,18 +36,11 @@ Grid = tuple[int, int, int]
 SIZES = (64, 256, 576, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 11264, 14336)
 
 
-def median_ms(call: Callable[[], object], calls: int = 20) -> float:
-    """Synchronised wall clock of one call at a time."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
+def wall_ms(encoder: VisionEncoder, grids: list[Grid], values: torch.Tensor) -> float:
+    """Median of one call at a time, by the clock on the wall."""
+    samples = Samples(lambda pixels: encoder(pixels, grids), [values], encoder.device)
+    samples.single_calls(20)
+    return statistics.median(samples.walls)
 
 
 def pixels(encoder: VisionEncoder, grids: list[Grid]) -> torch.Tensor:
@@ -75,8 +68,8 @@ def crossover(graphs: VisionEncoder, eager: VisionEncoder) -> list[dict[str, flo
         rows_of_patches = 32 if patches % 64 == 0 and patches >= 1024 else 8
         grids = [(1, rows_of_patches, patches // rows_of_patches)]
         values = pixels(graphs, grids)
-        slow = median_ms(lambda grids=grids, values=values: eager(values, grids))
-        fast = median_ms(lambda grids=grids, values=values: graphs(values, grids))
+        slow = wall_ms(eager, grids, values)
+        fast = wall_ms(graphs, grids, values)
         rows.append({"patches": patches, "eager_ms": slow, "graph_ms": fast})
         print(f"{patches:7} {slow:10.3f} {fast:10.3f} {slow / fast:10.2f}", flush=True)
     return rows

@@ -1,4 +1,4 @@
-"""From the measurements of tune_gemm.py to the table that the package reads, and its summary."""
+"""From the measurements of gemm.py to the table that the package reads, and its summary."""
 
 from __future__ import annotations
 

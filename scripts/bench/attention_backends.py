@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every attention backend that can run here on full attention, and what "auto" makes of it.
 
-    python scripts/bench_attention.py --json attention.json
+    python scripts/bench/attention_backends.py --json attention.json
 
 Backends take turns on the same inputs, replayed from CUDA graphs, so that a clock that drifts
 drifts for all; figures are medians of the turns. "auto" gets the segments as the encoder would give
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from torch import Tensor
 
 from vitrt.attention import AttentionChoice, get_backend, resolve, usable
 from vitrt.attention.base import AttentionBackend, SchedulingBackend
+from vitrt.bench.timing import mark, milliseconds
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments, tile_list
 
+CUDA = torch.device("cuda")
 HEADS = 16
 SHAPES = {
     "1x1296": (1296,),
@@ -54,12 +56,9 @@ class Turn:
     times: list[float] = field(default_factory=list)
 
     def take(self) -> None:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = mark(CUDA)
         self.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        self.times.append(start.elapsed_time(stop) / self.calls)
+        self.times.append(milliseconds([start, mark(CUDA)])[0] / self.calls)
 
     @property
     def ms(self) -> float:
@@ -109,12 +108,9 @@ def prepare(backend: AttentionBackend, batches: Sequence[Tensor], segments: Segm
     with torch.cuda.stream(stream):
         for batch in batches:
             once(batch)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = mark(CUDA)
         once(batches[0])
-        stop.record()
-        torch.cuda.synchronize()
-        calls = max(1, min(40, round(TURN_MS / start.elapsed_time(stop))))
+        calls = max(1, min(40, round(TURN_MS / milliseconds([start, mark(CUDA)])[0])))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for call in range(calls):

@@ -1,8 +1,8 @@
 """Time every memory-bound kernel, and attention, as a share of the copy bandwidth of the same run.
 
-    python scripts/bench_kernels.py              the kernels as they ship
-    python scripts/bench_kernels.py --tune       every tiling worth trying, at two sizes
-    python scripts/bench_kernels.py --cpu        a dry run through Triton's interpreter
+    python scripts/bench/kernel_rates.py              the kernels as they ship
+    python scripts/bench/kernel_rates.py --tune       every tiling worth trying, at two sizes
+    python scripts/bench/kernel_rates.py --cpu        a dry run through Triton's interpreter
 
 Medians over rotating inputs, checked against the reference (relative L2) with NaN in the output
 beforehand. Up to 4096 patches the calls are replayed from a CUDA graph, which hides the launches.
@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,12 @@ from typing import Any
 
 if "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
+from vitrt.bench.timing import rates
 from vitrt.kernels import (
     activation,
     flash_attention,
@@ -42,6 +42,7 @@ from vitrt.kernels.segments import Rotary, Segments, tile_list
 
 SIZES = (256, 1296, 3080, 41472, 49280)
 TUNED_SIZES = (1296, 41472)
+CUDA = torch.device("cuda")
 GRAPH_TOKENS = 4096  # up to here a launch takes longer than the kernel
 CALLS_PER_GRAPH = 20
 ROTATE_BYTES = 192 << 20  # several times a second-level cache
@@ -279,17 +280,9 @@ def kernels() -> Iterator[Kernel]:
         yield Kernel(name, attention_work(head_dim, 1296), flash)
 
 
-def milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median of `repeats` timed calls, by CUDA events."""
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        times.append((start, stop))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in times)
+def median_ms(call: Callable[[], Any], repeats: int, device: torch.device = CUDA) -> float:
+    """Of `repeats` calls, queued without a pause."""
+    return statistics.median(rates(lambda _: call(), [torch.empty(0)], device, repeats))
 
 
 def copy_bandwidth() -> float:
@@ -298,27 +291,26 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     for _ in range(3):
         target.copy_(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 20) * 1e3
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), 20) * 1e3
 
 
 def time_works(works: list[Work], tiling: dict[str, Any], tokens: int) -> float:
     """Microseconds a call."""
-    if works[0].result().device.type == "cpu":
-        start = time.perf_counter()
-        works[0].run(**tiling)
-        return (time.perf_counter() - start) * 1e6
+    device = works[0].result().device
+    if device.type == "cpu":
+        return median_ms(lambda: works[0].run(**tiling), 1, device) * 1e3
     rotation = itertools.cycle(works)
     for _ in range(3):
         next(rotation).run(**tiling)
     torch.cuda.synchronize()
     if tokens > GRAPH_TOKENS:
-        return milliseconds(lambda: next(rotation).run(**tiling), 30) * 1e3
+        return median_ms(lambda: next(rotation).run(**tiling), 30) * 1e3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(CALLS_PER_GRAPH):
             next(rotation).run(**tiling)
     graph.replay()
-    return milliseconds(graph.replay, 20) * 1e3 / CALLS_PER_GRAPH
+    return median_ms(graph.replay, 20) * 1e3 / CALLS_PER_GRAPH
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures how each matrix product of both towers runs fastest on this GPU.
 
-    python scripts/tune_gemm.py --out vitrt/kernels/gemm_tables/h200.json --time-limit 400
+    python scripts/tune/gemm.py --out vitrt/kernels/gemm_tables/h200.json --time-limit 400
 
 OUT is the table that vitrt/kernels/gemm.py chooses by. For each product and number of rows: cuBLAS
 with what its epilogue can do, the bare product followed by our kernel, and quack's kernels with
@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -33,12 +33,14 @@ from gemm_products import LAYERS, SPLIT_MAX_ROWS, SPLIT_TILES, TILES, Layer  # n
 from gemm_selection import summary, write_table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from vitrt.bench.timing import mark, milliseconds  # noqa: E402
 from vitrt.kernels import gemm_aten, gemm_quack  # noqa: E402
 from vitrt.kernels.gemm import linear_ref  # noqa: E402
 from vitrt.kernels.gemm_table import Choice, Kind, Product, Tile  # noqa: E402
 from vitrt.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: E402
 
 DTYPE = torch.bfloat16
+CUDA = torch.device("cuda")
 
 
 class Operands:
@@ -135,13 +137,10 @@ class Timer:
         self.first = self.measure(1)
 
     def measure(self, replays: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = mark(CUDA)
         for _ in range(replays):
             self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / (replays * self.calls)
+        return milliseconds([start, mark(CUDA)])[0] * 1e-3 / (replays * self.calls)
 
     def median(self) -> float:
         replays = min(10, max(1, round(4e-3 / (self.first * self.calls))))

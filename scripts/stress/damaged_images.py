@@ -1,6 +1,6 @@
 """Encode a folder of damaged images: each must be encoded or named, none may crash or hang.
 
-    python scripts/mutation_test.py --images 2000
+    python scripts/stress/damaged_images.py --images 2000
 
 The images are JPEG, PNG, WebP, GIF, TIFF and BMP files with flipped bytes, cut short, spliced into
 one another, or with their fields overwritten. Exit code 1 for a crash, an image that is neither in
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from PIL import Image

@@ -1,6 +1,6 @@
 """Peak memory of `vitrt encode` over 2,000 and over 200,000 tiny images: it must be the same.
 
-    python scripts/memory_test.py
+    python scripts/stress/memory.py
 
 Exit code 1 if the larger folder takes over 10% more.
 """
@@ -14,14 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from PIL import Image
 
 from tests.support.checkpoints import tiny_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.10
 
 

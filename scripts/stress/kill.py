@@ -1,6 +1,6 @@
 """Kill `vitrt encode` at random moments, let it resume, and compare with a run that was left alone.
 
-    python scripts/kill_test.py --kills 200
+    python scripts/stress/kill.py --kills 200
 
 Each run is a process of its own, forked with the tower loaded, and dies by SIGKILL. Exit code 1 if
 in the end an image is missing or there twice, `vitrt check` finds anything, or a feature differs.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch

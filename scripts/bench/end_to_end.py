@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vitrt import VisionEncoder
 from vitrt.bench.timing import synchronize
@@ -34,7 +34,7 @@ from vitrt.engine.batcher import pack
 from vitrt.engine.batching import usable_cores
 from vitrt.images.processor import PreparedImage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = (
     "astronaut.png",
     "chelsea.png",

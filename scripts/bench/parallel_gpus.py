@@ -1,6 +1,6 @@
 """Several GPUs against one, on a random full-size tower: errors, times, and how sums travel.
 
-    torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 scripts/bench_parallel.py
+    torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 scripts/bench/parallel_gpus.py
         [--model qwen3-vl-8b] [--json FILE] [--seconds 170] [STEP...]
 
 A step is TP:SUMS (SUMS is nccl, symmetric or auto), or `messages` for a table of single sums. The
@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vitrt import ParallelContext, VisionEncoder
+from vitrt.bench.timing import mark, milliseconds
 from vitrt.compare.reference import (
-    Source,
+    NamedModel,
     build_tower,
+    find_model,
     float32_copy,
-    resolve,
     save_checkpoint,
     shrink,
 )
@@ -190,11 +190,11 @@ class Bench:
 
     def write_inputs(self) -> None:
         """The checkpoint, and what transformers makes of the accuracy inputs in both precisions."""
-        source = resolve(self.args.model)
+        source = find_model(self.args.model)
         if self.args.tiny:
             config = shrink(source.config)
             config = replace(config, num_heads=4, hidden_size=4 * config.head_dim)
-            source = Source(source.name, config, None)
+            source = NamedModel(source.name, config, None)
         tower = build_tower(source, device=self.setup.device, dtype=self.setup.dtype)
         save_checkpoint(tower, source, self.folder)
         pixels = self.pixel_values(self.setup.accuracy, source.config.patch_dim)
@@ -287,20 +287,6 @@ class Bench:
         if self.setup.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def mark(self) -> Any:
-        if self.setup.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, first: Any, last: Any) -> float:
-        """Milliseconds."""
-        if self.setup.device.type != "cuda":
-            return 1e3 * (last - first)
-        last.synchronize()
-        return float(first.elapsed_time(last))
-
     def median_ms(
         self, call: Callable[[], object], *, calls: int, warm: int = 3, alone: bool = False
     ) -> float:
@@ -311,21 +297,20 @@ class Bench:
             call()
         self.finish()
         dist.barrier()
-        marks = [self.mark()]
+        marks = [mark(self.setup.device)]
         for _ in range(calls):
             call()
-            marks.append(self.mark())
-        times = [self.between(a, b) for a, b in pairwise(marks)]
-        medians = self.everyones(statistics.median(times))
+            marks.append(mark(self.setup.device))
+        medians = self.everyones(statistics.median(milliseconds(marks)))
         return min(medians) if alone else max(medians)
 
     def rate(self, call: Callable[[], object], calls: int = 12) -> float:
         for _ in range(3):
             call()
-        first = self.mark()
+        first = mark(self.setup.device)
         for _ in range(calls):
             call()
-        return 1e3 * calls / self.between(first, self.mark())
+        return 1e3 * calls / milliseconds([first, mark(self.setup.device)])[0]
 
     # Single sums
 
