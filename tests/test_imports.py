@@ -47,8 +47,6 @@ TO_MEND = frozenset(
         "engine.arguments -> images.decode",
         "engine.batching -> images.processor",
         "engine.loader -> checkpoint.opened",
-        "engine.request -> encoder",
-        "engine.request -> images.processor",
         "engine.sharding -> encoder",
         "engine.sharding -> images.decode",
         "engine.sharding -> images.processor",

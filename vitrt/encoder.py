@@ -8,31 +8,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vitrt.attention import resolve
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
-from vitrt.engine.arguments import check_pixel_values, check_several
-from vitrt.engine.batch import PixelsFeed, ValuesFeed
+from vitrt.engine.arguments import check_several
+from vitrt.engine.batch import PixelBatch, PixelValues
 from vitrt.engine.batching import encode_in_order, stream_in_order
-from vitrt.engine.device import budget_from_memory, dtype_name, resolve_device, resolve_dtype
-from vitrt.engine.eager_runner import EagerRunner, RunnerStats
-from vitrt.engine.graph_runner import AUTO_MAX_PATCHES, GraphRunner
+from vitrt.engine.dense import AnyEncoder, DenseEncoder
+from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+from vitrt.engine.eager_runner import RunnerStats
+from vitrt.engine.engine import Engine
 from vitrt.engine.loader import load_weights
-from vitrt.engine.request import DenseEncoder, check_layers, to_raster
+from vitrt.engine.per_image import split_by_image
+from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.sharding import encode_together
-from vitrt.engine.upload import PixelUploader
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
-from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.models import build_tower
-from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -49,43 +46,48 @@ class VisionEncoder:
     `warmup` first: torch refuses them while a graph is recorded.
     """
 
-    def __init__(
-        self,
-        tower: VisionTower,
-        preprocessor: PreprocessorConfig,
-        runtime: RuntimeConfig,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        parallel: ParallelContext = SINGLE,
-        name: str = "",
-    ) -> None:
-        """`tower` holds its weights on `device` in `dtype`; `runtime` says how to run it."""
-        self.tower = tower
-        self.config: VisionConfig = tower.config
+    def __init__(self, engine: Engine, preprocessor: PreprocessorConfig, name: str = "") -> None:
+        """`preprocessor` says how images become the patches that `engine` takes."""
+        self.engine = engine
         self.preprocessor = preprocessor
-        self.runtime = runtime
-        self.device = device
-        self.dtype = dtype
-        self.parallel = parallel
         self.name = name
-        self.processor = ImageProcessor.from_configs(preprocessor, runtime)
-        self.attention = resolve(
-            runtime.attention,
-            device=device,
-            dtype=dtype,
-            head_dim=self.config.head_dim,
-            window_patches=tower.window_patches,
-        )
-        self.runner = self._make_runner()
+        self.processor = ImageProcessor.from_configs(preprocessor, engine.runtime)
         table = normalisation_table(
             preprocessor.image_mean, preprocessor.image_std, self.processor.resize
         )
-        self.table = torch.from_numpy(table).to(device)  # float32 [3, 256], the normalised levels
-        self._uploader = PixelUploader(device)
-        budget = runtime.max_batch_tokens or budget_from_memory(tower, device, dtype)
-        # Ranks that share a tower must pack the same batches, whatever memory each has free.
-        self.max_batch_tokens: int = parallel.agree_min(budget)
+        # float32 [3, 256], the normalised levels
+        self.table = torch.from_numpy(table).to(engine.device)
+
+    # What the engine says of itself
+
+    @property
+    def tower(self) -> VisionTower:
+        return self.engine.tower
+
+    @property
+    def config(self) -> VisionConfig:
+        return self.engine.config
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        return self.engine.runtime
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.dtype
+
+    @property
+    def parallel(self) -> ParallelContext:
+        return self.engine.parallel
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Patches of one forward. The name says tokens for as long as it has been an argument."""
+        return self.engine.max_batch_patches
 
     @classmethod
     def from_pretrained(
@@ -158,18 +160,10 @@ class VisionEncoder:
         tower.place(lambda meta: torch.empty(meta.shape, dtype=dtype, device=device))
         load_weights(tower, checkpoint)
         tower.prepare()
-        encoder = cls(
-            tower.eval(),
-            preprocessor,
-            runtime,
-            device=device,
-            dtype=dtype,
-            parallel=parallel,
-            name=checkpoint.name,
-        )
+        engine = Engine(tower.eval(), runtime, parallel)
         if device.type == "cuda":
-            encoder._load_kernels()
-        return encoder
+            engine.load_kernels()
+        return cls(engine, preprocessor, checkpoint.name)
 
     # Encoding
 
@@ -223,43 +217,22 @@ class VisionEncoder:
         self, images: Sequence[PreparedImage], *, layers: Iterable[int] = (), merged: bool = True
     ) -> list[ImageFeatures]:
         """Features of images that `processor.prepare` made ready, as one batch."""
-        keep = check_layers(layers, self.config.depth, merged=merged)
+        return self.run_prepared(images, Request.of(layers, merged=merged, depth=self.config.depth))
+
+    def run_prepared(
+        self, images: Sequence[PreparedImage], request: Request
+    ) -> list[ImageFeatures]:
+        """The same with what is wanted as one value."""
         if not images:
             return []
         grids = [image.grid_thw for image in images]
-        plan = self.tower.plan(grids)
-        with self._own_settings():
-            return self._encode_pixels(images, plan, keep, merged)
+        batch = PixelBatch([image.pixels for image in images], grids, self.table)
+        output = self.engine.run(batch, request)
+        return split_by_image(output, grids, self.config.spatial_merge_size, request)
 
-    def _asked_for(self, layers: Iterable[int], merged: bool) -> VisionEncoder | DenseEncoder:
-        layers = tuple(layers)
-        return DenseEncoder(self, layers, merged=merged) if layers or not merged else self
-
-    def _encode_pixels(
-        self,
-        images: Sequence[PreparedImage],
-        plan: ForwardPlan,
-        keep: tuple[int, ...],
-        merged: bool,
-    ) -> list[ImageFeatures]:
-        pixels = self._uploader.upload([image.pixels for image in images])
-        frames = [image.pixels.shape[0] for image in images]
-        feed = PixelsFeed(pixels, frames, self.table, self.config)
-        output = self.runner.run(plan, feed, keep, merged=merged)
-        embeddings = output.embeddings.split(plan.tokens if merged else [0] * len(images))
-        levels: Sequence[Tensor | None] = [None] * len(images)
-        if output.deepstack is not None:
-            levels = output.deepstack.split(plan.tokens, dim=1)
-        merge = self.config.spatial_merge_size
-        hidden: Sequence[Tensor | None] = [None] * len(images)
-        if keep:
-            hidden = to_raster(output.hidden, plan.grids, merge)
-        return [
-            ImageFeatures(embedding, deepstack, grid, merge, states, keep)
-            for embedding, deepstack, grid, states in zip(
-                embeddings, levels, plan.grids, hidden, strict=True
-            )
-        ]
+    def _asked_for(self, layers: Iterable[int], merged: bool) -> AnyEncoder:
+        request = Request.of(layers, merged=merged, depth=self.config.depth)
+        return self if request == TOKENS else DenseEncoder(self, request)
 
     def __call__(
         self,
@@ -275,14 +248,10 @@ class VisionEncoder:
         is in patches, and on a GPU costs a synchronisation. ValueError where the two do not belong
         together.
         """
-        rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
-        plan = self.tower.plan(rows)
-        check_pixel_values(pixel_values, plan.num_patches, self.config.patch_dim)
-        feed = ValuesFeed(pixel_values, reordered=plan.order is not None)
-        keep = (self.config.depth - 1,) if return_hidden else ()
-        with self._own_settings():
-            output = self.runner.run(plan, feed, keep)
-        grids = torch.tensor(plan.grids, dtype=torch.int64, device="cpu")
+        batch = PixelValues(pixel_values, grid_thw)
+        request = Request((self.config.depth - 1,)) if return_hidden else TOKENS
+        output = self.engine.run(batch, request)
+        grids = torch.tensor(batch.grids, dtype=torch.int64, device="cpu")
         hidden = output.hidden[0] if return_hidden else None
         return EncoderOutput(output.embeddings, output.deepstack, grids, hidden)
 
@@ -294,59 +263,8 @@ class VisionEncoder:
         A bucket is a number of patches; ValueError for one that graphs do not go up to. Does
         nothing where the encoder uses no graphs.
         """
-        if isinstance(self.runner, GraphRunner):
-            with self._own_settings():
-                self.runner.warmup(buckets)
-
-    def _load_kernels(self) -> None:
-        """Run black images that between them use every kernel, so that no call waits for one.
-
-        What a forward compiles and loads at first use costs seconds. A small image and a larger one
-        may go to different backends, and one that the backend schedules to further kernels.
-        """
-        merge, patch = self.config.spatial_merge_size, self.config.patch_size
-        larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
-        grids = ([(1, side, side)] for side in larger)
-        plans = (self.tower.plan(grid) for grid in grids)
-        scheduled = [p.grids[0][1] for p in plans if self.runner.attention_for(p).schedule]
-        for side in (merge, larger[0], *scheduled[:1]):
-            plan = self.tower.plan([(1, side, side)])
-            with self._own_settings():
-                pixels = torch.zeros(3 * (side * patch) ** 2, dtype=torch.uint8, device=self.device)
-                feed = PixelsFeed(pixels, [1], self.table, self.config)
-                self.runner.run_eager(plan, feed, "to load kernels")
-        self.runner.stats.eager.clear()
+        self.engine.warmup(buckets)
 
     def stats(self) -> RunnerStats:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
-        return self.runner.stats
-
-    @contextmanager
-    def _own_settings(self) -> Iterator[None]:
-        """The encoder's device, since Triton launches on the current one, and no autocast, which
-        would change products and stay in what is recorded.
-        """
-        kind = self.device.type
-        device = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()
-        autocast = torch.is_autocast_enabled(kind)
-        with device, torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            yield
-
-    def _make_runner(self) -> EagerRunner:
-        arguments = (self.tower, self.attention, self.device, self.dtype)
-        wanted = self.runtime.cuda_graphs
-        if wanted is True and self.device.type != "cuda":
-            raise ValueError(
-                f"cuda_graphs=True needs a CUDA device, and this encoder is on {self.device}"
-            )
-        if wanted is False or self.device.type != "cuda":
-            return EagerRunner(*arguments)
-        if not HAVE_TRITON:
-            if wanted is True:
-                raise ValueError("cuda_graphs=True needs Triton, which is not installed")
-            return EagerRunner(*arguments)  # without it some functions ask the device for a number
-        limit = int(self.runtime.graph_memory_mib * (1 << 20))
-        largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
-        return GraphRunner(
-            *arguments, limit_bytes=limit, max_patches=largest, parallel=self.parallel
-        )
+        return self.engine.stats()

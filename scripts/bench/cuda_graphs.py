@@ -95,7 +95,7 @@ def random_grid(encoder: VisionEncoder, rng: random.Random) -> Grid:
 def soak(graphs: VisionEncoder, eager: VisionEncoder, images: int) -> dict[str, Any]:
     """Every output of random batches against eager's."""
     rng = random.Random(0)
-    runner = graphs.runner
+    runner = graphs.engine.runner
     assert isinstance(runner, GraphRunner)
     captures = runner.stats.captures
     worst, equal, batches, left = 0.0, 0, 0, images

@@ -48,6 +48,7 @@ from vitrt.compare.reference import (
     save_checkpoint,
     shrink,
 )
+from vitrt.engine.engine import Engine
 from vitrt.parallel import context as distributed
 
 Grids = list[tuple[int, int, int]]
@@ -465,14 +466,8 @@ class Bench:
 
 def eager(encoder: VisionEncoder) -> VisionEncoder:
     """The same tower without graphs."""
-    return VisionEncoder(
-        encoder.tower,
-        encoder.preprocessor,
-        replace(encoder.runtime, cuda_graphs=False),
-        device=encoder.device,
-        dtype=encoder.dtype,
-        parallel=encoder.parallel,
-    )
+    runtime = replace(encoder.runtime, cuda_graphs=False)
+    return VisionEncoder(Engine(encoder.tower, runtime, encoder.parallel), encoder.preprocessor)
 
 
 def outputs(output: Any) -> list[Tensor]:

@@ -28,7 +28,7 @@ from vitrt.attention.last_wave import (
     tail_rows,
 )
 from vitrt.attention.sdpa import SdpaBackend
-from vitrt.engine.batch import ValuesFeed
+from vitrt.engine.batch import PixelValues
 from vitrt.engine.graph_runner import GraphKey, GraphRunner
 from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments
 from vitrt.kernels.tail_attention import TAIL_ROWS, tail_attention
@@ -176,7 +176,7 @@ def test_eager_forwards_with_a_schedule_are_the_same(encoder: VisionEncoder, gri
     values = torch.randn(sum(lengths), encoder.config.patch_dim)
     expected = encoder(values, grids)
     backend = Scheduling()
-    encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
+    encoder.engine.runner.attention = AttentionChoice(backend, SdpaBackend())
     for _ in range(2):  # the second from the cache of packed plans
         torch.testing.assert_close(encoder(values, grids).embeddings, expected.embeddings)
     whole = [n // 16 * 16 for n in lengths]
@@ -196,8 +196,8 @@ def test_kernels_of_a_schedule_are_loaded_with_the_model(
         "whole_rows",
         lambda lengths: [1152] if list(lengths) == [scheduled] else None,
     )
-    encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
-    encoder._load_kernels()
+    encoder.engine.runner.attention = AttentionChoice(backend, SdpaBackend())
+    encoder.engine.load_kernels()
     assert bool(backend.seen) == (scheduled is not None)
     assert not encoder.stats().eager
 
@@ -206,7 +206,7 @@ def test_kernels_of_a_schedule_are_loaded_with_the_model(
 def test_a_batch_without_a_schedule(encoder: VisionEncoder, grids: Any) -> None:
     """Whole tiles, and more segments than this backend plans for."""
     backend = Scheduling()
-    encoder.runner.attention = AttentionChoice(backend, SdpaBackend())
+    encoder.engine.runner.attention = AttentionChoice(backend, SdpaBackend())
     encoder(torch.randn(sum(h * w for _, h, w in grids), encoder.config.patch_dim), grids)
     assert not backend.seen
 
@@ -269,8 +269,8 @@ def test_replays_with_other_tails_are_right(encoder: VisionEncoder) -> None:
         layout = runner._layout(plan, WITH, attention)
         patches, buffer = runner._static(WITH.bucket)
         patches.fill_(torch.nan)
-        feed = ValuesFeed(values, reordered=plan.order is not None)
-        runner._load(plan, layout, attention, feed, patches, buffer)
+        batch = PixelValues(values, grids)
+        runner._load(plan, layout, attention, batch, patches, buffer)
         views = view_plan(buffer, layout, plan, padded=True)
         backend.seen.clear()
         output: TowerOutput = runner.forward(patches, views, runner.attention)

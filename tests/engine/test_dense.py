@@ -24,6 +24,7 @@ from tests.support.ranks import run_ranks
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.cli import main
 from vitrt.commands.console import FAILED, OK
+from vitrt.engine.request import Request
 from vitrt.parallel.context import SINGLE
 from vitrt.store.check import check_folder
 
@@ -255,16 +256,13 @@ def test_bad_requests_are_named(pair, layers, merged, message):
 
 
 def test_kept_layers_leave_less_room_in_a_batch(pair):
-    from vitrt.engine.request import DenseEncoder
-
     encoder, _ = pair
-    rooms = [
-        DenseEncoder(encoder, range(count), merged=True).max_batch_tokens for count in range(6)
-    ]
+    asked = [Request(tuple(range(count))) for count in range(6)]
+    rooms = [encoder.engine.patches_for(request) for request in asked]
     assert rooms[0] == encoder.max_batch_tokens
     assert rooms == sorted(rooms, reverse=True) and len(set(rooms)) == 6
     chosen = VisionEncoder.from_pretrained(encoder.name, device="cpu", max_batch_tokens=100)
-    assert DenseEncoder(chosen, [0, 1], merged=True).max_batch_tokens == 100
+    assert chosen.engine.patches_for(Request((0, 1))) == 100
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +390,6 @@ def test_data_parallel_ranks_say_that_they_do_not_exchange_hidden_states(
     pair, monkeypatch: pytest.MonkeyPatch
 ):
     encoder, _ = pair
-    monkeypatch.setattr(encoder, "parallel", replace(SINGLE, dp_size=2))
+    monkeypatch.setattr(encoder.engine, "parallel", replace(SINGLE, dp_size=2))
     with pytest.raises(ValueError, match=r"2 data-parallel ranks.* does not exchange hidden"):
         encoder.encode([], layers=[1])

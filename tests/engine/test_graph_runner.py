@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.support.checkpoints import tiny_checkpoint
 from vitrt import VisionEncoder
-from vitrt.engine.batch import ValuesFeed
+from vitrt.engine.batch import PixelValues
 from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.graph_runner import GraphKey, GraphRunner, _Recording, default_buckets
@@ -63,7 +63,7 @@ def test_padding_is_inert(folder: Path, grids):
         buffer = pack_plan(plan, layout, feed=None, pinned=False)
         views = view_plan(buffer, layout, plan, padded=padded)
         with torch.inference_mode():
-            return encoder.tower(patches, views, encoder.attention)
+            return encoder.tower(patches, views, encoder.engine.attention)
 
     exact = run(exact_layout, values, padded=False)
     poisoned = torch.full((bucket, values.shape[1]), torch.nan)
@@ -95,14 +95,14 @@ def test_graphs_asked_for_without_a_gpu_are_refused(folder: Path):
 def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
     """What loads the static inputs; only recording needs a GPU."""
     return GraphRunner(
-        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=1 << 20
+        encoder.tower, encoder.engine.attention, encoder.device, encoder.dtype, limit_bytes=1 << 20
     )
 
 
-def load(runner: GraphRunner, plan: ForwardPlan, feed: ValuesFeed) -> None:
+def load(runner: GraphRunner, plan: ForwardPlan, batch: PixelValues) -> None:
     attention = runner.attention_for(plan)
     layout = runner._layout(plan, runner._key(plan, attention), attention)
-    runner._load(plan, layout, attention, feed, *runner._static(64))
+    runner._load(plan, layout, attention, batch, *runner._static(64))
 
 
 def test_memory_made_in_inference_mode_can_be_written_outside(
@@ -126,8 +126,8 @@ def test_memory_made_in_inference_mode_can_be_written_outside(
     with torch.inference_mode():
         first = [place.data_ptr() for place in places()]
     assert [place.zero_().data_ptr() for place in places()] == first
-    feed = ValuesFeed(torch.randn(16, encoder.config.patch_dim), reordered=plan.order is not None)
-    load(runner, plan, feed)
+    batch = PixelValues(torch.randn(16, encoder.config.patch_dim), [(1, 4, 4)])
+    load(runner, plan, batch)
 
 
 def test_static_inputs_keep_no_history(folder: Path):
@@ -135,8 +135,8 @@ def test_static_inputs_keep_no_history(folder: Path):
     runner = cpu_runner(encoder)
     plan = encoder.tower.plan([(1, 4, 4)])
     values = torch.randn(16, encoder.config.patch_dim, requires_grad=True)
-    feed = ValuesFeed(values, reordered=plan.order is not None)
-    load(runner, plan, feed)
+    batch = PixelValues(values, [(1, 4, 4)])
+    load(runner, plan, batch)
     assert not runner._static(64)[0].requires_grad
 
 
@@ -166,14 +166,14 @@ def test_a_recording_refused_by_itself_costs_no_other(folder: Path):
 
 def test_graphs_need_triton(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Without it the functions that stand in ask the device for numbers, which no graph may."""
-    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
-    encoder.device = torch.device("cuda")
-    assert isinstance(encoder._make_runner(), GraphRunner)
-    monkeypatch.setattr("vitrt.encoder.HAVE_TRITON", False)
-    assert type(encoder._make_runner()) is EagerRunner
-    encoder.runtime = replace(encoder.runtime, cuda_graphs=True)
+    engine = VisionEncoder.from_pretrained(folder, device="cpu").engine
+    engine.device = torch.device("cuda")
+    assert isinstance(engine._make_runner(engine.attention), GraphRunner)
+    monkeypatch.setattr("vitrt.engine.engine.HAVE_TRITON", False)
+    assert type(engine._make_runner(engine.attention)) is EagerRunner
+    engine.runtime = replace(engine.runtime, cuda_graphs=True)
     with pytest.raises(ValueError, match="needs Triton"):
-        encoder._make_runner()
+        engine._make_runner(engine.attention)
 
 
 def test_warmup_takes_numbers_of_patches(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -236,7 +236,7 @@ def test_replays_equal_eager_forwards(folder: Path, attention: str):
     eager = VisionEncoder.from_pretrained(
         folder, device="cuda", attention=attention, cuda_graphs=False
     )
-    runner = graphs.runner
+    runner = graphs.engine.runner
     assert isinstance(runner, GraphRunner)
     runner.buckets = default_buckets(4096)
     rng = random.Random(attention)
@@ -332,7 +332,7 @@ def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
     monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     made = GraphRunner(
-        encoder.tower, encoder.attention, encoder.device, encoder.dtype, limit_bytes=75
+        encoder.tower, encoder.engine.attention, encoder.device, encoder.dtype, limit_bytes=75
     )
     made._pool = cast("GraphPool", FakePool(encoder.device, encoder.dtype))
     return made
@@ -341,7 +341,7 @@ def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
 def forward(runner: GraphRunner, side: int) -> Tensor:
     plan = runner.tower.plan([(1, side, side)])
     values = torch.ones(plan.num_patches, runner.tower.config.patch_dim)
-    return runner.run(plan, ValuesFeed(values, reordered=plan.order is not None)).embeddings
+    return runner.run(plan, PixelValues(values, plan.grids)).embeddings
 
 
 def test_a_working_set_over_the_limit_is_not_recorded_at_every_miss(runner: GraphRunner):

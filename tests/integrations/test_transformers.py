@@ -168,7 +168,7 @@ def test_memory_is_shared_where_the_layout_is_the_same(model: Any) -> None:
     loaded = dict(model.model.visual.named_parameters())
     weights = accelerate(model)
     try:
-        tower = model.model.visual.encoder.tower
+        tower = model.model.visual.engine.tower
         storages = {p.untyped_storage().data_ptr() for p in loaded.values()}
         own = [p for p in tower.parameters() if p.untyped_storage().data_ptr() not in storages]
     finally:
@@ -273,7 +273,7 @@ def test_placeholders_may_come_as_a_tokenizer_gives_them(model: Any) -> None:
 def test_last_hidden_state_can_be_left_out(model: Any) -> None:
     accelerate(model, last_hidden_state=False)
     try:
-        width = model.model.visual.encoder.config.patch_dim
+        width = model.model.visual.engine.config.patch_dim
         out = model.model.visual(torch.randn(16, width), grid_thw=torch.tensor([[1, 4, 4]]))
     finally:
         restore(model)

@@ -20,15 +20,17 @@ from vitrt.bench.timing import measure
 from vitrt.bench.workloads import Workload
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.encoder import VisionEncoder
+from vitrt.engine.batch import PixelValues
 from vitrt.engine.device import dtype_name
+from vitrt.engine.engine import Engine
 from vitrt.kernels.segments import Rotary
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import padded_width
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[Tensor, Tensor], object]  # pixels, grid_thw: what an encoder is called with
-Variant = Callable[[VisionEncoder], contextlib.AbstractContextManager[Encode]]
+Run = Callable[[PixelValues], object]  # what an engine does with a batch
+Variant = Callable[[VisionEncoder], contextlib.AbstractContextManager[Run]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,21 @@ def ablate(
     encoder: VisionEncoder, workload: Workload, inputs: Sequence[Tensor], *, seconds: float = 0.5
 ) -> list[Ablation]:
     """All ablations of one encoder on one workload."""
-    grid_thw, device = torch.tensor(workload.grids), encoder.device
+
+    def milliseconds(run: Run, latency: bool) -> float:
+        def call(pixels: Tensor) -> object:
+            return run(PixelValues(pixels, workload.grids))
+
+        timing = measure(call, inputs, encoder.device, seconds=seconds, latency=latency)
+        return timing.rate_ms if timing.wall_ms is None else timing.wall_ms
+
     rows = []
     for pair in _pairs(encoder):
         with pair.kept(encoder) as kept:
-            with_ms = _milliseconds(kept, device, grid_thw, inputs, seconds, pair.latency)
+            with_ms = milliseconds(kept, pair.latency)
         try:
             with pair.taken_out(encoder) as without:
-                without_ms = _milliseconds(without, device, grid_thw, inputs, seconds, pair.latency)
+                without_ms = milliseconds(without, pair.latency)
         except Exception as error:
             logger.warning("%s without %s failed", workload.name, pair.part, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
@@ -89,71 +98,47 @@ def _pairs(encoder: VisionEncoder) -> Iterator[_Pair]:
         yield _Pair("CUDA graphs", "eager", _graphs, _eager, latency=True)
 
 
-def _milliseconds(
-    encode: Encode,
-    device: torch.device,
-    grid_thw: Tensor,
-    inputs: Sequence[Tensor],
-    seconds: float,
-    latency: bool,
-) -> float:
-    def call(pixels: Tensor) -> object:
-        return encode(pixels, grid_thw)
-
-    timing = measure(call, inputs, device, seconds=seconds, latency=latency)
-    return timing.rate_ms if timing.wall_ms is None else timing.wall_ms
-
-
-def _variant(encoder: VisionEncoder, **runtime: Any) -> VisionEncoder:
-    """Another encoder on the same weights."""
-    return VisionEncoder(
-        encoder.tower,
-        encoder.preprocessor,
-        replace(encoder.runtime, **runtime),
-        device=encoder.device,
-        dtype=encoder.dtype,
-    )
+def _variant(encoder: VisionEncoder, **runtime: Any) -> Engine:
+    """Another engine on the same weights."""
+    return Engine(encoder.tower, replace(encoder.runtime, **runtime))
 
 
 @contextlib.contextmanager
-def _as_it_is(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
-    yield encoder
+def _as_it_is(encoder: VisionEncoder) -> Iterator[Run]:
+    yield encoder.engine.run
 
 
 @contextlib.contextmanager
-def _eager(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
-    yield _variant(encoder, cuda_graphs=False)
+def _eager(encoder: VisionEncoder) -> Iterator[Run]:
+    yield _variant(encoder, cuda_graphs=False).run
 
 
 @contextlib.contextmanager
-def _graphs(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
-    yield _variant(encoder, cuda_graphs=True)
+def _graphs(encoder: VisionEncoder) -> Iterator[Run]:
+    yield _variant(encoder, cuda_graphs=True).run
 
 
 @contextlib.contextmanager
-def _sdpa(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
-    yield _variant(encoder, attention="sdpa")
+def _sdpa(encoder: VisionEncoder) -> Iterator[Run]:
+    yield _variant(encoder, attention="sdpa").run
 
 
 @contextlib.contextmanager
-def _one_backend(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
+def _one_backend(encoder: VisionEncoder) -> Iterator[Run]:
     """Windows through the full layers' backend too: rotation is a step of its own everywhere."""
     variant = _variant(encoder, cuda_graphs=False)
     variant.runner.attention = AttentionChoice(variant.attention.full, variant.attention.full)
-    yield variant
+    yield variant.run
 
 
 @contextlib.contextmanager
-def _native_rope(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
-    with (
-        _one_backend(encoder) as variant,
-        mock.patch("vitrt.layers.attention.rope_", native_rope_),
-    ):
-        yield variant
+def _native_rope(encoder: VisionEncoder) -> Iterator[Run]:
+    with _one_backend(encoder) as run, mock.patch("vitrt.layers.attention.rope_", native_rope_):
+        yield run
 
 
 @contextlib.contextmanager
-def _uncached(encoder: VisionEncoder) -> Iterator[Encode]:
+def _uncached(encoder: VisionEncoder) -> Iterator[Run]:
     """Every call finds all index caches empty."""
     variant = _variant(encoder)
     caches = [
@@ -163,20 +148,20 @@ def _uncached(encoder: VisionEncoder) -> Iterator[Encode]:
         if isinstance(value, ByteCache)
     ]
 
-    def encode(pixels: Tensor, grid_thw: Tensor) -> object:
+    def run(batch: PixelValues) -> object:
         for owner, name, cache in caches:
             setattr(owner, name, ByteCache(cache.max_bytes))
-        return variant(pixels, grid_thw)
+        return variant.run(batch)
 
     try:
-        yield encode
+        yield run
     finally:
         for owner, name, cache in caches:
             setattr(owner, name, cache)
 
 
 @contextlib.contextmanager
-def _unpadded(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
+def _unpadded(encoder: VisionEncoder) -> Iterator[Run]:
     runtime = replace(
         encoder.runtime,
         device=str(encoder.device),
@@ -184,7 +169,7 @@ def _unpadded(encoder: VisionEncoder) -> Iterator[VisionEncoder]:
         cuda_graphs=False,
     )
     with mock.patch("vitrt.layers.mlp.padded_width", lambda width, tp_size: width):
-        yield VisionEncoder.from_checkpoint(open_checkpoint(encoder.name), runtime)
+        yield VisionEncoder.from_checkpoint(open_checkpoint(encoder.name), runtime).engine.run
 
 
 def native_rope_(qkv: Tensor, rotary: Rotary) -> None:

@@ -203,7 +203,7 @@ class ModelBench:
 
 
 def _attention_label(encoder: VisionEncoder) -> str:
-    choice = encoder.attention
+    choice = encoder.engine.attention
     if encoder.config.window_size is None:
         return label(choice.full)
     return f"{label(choice.full)} in full layers, {label(choice.window)} in windows"

@@ -26,8 +26,10 @@ from vitrt.compare.sample_images import sample_images
 from vitrt.compare.verify_table import Row, Verification
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
+from vitrt.engine.batch import PixelBatch
 from vitrt.engine.batcher import pack
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+from vitrt.engine.engine import Engine
 from vitrt.images.decode import describe
 from vitrt.images.processor import PreparedImage, patches_reference
 from vitrt.sources.inputs import Inputs
@@ -199,21 +201,19 @@ def _run(
     encoder: VisionEncoder, runtime: RuntimeConfig, batches: Sequence[Sequence[_Sample]]
 ) -> tuple[Output, str]:
     """The features of all images by the same tower, run as `runtime` says; and a note."""
-    other = VisionEncoder(
-        encoder.tower, encoder.preprocessor, runtime, device=encoder.device, dtype=encoder.dtype
-    )
+    engine = Engine(encoder.tower, runtime)
     graphs = runtime.cuda_graphs is True
     parts: list[Output] = []
     for batch in batches:
+        pixels = [sample.prepared.pixels for sample in batch]
+        grids = [sample.prepared.grid_thw for sample in batch]
         for _ in range(_RUNS if graphs else 1):
-            features = other.encode_prepared([sample.prepared for sample in batch])
-        embeddings = torch.cat([feature.embeddings for feature in features])
-        stacked = [f.deepstack for f in features if f.deepstack is not None]
-        levels = torch.cat(stacked, dim=1).cpu().unbind(0) if stacked else ()
-        parts.append((embeddings.cpu(), levels))
+            output = engine.run(PixelBatch(pixels, grids, encoder.table))
+        levels = () if output.deepstack is None else output.deepstack.cpu().unbind(0)
+        parts.append((output.embeddings.cpu(), levels))
     note = ""
-    if graphs and not other.stats().hits:
-        note = f"no graph replayed: {', '.join(other.stats().eager)}"
+    if graphs and not engine.stats().hits:
+        note = f"no graph replayed: {', '.join(engine.stats().eager)}"
     return _joined(parts), note
 
 

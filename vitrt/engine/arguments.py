@@ -8,7 +8,6 @@ from typing import cast
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from vitrt.images.decode import ImageInput, describe
 
@@ -21,19 +20,4 @@ def check_several(images: Iterable[ImageInput]) -> None:
     if one:
         raise ValueError(
             f"images is one image, {describe(cast(ImageInput, images))}; give a list: [image]"
-        )
-
-
-def check_pixel_values(pixel_values: Tensor, patches: int, patch_dim: int) -> None:
-    """ValueError unless it is a floating-point tensor [patches, patch_dim]."""
-    if not isinstance(pixel_values, Tensor):
-        raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; it must be a tensor")
-    if tuple(pixel_values.shape) != (patches, patch_dim):
-        raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}; grid_thw holds {patches} patches "
-            f"of {patch_dim} values in this model, so it must be ({patches}, {patch_dim})"
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"pixel_values is {pixel_values.dtype}; it must be a floating-point tensor"
         )

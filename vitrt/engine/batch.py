@@ -1,4 +1,4 @@
-"""How patches reach a forward, in its order: from pixel values already cut, or from uint8 pixels.
+"""What goes into a forward: patches already cut, or uint8 pixels to cut them from.
 
 Shapes: T patches, P values of one patch.
 """
@@ -12,23 +12,38 @@ import numpy as np
 from torch import Tensor
 
 from vitrt.config import VisionConfig
+from vitrt.engine.upload import PixelUploader
 from vitrt.kernels.patchify import patchify
 from vitrt.models.packed_plan import Feed
 from vitrt.models.plan import ForwardPlan, IntArray
 
 
-class PatchFeed(Protocol):
-    """Writes the patches of one batch; `rows` travels to the device inside the packed plan."""
+class Batch(Protocol):
+    """The patches of some images on their way into a forward.
 
-    kind: Feed | None  # None: the patches already lie in the order of execution
+    `rows` says where each patch comes from; it travels to the device inside the packed plan.
+    """
+
+    @property
+    def grids(self) -> Sequence[Sequence[int]]:
+        """(t, h, w) of every image, in patches."""
+        ...
 
     @property
     def key(self) -> Hashable:
         """Equal keys and grids mean equal `rows`."""
         ...
 
+    def send(self, plan: ForwardPlan, config: VisionConfig, uploader: PixelUploader) -> None:
+        """Check the patches against plan and tower, and start to copy them to the device."""
+        ...
+
+    def feed(self, plan: ForwardPlan) -> Feed | None:
+        """What `rows` holds; None: the patches already lie in the order of execution."""
+        ...
+
     def rows(self, plan: ForwardPlan) -> IntArray | None:
-        """int32 [T, columns] on the host, or None where `kind` is None."""
+        """int32 [T, columns] on the host, or None where `feed` is None."""
         ...
 
     def write(self, out: Tensor, rows: Tensor | None, num_patches: int) -> None:
@@ -36,15 +51,37 @@ class PatchFeed(Protocol):
         ...
 
 
-class ValuesFeed:
+class PixelValues:
     """`pixel_values` [T, P] of transformers' processors, on any device and in any float dtype."""
 
     key = "values"
 
-    def __init__(self, pixel_values: Tensor, *, reordered: bool) -> None:
+    def __init__(self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]]) -> None:
+        """`grid_thw` [images, 3] is in patches. Where the two do not belong together there is a
+        ValueError, here or when they are sent.
+        """
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError(
+                f"pixel_values is a {type(pixel_values).__name__}; it must be a tensor"
+            )
         # Or a graph's static input, which they are copied into, would keep their history.
         self.pixel_values = pixel_values.detach()
-        self.kind: Feed | None = "order" if reordered else None
+        self.grids: Sequence[Sequence[int]] = (
+            grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
+        )
+
+    def send(self, plan: ForwardPlan, config: VisionConfig, uploader: PixelUploader) -> None:
+        values, wanted = self.pixel_values, (plan.num_patches, config.patch_dim)
+        if tuple(values.shape) != wanted:
+            raise ValueError(
+                f"pixel_values has shape {tuple(values.shape)}; grid_thw holds {wanted[0]} patches "
+                f"of {wanted[1]} values in this model, so it must be {wanted}"
+            )
+        if not values.is_floating_point():
+            raise ValueError(f"pixel_values is {values.dtype}; it must be a floating-point tensor")
+
+    def feed(self, plan: ForwardPlan) -> Feed | None:
+        return None if plan.order is None else "order"
 
     def rows(self, plan: ForwardPlan) -> IntArray | None:
         return plan.patch_order
@@ -57,27 +94,40 @@ class ValuesFeed:
         out[:num_patches].copy_(values, non_blocking=True)
 
 
-class PixelsFeed:
-    """uint8 pixels [F, H, W, 3] of every image, one after the other in one buffer on the device."""
+class PixelBatch:
+    """uint8 pixels [F, H, W, 3] of every image, on the host, already resized to its grid.
 
-    kind: Feed | None = "sources"
+    They are normalised and cut into patches on the device.
+    """
 
     def __init__(
-        self, pixels: Tensor, frames: Sequence[int], table: Tensor, config: VisionConfig
+        self,
+        images: Sequence[np.ndarray],
+        grids: Sequence[tuple[int, int, int]],
+        table: Tensor,
     ) -> None:
-        """`frames[i]` is F of image i, 1 for a still; `table` [3, 256] its normalised levels."""
-        self.pixels = pixels
-        self.key = self.frames = tuple(frames)
+        """F is 1 for a still; `table` float32 [3, 256] on the device, the normalised levels."""
+        self.images = images
+        self.grids = grids
+        self.key = tuple(len(image) for image in images)
         self.table = table
-        self.config = config
+        self._sent: tuple[Tensor, VisionConfig] | None = None  # all bytes, on the device
+
+    def send(self, plan: ForwardPlan, config: VisionConfig, uploader: PixelUploader) -> None:
+        self._sent = uploader.upload(self.images), config
+
+    def feed(self, plan: ForwardPlan) -> Feed | None:
+        return "sources"
 
     def rows(self, plan: ForwardPlan) -> IntArray:
-        return pixel_sources(plan, self.frames, self.config)
+        assert self._sent is not None
+        return pixel_sources(plan, self.key, self._sent[1])
 
     def write(self, out: Tensor, rows: Tensor | None, num_patches: int) -> None:
-        assert rows is not None
-        size, temporal = self.config.patch_size, self.config.temporal_patch_size
-        patchify(self.pixels, rows, self.table, size, temporal, out.dtype, out=out)
+        assert rows is not None and self._sent is not None
+        pixels, config = self._sent
+        size, temporal = config.patch_size, config.temporal_patch_size
+        patchify(pixels, rows, self.table, size, temporal, out.dtype, out=out)
 
 
 def pixel_sources(plan: ForwardPlan, frames: Sequence[int], config: VisionConfig) -> IntArray:

@@ -15,7 +15,7 @@ from vitrt.features import ImageFeatures, join
 from vitrt.images.processor import ImageInput, PreparedImage
 
 if TYPE_CHECKING:
-    from vitrt.engine.request import AnyEncoder
+    from vitrt.engine.dense import AnyEncoder
 
 T = TypeVar("T")
 

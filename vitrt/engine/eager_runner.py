@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vitrt.attention import AttentionChoice, BatchAttention
-from vitrt.engine.batch import PatchFeed
+from vitrt.engine.batch import Batch
+from vitrt.engine.request import TOKENS, Request
 from vitrt.layers.cache import ByteCache
 from vitrt.models.packed_plan import DevicePlan, PlanLayout, pack_plan, view_plan
 from vitrt.models.plan import ForwardPlan
@@ -65,40 +65,23 @@ class EagerRunner:
         self._lock = threading.RLock()  # forwards are launched one after the other
         self._packed: ByteCache[object, Tensor] = ByteCache(_PACKED_CACHE_BYTES)
 
-    def run(
-        self,
-        plan: ForwardPlan,
-        feed: PatchFeed,
-        keep_hidden: Sequence[int] = (),
-        *,
-        merged: bool = True,
-    ) -> TowerOutput:
-        """Features of the batch, in tensors of their own.
-
-        `keep_hidden` names layers to return the hidden states of; without `merged` they are all
-        that is returned.
-        """
+    def run(self, plan: ForwardPlan, batch: Batch, request: Request = TOKENS) -> TowerOutput:
+        """What `request` asks for, in tensors of its own. `batch` has been sent."""
         with self._lock:
-            return self.run_eager(plan, feed, "graphs are off", keep_hidden, merged=merged)
+            return self.run_eager(plan, batch, "graphs are off", request)
 
     def run_eager(
-        self,
-        plan: ForwardPlan,
-        feed: PatchFeed,
-        reason: str,
-        keep_hidden: Sequence[int] = (),
-        *,
-        merged: bool = True,
+        self, plan: ForwardPlan, batch: Batch, reason: str, request: Request = TOKENS
     ) -> TowerOutput:
         self.stats.eager[reason] += 1
         attention = self.attention_for(plan)
-        layout = PlanLayout.exact(plan).scheduled(attention.schedule).fed_by(feed.kind)
-        buffer = self.pack(plan, layout, attention, feed).to(self.device, non_blocking=True)
+        layout = PlanLayout.exact(plan).scheduled(attention.schedule).fed_by(batch.feed(plan))
+        buffer = self.pack(plan, layout, attention, batch).to(self.device, non_blocking=True)
         views = view_plan(buffer, layout, plan, padded=False)
         width = self.tower.config.patch_dim
         patches = torch.empty(plan.num_patches, width, dtype=self.dtype, device=self.device)
-        feed.write(patches, views.feed, plan.num_patches)
-        return self.forward(patches, views, attention.choice, keep_hidden, merged=merged)
+        batch.write(patches, views.feed, plan.num_patches)
+        return self.forward(patches, views, attention.choice, request)
 
     def attention_for(self, plan: ForwardPlan) -> BatchAttention:
         """The backends that a batch runs with, and the schedule that travels in its packed plan."""
@@ -109,19 +92,19 @@ class EagerRunner:
         plan: ForwardPlan,
         layout: PlanLayout,
         attention: BatchAttention,
-        feed: PatchFeed | None,
+        batch: Batch | None,
     ) -> Tensor:
-        """The packed plan on the host, ready to be copied; without a feed, for no patches.
+        """The packed plan on the host, ready to be copied; without a batch, for no patches.
 
         It is kept, so that a grid that returns costs nothing.
         """
-        key = (plan.grids, layout, attention.key, None if feed is None else feed.key)
+        key = (plan.grids, layout, attention.key, None if batch is None else batch.key)
         return self._packed.get(
             key,
             lambda: pack_plan(
                 plan,
                 layout,
-                feed=None if feed is None else feed.rows(plan),
+                feed=None if batch is None else batch.rows(plan),
                 pinned=self.device.type == "cuda",
                 schedule=attention.schedule,
             ),
@@ -132,9 +115,7 @@ class EagerRunner:
         patches: Tensor,
         plan: DevicePlan,
         attention: AttentionChoice,
-        keep_hidden: Sequence[int] = (),
-        *,
-        merged: bool = True,
+        request: Request = TOKENS,
     ) -> TowerOutput:
         with torch.no_grad():  # not inference mode: adapters are trained on what comes out
-            return self.tower(patches, plan, attention, keep_hidden, merged=merged)
+            return self.tower(patches, plan, attention, request.layers, merged=request.merged)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from vitrt.attention import AttentionChoice, BatchAttention
-from vitrt.engine.batch import PatchFeed
+from vitrt.engine.batch import Batch
 from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.recording import Pieces, record_pieces
+from vitrt.engine.request import TOKENS, Request
 from vitrt.layers.rotary import TABLE_POSITIONS
 from vitrt.models.packed_plan import PlanLayout, most_segments, view_plan
 from vitrt.models.plan import ForwardPlan
@@ -104,19 +105,12 @@ class GraphRunner(EagerRunner):
         self._plan_buffer: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None  # that used them last
 
-    def run(
-        self,
-        plan: ForwardPlan,
-        feed: PatchFeed,
-        keep_hidden: Sequence[int] = (),
-        *,
-        merged: bool = True,
-    ) -> TowerOutput:
+    def run(self, plan: ForwardPlan, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         with self._lock:  # the static buffers are shared
             reason = "no graph memory" if self.limit_bytes <= 0 else None
-            reason = reason or self._ineligible(plan, keep_hidden)
+            reason = reason or self._ineligible(plan, request)
             if reason is not None:
-                return self.run_eager(plan, feed, reason, keep_hidden, merged=merged)
+                return self.run_eager(plan, batch, reason, request)
             attention = self.attention_for(plan)
             key = self._key(plan, attention)
             recording = self._recordings.get(key)
@@ -126,11 +120,11 @@ class GraphRunner(EagerRunner):
                 # was evicted must come twice as often each time before it is recorded again.
                 if self._sightings[key] < _SIGHTINGS << self._evicted[key]:
                     reason = "evicted before" if self._evicted[key] else "first of its bucket"
-                    return self.run_eager(plan, feed, reason)
-                recording = self._record(key, plan, attention, feed)
+                    return self.run_eager(plan, batch, reason)
+                recording = self._record(key, plan, attention, batch)
             if recording is None:
-                return self.run_eager(plan, feed, "not recorded: memory")
-            return self._replay(key, recording, plan, attention, feed)
+                return self.run_eager(plan, batch, "not recorded: memory")
+            return self._replay(key, recording, plan, attention, batch)
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
         """Record these buckets (default: all) now, the largest first.
@@ -151,8 +145,8 @@ class GraphRunner(EagerRunner):
 
     # What fits
 
-    def _ineligible(self, plan: ForwardPlan, keep_hidden: Sequence[int]) -> str | None:
-        if keep_hidden:
+    def _ineligible(self, plan: ForwardPlan, request: Request) -> str | None:
+        if request.layers:
             return "hidden states asked for"
         if plan.num_patches > self.buckets[-1]:
             return "over the largest bucket"
@@ -190,7 +184,7 @@ class GraphRunner(EagerRunner):
         plans = [self._image(bucket), self._image(min(below + _LITTLE_MORE, bucket))]
         if bucket % side**2 == 0:
             plans.append(self.tower.plan([(bucket // side**2, side, side)]))
-        return [plan for plan in plans if self._ineligible(plan, ()) is None]
+        return [plan for plan in plans if self._ineligible(plan, TOKENS) is None]
 
     def _image(self, patches: int) -> ForwardPlan:
         """One image of so many patches, as little drawn out as powers of two allow."""
@@ -205,7 +199,7 @@ class GraphRunner(EagerRunner):
         key: GraphKey,
         plan: ForwardPlan,
         attention: BatchAttention,
-        feed: PatchFeed | None,
+        batch: Batch | None,
     ) -> _Recording | None:
         """Record the shape class of `plan`; None if it cannot be, or is over the memory limit."""
         if self._pool is None:
@@ -218,7 +212,7 @@ class GraphRunner(EagerRunner):
         pool = self._pool or GraphPool(self.device, self.dtype)
         patches, buffer = self._static(key.bucket)
         layout = self._layout(plan, key, attention)
-        self._load(plan, layout, attention, feed, patches, buffer)
+        self._load(plan, layout, attention, batch, patches, buffer)
         views = view_plan(buffer, layout, plan, padded=True)
 
         def forward(choice: AttentionChoice) -> TowerOutput:
@@ -325,23 +319,23 @@ class GraphRunner(EagerRunner):
         plan: ForwardPlan,
         layout: PlanLayout,
         attention: BatchAttention,
-        feed: PatchFeed | None,
+        batch: Batch | None,
         patches: Tensor,
         buffer: Tensor,
     ) -> None:
         """Copy a batch into the static inputs."""
         if self.device.type == "cuda":
             self._take_turns(torch.cuda.current_stream(self.device))
-        layout = layout.fed_by(None if feed is None else feed.kind)
-        packed = self.pack(plan, layout, attention, feed)
+        layout = layout.fed_by(None if batch is None else batch.feed(plan))
+        packed = self.pack(plan, layout, attention, batch)
         buffer[: packed.numel()].copy_(packed, non_blocking=True)
-        if feed is None:
+        if batch is None:
             return
         rows = None
         if layout.feed is not None:
             offset, shape = layout.fields()["feed"]
             rows = buffer[offset : offset + shape[0] * shape[1]].view(shape)
-        feed.write(patches, rows, plan.num_patches)
+        batch.write(patches, rows, plan.num_patches)
 
     def _take_turns(self, stream: torch.cuda.Stream) -> None:
         """Let `stream` wait for the one of the caller before: the lock is let go when a replay is
@@ -357,11 +351,11 @@ class GraphRunner(EagerRunner):
         recording: _Recording,
         plan: ForwardPlan,
         attention: BatchAttention,
-        feed: PatchFeed,
+        batch: Batch,
     ) -> TowerOutput:
         self._recordings.move_to_end(key)
         patches, buffer = self._static(key.bucket)
-        self._load(plan, recording.layout, attention, feed, patches, buffer)
+        self._load(plan, recording.layout, attention, batch, patches, buffer)
         live = None
         if recording.pieces.splits:
             live = view_plan(buffer, recording.layout, plan, padded=True)

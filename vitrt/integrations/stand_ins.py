@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrt.encoder import VisionEncoder
+from vitrt.engine.batch import PixelValues
+from vitrt.engine.engine import Engine
+from vitrt.engine.request import Request
 
 
 class StandIn(nn.Module):
@@ -62,25 +64,19 @@ class StandIn(nn.Module):
 class VitrtTower(StandIn):
     """Pixels in, vitrt's features out."""
 
-    def __init__(
-        self,
-        original: Any,
-        dtype: torch.dtype,
-        device: torch.device,
-        encoder: VisionEncoder,
-        last_hidden_state: bool,
-    ) -> None:
-        super().__init__(original, dtype, device)
-        self.encoder = encoder
-        self.return_hidden = last_hidden_state
+    def __init__(self, original: Any, engine: Engine, last_hidden_state: bool) -> None:
+        super().__init__(original, engine.dtype, engine.device)
+        self.engine = engine
+        self.request = Request((engine.config.depth - 1,) if last_hidden_state else ())
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """pixel_values [T, P], grid_thw [images, 3] -> [M, O] and [M, O] a deepstack level."""
-        rows = grid_thw.tolist()
-        out = self.encoder(hidden_states, rows, return_hidden=self.return_hidden)
-        hidden = out.hidden
-        if hidden is not None:
-            order = self.encoder.tower.plan(rows).patch_order
+        batch = PixelValues(hidden_states, grid_thw)
+        out = self.engine.run(batch, self.request)
+        hidden = None
+        if out.hidden:
+            (hidden,) = out.hidden
+            order = self.engine.tower.plan(batch.grids).patch_order
             if order is not None:  # transformers leaves these rows in window order
                 hidden = hidden[torch.from_numpy(order).to(hidden.device)]
         levels = [] if out.deepstack is None else list(out.deepstack.unbind(0))

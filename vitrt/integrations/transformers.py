@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
-from vitrt.encoder import VisionEncoder
+from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.device import dtype_name
+from vitrt.engine.engine import Engine
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
 from vitrt.integrations.sharing import SharedWeights, share_weights
 from vitrt.integrations.stand_ins import FeatureTower, StandIn, VitrtTower
@@ -69,8 +69,7 @@ def accelerate(
         attention=attention,
         cuda_graphs=cuda_graphs,
     )
-    encoder = VisionEncoder(tower, _no_images(config), runtime, device=device, dtype=dtype)
-    owner.visual = VitrtTower(original, dtype, device, encoder, last_hidden_state)
+    owner.visual = VitrtTower(original, Engine(tower, runtime), last_hidden_state)
     logger.info(
         "%d tensors shared, %d laid out anew in %.1f MiB: %s",
         len(weights.shared),
@@ -130,17 +129,3 @@ def _placement(parameters: dict[str, Tensor]) -> tuple[torch.device, torch.dtype
         )
     first = next(iter(parameters.values()))
     return first.device, first.dtype
-
-
-def _no_images(config: VisionConfig) -> PreprocessorConfig:
-    """A preprocessor for an encoder that is only ever given patches: its values are never used."""
-    factor = config.patch_size * config.spatial_merge_size
-    return PreprocessorConfig(
-        min_pixels=factor**2,
-        max_pixels=factor**2,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        patch_size=config.patch_size,
-        temporal_patch_size=config.temporal_patch_size,
-        merge_size=config.spatial_merge_size,
-    )

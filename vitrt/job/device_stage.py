@@ -28,9 +28,10 @@ Item = tuple[Record, PreparedImage]
 class Encoder(Protocol):
     """What the pipeline needs of a VisionEncoder."""
 
-    device: torch.device
-    max_batch_tokens: int
-
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def max_batch_tokens(self) -> int: ...
     def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]: ...
 
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
+from vitrt.engine.dense import AnyEncoder, DenseEncoder
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
-from vitrt.engine.request import AnyEncoder, DenseEncoder, check_layers
+from vitrt.engine.request import Request
 from vitrt.job.leader import Leader, follow, leading
 from vitrt.job.options import EncodeOptions
 from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
@@ -175,7 +176,9 @@ def _load(
 ) -> AnyEncoder:
     encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
     if options.layers or not options.merged:
-        return DenseEncoder(encoder, options.layers, merged=options.merged)  # uses no graphs
+        depth = encoder.config.depth
+        request = Request.of(options.layers, merged=options.merged, depth=depth)
+        return DenseEncoder(encoder, request)  # uses no graphs
     if options.warmup:
         encoder.warmup()
     return encoder
@@ -229,7 +232,7 @@ def run_identity(
     """What decides the features of an image, apart from the image."""
     dtype = resolve_dtype(runtime.dtype, resolve_device(runtime.device))
     depth = checkpoint.vision_config().depth
-    layers = check_layers(options.layers, depth, merged=options.merged)
+    layers = Request.of(options.layers, merged=options.merged, depth=depth).layers
     preprocessor = checkpoint.preprocessor_config()
     return RunIdentity(
         model=checkpoint.name,

@@ -19,7 +19,7 @@ from vitrt.images.processor import PreparedImage
 from vitrt.job.device_stage import is_out_of_memory
 
 if TYPE_CHECKING:
-    from vitrt.engine.request import AnyEncoder
+    from vitrt.engine.dense import AnyEncoder
     from vitrt.features import ImageFeatures
     from vitrt.images.processor import ImageProcessor
     from vitrt.models.work import Grid

@@ -1,0 +1,142 @@
+"""A tower at work: a batch of patches and a request in, its output out. No image, file, processor.
+
+Shapes: T patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+
+from vitrt.attention import AttentionChoice, resolve
+from vitrt.config import RuntimeConfig, VisionConfig
+from vitrt.engine.batch import Batch, PixelBatch
+from vitrt.engine.device import budget_from_memory, values_per_patch
+from vitrt.engine.eager_runner import EagerRunner, RunnerStats
+from vitrt.engine.graph_runner import AUTO_MAX_PATCHES, GraphRunner
+from vitrt.engine.request import TOKENS, Request
+from vitrt.engine.upload import PixelUploader
+from vitrt.kernels.dispatch import HAVE_TRITON
+from vitrt.models.tower import TowerOutput, VisionTower
+from vitrt.parallel.context import SINGLE, ParallelContext
+
+
+class Engine:
+    """Runs a filled tower where its weights are, as `runtime` says.
+
+    Threads may share one: forwards are launched one after the other. Another engine on the same
+    tower, to run it in another way, costs no weights.
+    """
+
+    def __init__(
+        self, tower: VisionTower, runtime: RuntimeConfig, parallel: ParallelContext = SINGLE
+    ) -> None:
+        """ValueError for an attention backend or CUDA graphs that cannot be had here."""
+        self.tower = tower
+        self.config: VisionConfig = tower.config
+        self.runtime = runtime
+        self.parallel = parallel
+        weight = next(tower.parameters())
+        self.device = weight.device
+        self.dtype = weight.dtype
+        attention = resolve(
+            runtime.attention,
+            device=self.device,
+            dtype=self.dtype,
+            head_dim=self.config.head_dim,
+            window_patches=tower.window_patches,
+        )
+        self.runner = self._make_runner(attention)
+        self._uploader = PixelUploader(self.device)
+        budget = runtime.max_batch_tokens or budget_from_memory(tower, self.device, self.dtype)
+        # Ranks that share a tower must pack the same batches, whatever memory each has free.
+        self.max_batch_patches: int = parallel.agree_min(budget)
+
+    @property
+    def attention(self) -> AttentionChoice:
+        """The backends of full and of window attention."""
+        return self.runner.attention
+
+    def run(self, batch: Batch, request: Request = TOKENS) -> TowerOutput:
+        """What `request` asks for of the batch, in tensors of its own on the device.
+
+        ValueError for grids that no tower takes, and for patches that are not theirs.
+        """
+        with self._own_settings():
+            plan = self.tower.plan(batch.grids)
+            batch.send(plan, self.config, self._uploader)
+            return self.runner.run(plan, batch, request)
+
+    def patches_for(self, request: Request) -> int:
+        """Patches of one forward: fewer where it keeps hidden states, unless the user said."""
+        if not request.layers or self.runtime.max_batch_tokens is not None:
+            return self.max_batch_patches
+        plain, kept = (values_per_patch(self.config, n) for n in (0, len(request.layers)))
+        return max(int(self.max_batch_patches * plain / kept), 1)
+
+    def warmup(self, buckets: Sequence[int] | None = None) -> None:
+        """Record CUDA graphs now instead of during requests, of all buckets or of `buckets`.
+
+        A bucket is a number of patches; ValueError for one that graphs do not go up to. Does
+        nothing where the engine uses no graphs.
+        """
+        if isinstance(self.runner, GraphRunner):
+            with self._own_settings():
+                self.runner.warmup(buckets)
+
+    def load_kernels(self) -> None:
+        """Run black images that between them use every kernel, so that no call waits for one.
+
+        What a forward compiles and loads at first use costs seconds. A small image and a larger one
+        may go to different backends, and one that the backend schedules to further kernels.
+        """
+        merge, patch = self.config.spatial_merge_size, self.config.patch_size
+        larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
+        plans = (self.tower.plan([(1, side, side)]) for side in larger)
+        scheduled = [p.grids[0][1] for p in plans if self.runner.attention_for(p).schedule]
+        table = torch.zeros(3, 256, dtype=torch.float32, device=self.device)
+        for side in (merge, larger[0], *scheduled[:1]):
+            pixels = np.zeros((1, side * patch, side * patch, 3), dtype=np.uint8)
+            batch = PixelBatch([pixels], [(1, side, side)], table)
+            with self._own_settings():
+                plan = self.tower.plan(batch.grids)
+                batch.send(plan, self.config, self._uploader)
+                self.runner.run_eager(plan, batch, "to load kernels")
+        self.runner.stats.eager.clear()
+
+    def stats(self) -> RunnerStats:
+        """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
+        return self.runner.stats
+
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """The engine's device, since Triton launches on the current one, and no autocast, which
+        would change products and stay in what is recorded.
+        """
+        kind = self.device.type
+        device = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()
+        autocast = torch.is_autocast_enabled(kind)
+        with device, torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            yield
+
+    def _make_runner(self, attention: AttentionChoice) -> EagerRunner:
+        arguments = (self.tower, attention, self.device, self.dtype)
+        wanted = self.runtime.cuda_graphs
+        if wanted is True and self.device.type != "cuda":
+            raise ValueError(
+                f"cuda_graphs=True needs a CUDA device, and this encoder is on {self.device}"
+            )
+        if wanted is False or self.device.type != "cuda":
+            return EagerRunner(*arguments)
+        if not HAVE_TRITON:
+            if wanted is True:
+                raise ValueError("cuda_graphs=True needs Triton, which is not installed")
+            return EagerRunner(*arguments)  # without it some functions ask the device for a number
+        limit = int(self.runtime.graph_memory_mib * (1 << 20))
+        largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
+        return GraphRunner(
+            *arguments, limit_bytes=limit, max_patches=largest, parallel=self.parallel
+        )
