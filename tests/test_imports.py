@@ -242,15 +242,13 @@ def test_loading_and_encoding_import_no_compiler(tiny_qwen2_5_vl: Path) -> None:
     assert out.strip() == "[]", out
 
 
-def test_import_takes_little_longer_than_torch() -> None:
-    code = (
-        "from time import perf_counter as now\n"
-        "a = now(); import torch; b = now(); import vitrt\n"
+def test_importing_all_names_brings_little_beside_torch() -> None:
+    """What a process pays for that may use none of it; transformers alone takes seconds."""
+    out = run(
+        "import sys, torch; before = set(sys.modules); import vitrt\n"
         "for name in vitrt.__all__: getattr(vitrt, name)\n"
-        "c = now(); print((c - a) / (b - a))"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(new - set(sys.stdlib_module_names)))"
     )
-    # The least of three: a busy machine only ever adds.
-    ratios = []
-    while len(ratios) < 3 and min(ratios, default=2.0) >= 1.5:
-        ratios.append(float(run(code)))
-    assert min(ratios) < 1.5, ratios
+    known = {"vitrt", "PIL", "numpy", "nanoarrow", "safetensors", "triton"}
+    assert {name for name in out.split() if not name.startswith(("_", "cython"))} <= known, out
