@@ -180,6 +180,24 @@ def test_a_backend_that_is_wrong_does_not_pass(
     assert "1 of 2 ways to run it within their bounds" in out
 
 
+def test_a_backend_whose_windows_are_too_small_is_left_out(
+    tiny_qwen2_5_vl: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """It is a limit of the backend, as a head size is, and nothing that went wrong."""
+    spec = BackendSpec("narrow", lambda *_: sdpa.SdpaBackend(), lambda *_: None, most_window=63)
+    monkeypatch.setitem(registry._SPECS, "narrow", spec)
+    command = [str(tiny_qwen2_5_vl), "--device", "cpu", "--dtype", "float32"]
+    assert main(["verify", *command]) == OK
+    out = capsys.readouterr().out
+    reason = "takes windows of at most 63 patches, and this tower's have up to 64"
+    assert f"not run: narrow in float32: {reason}" in out
+    assert "1 of 1 ways to run it within their bounds" in out
+    assert main(["info", *command]) == OK
+    assert f"narrow   no: {reason}" in capsys.readouterr().out
+
+
 def test_rounding_more_than_transformers_does_not_pass(
     tiny_qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch
 ):

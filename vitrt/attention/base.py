@@ -71,9 +71,14 @@ class BackendSpec:
     windows_only: bool = False  # made for short segments: never used for full-attention layers
     most_window: int | None = None  # patches of the largest window it takes; None: of any size
 
-    def takes_windows(self, patches: int) -> bool:
-        """Whether windows of at most so many patches go through it; 0: there are none."""
-        return self.most_window is None or patches <= self.most_window
+    def window_limit(self, patches: int) -> str | None:
+        """None where windows of up to so many patches (0: none) go through it, else the reason."""
+        if self.most_window is None or patches <= self.most_window:
+            return None
+        return (
+            f"takes windows of at most {self.most_window} patches, and this tower's have up to "
+            f"{patches}"
+        )
 
 
 def attention_shape(qkv: Tensor) -> torch.Size:

@@ -34,11 +34,16 @@ for _spec in (sdpa.SPEC, triton.SPEC, fa2.SPEC, fa3.SPEC, fa4.SPEC, window.SPEC)
 
 
 def usable(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, window_patches: int = 0
 ) -> list[tuple[str, str | None]]:
-    """Every registered name with None where it can run, or the reason why it cannot."""
+    """Every registered name with None where it can run a tower whose windows have up to so many
+    patches (0: it has none), or the reason why it cannot.
+    """
     device = torch.device(device)
-    return [(name, spec.unavailable(device, dtype, head_dim)) for name, spec in _SPECS.items()]
+    return [
+        (name, spec.unavailable(device, dtype, head_dim) or spec.window_limit(window_patches))
+        for name, spec in _SPECS.items()
+    ]
 
 
 def get_backend(
@@ -191,12 +196,12 @@ def _auto_window(
     own = window.SPEC
     if (
         dtype in HALF_PRECISION
-        and own.takes_windows(window_patches)
+        and own.window_limit(window_patches) is None
         and own.unavailable(device, dtype, head_dim) is None
     ):
         return own.load(device, dtype, head_dim)
     chosen = full.select(window_patches) if isinstance(full, AutoBackend) else full
-    if _SPECS[chosen.name].takes_windows(window_patches):
+    if _SPECS[chosen.name].window_limit(window_patches) is None:
         return full
     return get_backend("sdpa", device=device, dtype=dtype, head_dim=head_dim)
 
@@ -229,11 +234,8 @@ def resolve(
                 f"name one of auto, {', '.join(names)}"
             )
         backend = get_backend(name, device=device, dtype=dtype, head_dim=head_dim)
-        if spec is not None and not spec.takes_windows(window_patches):
-            raise ValueError(
-                f"attention backend {name!r} takes windows of at most {spec.most_window} patches, "
-                f"and this tower's have up to {window_patches}; use auto or sdpa"
-            )
+        if spec is not None and (limit := spec.window_limit(window_patches)) is not None:
+            raise ValueError(f"attention backend {name!r} {limit}; use auto or sdpa")
         choice = AttentionChoice(backend, backend)
     logger.info(
         "attention: %s in full layers, %s in window layers",

@@ -94,7 +94,8 @@ def info_lines(checkpoint: Checkpoint, runtime: RuntimeConfig) -> Iterator[str]:
     device = resolve_device(runtime.device)
     dtype = resolve_dtype(runtime.dtype, device)
     yield f"attention on {device} in {dtype_name(dtype)}"
-    for name, reason in usable(device, dtype, config.head_dim):
+    window_patches = (config.window_cells or 0) ** 2 * config.merge_unit
+    for name, reason in usable(device, dtype, config.head_dim, window_patches):
         yield f"  {name:<8} {'usable' if reason is None else 'no: ' + reason}"
 
 

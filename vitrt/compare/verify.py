@@ -186,13 +186,16 @@ def _measure(
 def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
     """The names to run; those that cannot are noted in `result`."""
     device, dtype, head_dim = encoder.device, encoder.dtype, encoder.config.head_dim
+    window_patches = encoder.tower.window_patches
     names = []
-    for name, reason in usable(device, dtype, head_dim):
+    for name, reason in usable(device, dtype, head_dim, window_patches):
         if reason is not None:
             result.unusable.setdefault((name, reason), []).append(dtype)
         elif name != window.SPEC.name:  # a part of "auto"
             names.append(name)
-    choice = resolve("auto", device=device, dtype=dtype, head_dim=head_dim)
+    choice = resolve(
+        "auto", device=device, dtype=dtype, head_dim=head_dim, window_patches=window_patches
+    )
     is_mixed = isinstance(choice.full, AutoBackend) or choice.full.name != choice.window.name
     return ["auto", *names] if is_mixed else names
 
