@@ -103,6 +103,7 @@ class VisionEncoder:
         max_batch_tokens: int | None = None,
         resize: Literal["pillow", "torch"] = "pillow",
         graph_memory_mib: float = RuntimeConfig().graph_memory_mib,
+        adapter: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -120,6 +121,7 @@ class VisionEncoder:
             max_batch_tokens: patches per forward; None: chosen from free memory.
             resize: "pillow" or "torch": which of transformers' backends to be bit-equal to.
             graph_memory_mib: how much device memory recorded graphs may take.
+            adapter: a PEFT LoRA, a folder or a hub id, merged into the tower as it is loaded.
             revision, cache_dir, token, local_files_only: as huggingface_hub takes them.
             parallel: this process's place among several GPUs.
 
@@ -129,6 +131,7 @@ class VisionEncoder:
         """
         checkpoint = open_checkpoint(
             str(model) if not isinstance(model, Path) else model,
+            adapter=adapter,
             revision=revision,
             cache_dir=cache_dir,
             token=token,

@@ -299,6 +299,68 @@ def test_a_single_file(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.shard_bytes() < 1.01 * tower_bytes(source)
 
 
+def renamed(source: Path, folder: Path, old: str, new: str) -> Path:
+    """The repository with other names for its tensors."""
+    shutil.copytree(source, folder)
+    index = json.loads((folder / INDEX).read_text())
+    names = index["weight_map"]
+    index["weight_map"] = {name.replace(old, new): shard for name, shard in names.items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    for shard in set(names.values()):
+        tensors = load_file(folder / shard)
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["vlm.model.visual.", "thinker.visual."])
+def test_a_tower_inside_another_model(hub: FakeHub, tmp_path: Path, prefix: str) -> None:
+    """Found by its own names, in the index alone: only the shards that hold it are asked for."""
+    source = hub.folder
+    hub.folder = renamed(source, tmp_path / "repo", "model.visual.", prefix)
+    check(load(hub), source)
+    assert hub.shard_bytes() < 1.01 * tower_bytes(source)
+    names = json.loads((hub.folder / INDEX).read_text())["weight_map"]
+    others = set(names.values()) - {names[name] for name in names if name.startswith(prefix)}
+    assert others and not any(hub.sent[shard] for shard in others)
+    check(load(hub, local_files_only=True), source)
+
+
+def test_a_tower_in_fp8(hub: FakeHub, tmp_path: Path) -> None:
+    """Codes and scales are fetched, and nothing else."""
+    hub.folder = Path(shutil.copytree(hub.folder, tmp_path / "repo"))
+    index = json.loads((hub.folder / INDEX).read_text())
+    names = index["weight_map"]
+    expected = {}
+    for shard in sorted(set(names.values())):
+        tensors = load_file(hub.folder / shard)
+        for name in [name for name in tensors if name.endswith(".attn.qkv.weight")]:
+            codes = tensors[name].to(torch.float8_e4m3fn)
+            scales = torch.rand(len(codes), 1)
+            tensors |= {name: codes, f"{name}_scale": scales}
+            names[f"{name}_scale"] = shard
+            expected[name.removeprefix("model.visual.")] = codes.float() * scales
+        save_file(tensors, hub.folder / shard, metadata={"format": "pt"})
+    (hub.folder / INDEX).write_text(json.dumps(index))
+    found = dict(open_checkpoint(hub.repo).tower_tensors())
+    assert hub.shard_bytes() < 1.01 * tower_bytes(hub.folder)
+    assert len(expected) == 6
+    assert all(torch.equal(found[name][...], expected[name]) for name in expected)
+
+
+def test_an_adapter(hub: FakeHub, tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    hub.folder = tmp_path / "lora"
+    hub.folder.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (hub.folder / "adapter_config.json").write_text(json.dumps(config))
+    bias = {"base_model.model.model.visual.merger.norm.bias": torch.full((96,), 7.0)}
+    save_file(bias, hub.folder / "adapter_model.safetensors")
+    opened = open_checkpoint(tiny_qwen3_vl, adapter=hub.repo)
+    assert torch.equal(
+        dict(opened.tower_tensors())["merger.norm.bias"][...], torch.full((96,), 7.0)
+    )
+
+
 def test_a_repository_of_towers_is_fetched_whole(hub: FakeHub, tiny_qwen3_vl: Path) -> None:
     """Where the tower is most of the bytes, the hub's own cache is the better place."""
     hub.folder = tiny_qwen3_vl

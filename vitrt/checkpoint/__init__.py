@@ -1,3 +1,3 @@
 """Folders and hub ids: configs, the tensors of the tower, extraction."""
 
-__all__ = ["extract", "opened", "shards"]
+__all__ = ["extract", "fingerprint", "opened", "shards"]

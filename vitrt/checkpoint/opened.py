@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vitrt.checkpoint import scaled
+from vitrt.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter, read_adapter
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor, TensorInfo
 from vitrt.checkpoint.tower_files import (
     ADAPTER_CONFIG,
@@ -29,6 +30,8 @@ from vitrt.checkpoint.tower_files import (
 from vitrt.config import PreprocessorConfig, VisionConfig
 from vitrt.models import build_tower
 
+# cache_dir, token, local_files_only
+_HubOptions = tuple[str | os.PathLike[str] | None, str | bool | None, bool]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -42,6 +45,7 @@ class Checkpoint:
     preprocessor: Mapping[str, Any]  # preprocessor_config.json or its like in processor_config.json
     # What is stored of the tower, by name in it: parameters, and scales of those in fp8.
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     def vision_config(self) -> VisionConfig:
         """Raises CheckpointError for a config without a tower of a supported family."""
@@ -77,10 +81,13 @@ class Checkpoint:
     def tower_tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """The tower's parameters by name, each read as it is indexed, in the order of the files.
 
+        Weights in fp8 come dequantised and those that an adapter changes merged, in float32.
+
         Raises CheckpointError, before the first one, that lists every one that is missing, left
         over or of another shape.
         """
-        parameters = dict(scaled.parameters(self.tensors, self.quantization))
+        stored = scaled.parameters(self.tensors, self.quantization)
+        parameters = dict(self.adapter.merge(stored) if self.adapter else stored)
         self._check_complete(parameters)
         return iter(parameters.items())
 
@@ -90,10 +97,10 @@ class Checkpoint:
         shapes = tower_shapes(self.vision_config())
         problems = {
             "missing": [name for name in shapes if name not in found],
-            "left over": [found[name].full_name for name in found if name not in shapes],
+            "left over": [found[name].info.full_name for name in found if name not in shapes],
             "wrong shape": [
-                f"{found[name].full_name} is {list(found[name].shape)} in "
-                f"{self.tensors[name].file.name}, should be {list(shape)}"
+                f"{found[name].info.full_name} is {list(found[name].shape)} in "
+                f"{found[name].info.file.name}, should be {list(shape)}"
                 for name, shape in shapes.items()
                 if name in found and found[name].shape != shape
             ],
@@ -125,6 +132,7 @@ def tower_shapes(config: VisionConfig) -> Mapping[str, tuple[int, ...]]:
 def open_checkpoint(
     model: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -134,10 +142,34 @@ def open_checkpoint(
     """Open a folder or a hub id: its configs, and the headers of the shards with vision tensors.
 
     A folder without weights opens with no tensors, which is enough to describe a tower.
-    `weights=False` does not look for them, nor download them. The other options are the hub's own.
+    `weights=False` does not look for them, nor download them. `adapter` is a PEFT LoRA
+    over the model, a folder or a hub id too; see `adapter.py`. The other options are the hub's own.
 
     Raises CheckpointError naming the file and what is wrong with it.
     """
+    options = (cache_dir, token, bool(local_files_only))
+    checkpoint = _open(model, revision, options, weights)
+    if adapter is None:
+        return checkpoint
+    name = os.fspath(adapter)
+    folder = Path(name).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        if folder.exists() or not _HUB_ID.fullmatch(name):
+            raise CheckpointError(
+                f"{name}: an adapter is the folder, or the hub id, that holds {ADAPTER_CONFIG}"
+            )
+        from vitrt.checkpoint.hub import HubSource
+
+        hub = HubSource(name, None, *options)
+        folder = hub.fetch(ADAPTER_CONFIG).parent
+        hub.fetch(ADAPTER_WEIGHTS)
+    shapes = tower_shapes(checkpoint.vision_config())
+    return replace(checkpoint, adapter=read_adapter(name, folder, shapes))
+
+
+def _open(
+    model: str | os.PathLike[str], revision: str | None, options: _HubOptions, weights: bool
+) -> Checkpoint:
     name = os.fspath(model)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -156,7 +188,7 @@ def open_checkpoint(
     # Not at the top: huggingface_hub takes long to import, and a folder does not need it.
     from vitrt.checkpoint.hub import HubSource
 
-    hub = HubSource(name, revision, cache_dir, token, bool(local_files_only))
+    hub = HubSource(name, revision, *options)
     config = hub.fetch_optional(CONFIG)
     if config is None and (adapter := hub.fetch_optional(ADAPTER_CONFIG)):
         raise CheckpointError(f"{name}: holds no {CONFIG}{_taken_for(adapter.parent)}")
@@ -200,7 +232,10 @@ def _taken_for(folder: Path) -> str:
     """What a folder without a config may be, and what would do instead; for a message."""
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return f"; it is an adapter ({ADAPTER_CONFIG}) of the checkpoint {base!r}: give that"
+        return (
+            f"; it is an adapter ({ADAPTER_CONFIG}) over the checkpoint {base!r}: give that as the "
+            "model, and this as the adapter"
+        )
     if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
         repo = folder.name.removeprefix("models--").replace("--", "/")
         return (

@@ -114,7 +114,7 @@ class ScaledTensor:
         self.codes = codes
         self.scales = scales
         self.shape = codes.shape
-        self.full_name = codes.full_name
+        self.info = codes.info
         self.block = _block_of(codes, scales, quantization)  # rows and columns of one scale
 
     def get_shape(self) -> list[int]:
@@ -161,10 +161,11 @@ def _block_of(
         for block in (*_blocks_of(quantization), DEFAULT_BLOCK):
             if shape == (-(-rows // block[0]), -(-columns // block[1])):
                 return block
+    blocks = " or ".join(map(str, (*_blocks_of(quantization), DEFAULT_BLOCK)))
     raise CheckpointError(
-        f"{scales.info.file}: {scales.full_name} of shape {list(scales.shape)} does not go with "
-        f"{codes.full_name} {list(codes.shape)}: there is one scale for all, for a row, or for a "
-        f"block of {' or '.join(map(str, (*_blocks_of(quantization), DEFAULT_BLOCK)))}"
+        f"{scales.info.file}: {scales.info.full_name} of shape {list(scales.shape)} does not go "
+        f"with {codes.info.full_name} {list(codes.shape)}: there is one scale for all, for a row, "
+        f"or for a block of {blocks}"
     )
 
 

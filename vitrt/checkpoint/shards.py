@@ -66,8 +66,8 @@ class LazyTensor(Protocol):
         ...
 
     @property
-    def full_name(self) -> str:
-        """The name that the checkpoint has for it."""
+    def info(self) -> TensorInfo:
+        """What it is made of, or most of it."""
         ...
 
     def get_shape(self) -> list[int]: ...
@@ -121,7 +121,6 @@ class StoredTensor:
         self.info = info
         self.shape = info.shape
         self.dtype = DTYPES[info.dtype]
-        self.full_name = info.full_name
         self._files = files or OneOpenFile()
 
     def get_shape(self) -> list[int]:

@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extract; 0. Raises CheckpointError."""
     from vitrt.checkpoint.extract import extract_tower
+    from vitrt.checkpoint.opened import open_checkpoint
 
-    checkpoint = open_model(args)
-    folder = extract_tower(checkpoint, args.output, overwrite=args.overwrite)
-    print(f"{len(checkpoint.tensors)} tensors, {checkpoint.num_bytes / 1e6:.1f} MB in {folder}")
+    folder = extract_tower(open_model(args), args.output, overwrite=args.overwrite)
+    written = open_checkpoint(folder)
+    print(f"{len(written.tensors)} tensors, {written.num_bytes / 1e6:.1f} MB in {folder}")
     return OK

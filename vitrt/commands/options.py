@@ -98,6 +98,7 @@ def name_list(text: str) -> tuple[str, ...]:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declare what `open_model` reads."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("--adapter", help="a PEFT LoRA over MODEL: a folder or a hub id")
     parser.add_argument("--revision", help="of a hub id: branch, tag or commit")
     parser.add_argument("--cache-dir", help="of a hub id: where downloads lie")
     parser.add_argument(
@@ -111,6 +112,7 @@ def open_model(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
 
     return open_checkpoint(
         args.model,
+        adapter=args.adapter,
         revision=args.revision,
         cache_dir=args.cache_dir,
         local_files_only=args.local_files_only,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -150,11 +149,7 @@ def _preprocessor(config: VisionConfig) -> dict[str, Any]:
 
 
 def _read(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, info in checkpoint.tensors.items():
-        with safe_open(info.file, framework="pt") as file:
-            tensors[name] = file.get_tensor(info.full_name)
-    return tensors
+    return {name: tensor[...] for name, tensor in checkpoint.tower_tensors()}
 
 
 def _randomise(tower: nn.Module, seed: int) -> None:

@@ -6,14 +6,13 @@ touched. Several ranks share a folder through `Ranks`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+from vitrt.checkpoint.fingerprint import fingerprint
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
@@ -47,7 +46,6 @@ _SUMMED = (
     "images_per_second",
     "tokens_per_second",
 )
-_SAMPLE_BYTES = 2048  # at each end of a tensor, that a fingerprint looks at
 
 
 class Ranks(Protocol):
@@ -246,22 +244,3 @@ def run_identity(
         layers=layers_text(layers),
         merged=options.merged,
     )
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Sixteen hex digits that change with the tower: its config and a sample of every tensor.
-
-    The same for a tower that was moved, renamed or extracted.
-    """
-    preprocessor = checkpoint.preprocessor_config()
-    config = checkpoint.vision_config().to_dict()
-    config["image"] = [*preprocessor.image_mean, *preprocessor.image_std]
-    digest = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape}".encode())
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            digest.update(file.read(min(info.nbytes, _SAMPLE_BYTES)))
-            file.seek(info.offset + max(info.nbytes - _SAMPLE_BYTES, 0))
-            digest.update(file.read(min(info.nbytes, _SAMPLE_BYTES)))
-    return digest.hexdigest()
