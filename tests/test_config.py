@@ -11,7 +11,8 @@ import pytest
 import transformers
 
 from tests.support.checkpoints import CONFIGS, MODEL_CLASSES, TINY_VISION
-from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
+from vitrt.config import PreprocessorConfig, RuntimeConfig
+from vitrt.models.families import read_vision_config, write_vision_config
 
 # NUMERICS.md, "The released towers": depth, width, MLP width, heads, patch, output width.
 RELEASED = {
@@ -42,7 +43,7 @@ def test_configs_are_exactly_the_released_ones() -> None:
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_tower(name: str) -> None:
-    config = VisionConfig.from_dict(released(name))
+    config = read_vision_config(released(name))
     measured = (
         config.depth,
         config.hidden_size,
@@ -76,8 +77,8 @@ def test_transformers_reads_the_same_tower(name: str) -> None:
     data = released(name)
     kind = getattr(transformers, MODEL_CLASSES[data["model_type"]]).config_class
     theirs = kind(**data).vision_config
-    ours = VisionConfig.from_dict(data)
-    for key, value in ours.to_dict().items():
+    ours = read_vision_config(data)
+    for key, value in write_vision_config(ours).items():
         if key != "model_type":
             expected = getattr(theirs, key)
             assert value == (list(expected) if isinstance(value, list) else expected), key
@@ -89,9 +90,9 @@ def test_what_transformers_saves(family: str, tmp_path: Path) -> None:
     kind = getattr(transformers, MODEL_CLASSES[family]).config_class
     saved = kind(vision_config=TINY_VISION[family])
     saved.save_pretrained(tmp_path)
-    whole = VisionConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    whole = read_vision_config(json.loads((tmp_path / "config.json").read_text()))
     saved.vision_config.save_pretrained(tmp_path)
-    part = VisionConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    part = read_vision_config(json.loads((tmp_path / "config.json").read_text()))
     assert whole == part
     assert whole.model_type == family
     for key, value in TINY_VISION[family].items():
@@ -101,8 +102,8 @@ def test_what_transformers_saves(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_round_trip(name: str) -> None:
-    config = VisionConfig.from_dict(released(name))
-    assert VisionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = read_vision_config(released(name))
+    assert read_vision_config(json.loads(json.dumps(write_vision_config(config)))) == config
 
 
 def test_old_spellings() -> None:
@@ -111,47 +112,81 @@ def test_old_spellings() -> None:
     data["num_attention_heads"] = data.pop("num_heads")
     assert "in_chans" in data
     assert "spatial_patch_size" in data
-    assert VisionConfig.from_dict(data) == VisionConfig.from_dict(released("qwen2.5-vl-7b"))
+    assert read_vision_config(data) == read_vision_config(released("qwen2.5-vl-7b"))
 
 
 def test_heads_that_no_kernel_turns_are_refused() -> None:
     data = released("qwen3-vl-8b")
     data["vision_config"]["num_heads"] = 96  # of 12
     with pytest.raises(ValueError, match="heads of 12; the kernels need a multiple of 8"):
-        VisionConfig.from_dict(data)
+        read_vision_config(data)
 
 
 def test_square_sizes_may_be_pairs() -> None:
     data = released("qwen3-vl-8b")
     data["vision_config"]["patch_size"] = [16, 16]
-    assert VisionConfig.from_dict(data).patch_size == 16
+    assert read_vision_config(data).patch_size == 16
 
 
 def test_what_is_left_out_means_the_default_of_the_format() -> None:
     """Older transformers saved only what differs from its class defaults."""
     vision = {"model_type": "qwen2_5_vl", "hidden_size": 1280}
-    config = VisionConfig.from_dict({"model_type": "qwen2_5_vl", "vision_config": vision})
-    assert config == VisionConfig.from_dict(released("qwen2.5-vl-7b"))
+    config = read_vision_config({"model_type": "qwen2_5_vl", "vision_config": vision})
+    assert config == read_vision_config(released("qwen2.5-vl-7b"))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "llava"}, "'llava'.*qwen2_5_vl, qwen3_vl, qwen3_vl_moe"),
-        ({"model_type": None}, "None"),
-        ({"vision_config": None}, "vision_config must be an object, got None"),
-        ({"vision_config": {"model_type": "siglip"}}, "'siglip'.*'qwen3_vl'"),
+        ({"vision_config": None}, "of model_type 'qwen3_vl' holds no vision_config"),
+        ({"vision_config": "qwen3_vl"}, "vision_config must be an object, got 'qwen3_vl'"),
+        (
+            {"vision_config": {"model_type": "siglip"}},
+            "vision_config.model_type 'siglip' is not supported; .* qwen2_5_vl, qwen3_vl, qwen3_vl",
+        ),
+        ({"model_type": "llava", "vision_config": {"depth": 24}}, "model_type 'llava' is not"),
+        (
+            {"other": {"vision_config": {"model_type": "qwen2_5_vl_vision"}}},
+            "two vision towers: vision_config and other.vision_config",
+        ),
     ],
 )
 def test_no_tower_of_ours(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        VisionConfig.from_dict(released("qwen3-vl-8b") | change)
+        read_vision_config(released("qwen3-vl-8b") | change)
+
+
+@pytest.mark.parametrize("named", ["qwen3_vl", "qwen3_vl_vision", "qwen3_vl_vision_encoder"])
+@pytest.mark.parametrize("place", ["vision_config", "vlm_config.vision_config", "a.b.tower"])
+def test_a_tower_wherever_it_lies(place: str, named: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What surrounds it need not be known; a tower under another key says that it is one."""
+    caplog.set_level("INFO")
+    data = released("qwen3-vl-8b")
+    part = data["vision_config"] | {"model_type": named}
+    if place.endswith("tower") and named == "qwen3_vl":
+        part["model_type"] = "qwen3_vl_vision"
+    for key in reversed(place.split(".")):
+        part = {key: part}
+    outer = f"somebodys_{place}_{named}"
+    assert read_vision_config(part | {"model_type": outer}) == read_vision_config(data)
+    assert f"a model of type {outer} is qwen3_vl's" in caplog.text
+
+
+def test_the_same_tower_told_twice_is_one() -> None:
+    data = released("qwen3-vl-8b")
+    assert read_vision_config({"model_type": "x", "a": data, "b": data}) == read_vision_config(data)
+
+
+def test_what_the_inner_config_does_not_say_the_outer_says() -> None:
+    data = released("qwen2.5-vl-7b")
+    data["vision_config"].pop("model_type", None)
+    assert read_vision_config(data).model_type == "qwen2_5_vl"
 
 
 def test_a_config_without_vision() -> None:
     data = {"model_type": "qwen3_vl", "hidden_size": 4096, "num_hidden_layers": 36}
     with pytest.raises(ValueError, match=r"qwen3_vl.*no vision_config"):
-        VisionConfig.from_dict(data)
+        read_vision_config(data)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +213,11 @@ def test_impossible_towers(key: str, value: Any, said: str) -> None:
     data = released("qwen3-vl-8b")
     data["vision_config"][key] = value
     with pytest.raises(ValueError, match=said):
-        VisionConfig.from_dict(data)
+        read_vision_config(data)
 
 
 def test_a_window_smaller_than_a_token() -> None:
-    config = VisionConfig.from_dict(released("qwen2.5-vl-7b"))
+    config = read_vision_config(released("qwen2.5-vl-7b"))
     with pytest.raises(ValueError, match=r"window_size 27 .* 28 pixels"):
         replace(config, window_size=27)
 
@@ -191,7 +226,7 @@ def test_full_attention_beyond_the_depth_is_said(caplog: pytest.LogCaptureFixtur
     """transformers runs such a tower with windows only, so it is no error here either."""
     data = released("qwen2.5-vl-7b")
     data["vision_config"]["depth"] = 16
-    assert VisionConfig.from_dict(data).depth == 16
+    assert read_vision_config(data).depth == 16
     assert "[23, 31] are beyond depth 16" in caplog.text
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitrt.encoder import VisionEncoder
     from vitrt.features import EncoderOutput, ImageFeatures
     from vitrt.images.decode import ImageError
+    from vitrt.models.families import read_vision_config
     from vitrt.parallel.context import ParallelContext
     from vitrt.store.writer import FeatureStore
 
@@ -29,6 +30,7 @@ _HOME = {
     "VisionConfig": "vitrt.config",
     "VisionEncoder": "vitrt.encoder",
     "extract_tower": "vitrt.checkpoint.extract",
+    "read_vision_config": "vitrt.models.families",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "VisionEncoder",
     "__version__",
     "extract_tower",
+    "read_vision_config",
 ]
 
 

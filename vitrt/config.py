@@ -5,63 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
-QWEN2_5_VL = "qwen2_5_vl"
-QWEN3_VL = "qwen3_vl"
-QWEN3_VL_MOE = "qwen3_vl_moe"
-MODEL_TYPES = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
-
 ROPE_THETA = 10000.0
-
-# transformers has written config files that hold only what differs from its own defaults, so what
-# a vision_config leaves out means exactly these values: part of the file format, no choice of ours.
-_COMMON_DEFAULTS: dict[str, Any] = {
-    "num_heads": 16,
-    "in_channels": 3,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 3584,
-}
-_QWEN3_DEFAULTS: dict[str, Any] = _COMMON_DEFAULTS | {
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": (8, 16, 24),
-}
-_FORMAT_DEFAULTS: dict[str, dict[str, Any]] = {
-    QWEN2_5_VL: _COMMON_DEFAULTS
-    | {
-        "depth": 32,
-        "hidden_size": 3584,
-        "intermediate_size": 3420,
-        "patch_size": 14,
-        "hidden_act": "silu",
-        "window_size": 112,
-        "fullatt_block_indexes": (7, 15, 23, 31),
-    },
-    QWEN3_VL: _QWEN3_DEFAULTS,
-    QWEN3_VL_MOE: _QWEN3_DEFAULTS,
-}
-_SPELLINGS = {
-    "in_chans": "in_channels",
-    "num_attention_heads": "num_heads",
-    "num_hidden_layers": "depth",
-    "spatial_patch_size": "patch_size",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The shape of a vision tower, as its checkpoint's config.json gives it."""
+    """The shape of a vision tower, as its checkpoint's config.json gives it.
 
-    model_type: str
+    `vitrt.read_vision_config` reads one.
+    """
+
+    model_type: str  # the family's name
     depth: int
     hidden_size: int
     intermediate_size: int
@@ -101,80 +60,8 @@ class VisionConfig:
             return None
         return self.window_size // self.spatial_merge_size // self.patch_size
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> VisionConfig:
-        """From a whole config.json, or from its `vision_config` alone, in any released spelling.
 
-        Raises ValueError naming the key that is missing or that no tower of this family can have.
-        """
-        model_type, vision = _vision_part(data)
-        values = dict(_FORMAT_DEFAULTS[model_type])
-        for key, value in vision.items():
-            name = _SPELLINGS.get(key, key)
-            if name != key and name in vision:
-                continue  # the current spelling wins where a file holds both
-            if name in values:
-                values[name] = value
-        _check_rope(vision)
-        for name, value in values.items():
-            if name == "hidden_act":
-                continue
-            values[name] = (
-                _indexes(name, value) if name.endswith("_indexes") else _integer(name, value)
-            )
-        return cls(model_type=model_type, **values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The vision_config in the released spelling, without what the family does not have."""
-        values = asdict(self)
-        names = ("model_type", *_FORMAT_DEFAULTS[self.model_type])
-        return {
-            name: list(values[name]) if isinstance(values[name], tuple) else values[name]
-            for name in names
-        }
-
-
-def _vision_part(data: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The model type and the vision keys of a config.json, whole or vision only."""
-    named = data.get("model_type")
-    model_type = str(named).removesuffix("_vision")
-    _check_model_type(model_type, named)
-    if "vision_config" in data:
-        vision = data["vision_config"]
-        if not isinstance(vision, Mapping):
-            raise ValueError(f"vision_config must be an object, got {vision!r}")
-        inner = vision.get("model_type", model_type)
-        if str(inner).removesuffix("_vision") != model_type:
-            raise ValueError(
-                f"vision_config.model_type {inner!r} does not belong to model_type {named!r}"
-            )
-        return model_type, vision
-    if "depth" in data or named != model_type:
-        return model_type, data
-    raise ValueError(
-        f"the config of model_type {named!r} holds no vision_config: it has no vision tower"
-    )
-
-
-def _check_model_type(model_type: str, named: object) -> None:
-    """ValueError, by the name that the config gives, for a family that has no tower here."""
-    if model_type not in MODEL_TYPES:
-        supported = ", ".join(MODEL_TYPES)
-        raise ValueError(f"model_type {named!r} is not supported; supported are {supported}")
-
-
-def _check_rope(vision: Mapping[str, Any]) -> None:
-    rope = vision.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", ROPE_THETA)
-    kind = rope.get("rope_type", "axial")
-    if theta != ROPE_THETA or kind not in ("axial", "default"):
-        raise ValueError(
-            f"rope_parameters {dict(rope)!r} are not supported: "
-            f"rope_theta must be {ROPE_THETA} and rope_type 'axial'"
-        )
-
-
-def _integer(name: str, value: Any) -> int:
+def positive_integer(name: str, value: Any) -> int:
     """A positive integer; a square size may be given as [n, n]."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(set(value)) == 1:
         value = value[0]
@@ -183,17 +70,7 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
-def _indexes(name: str, value: Any) -> tuple[int, ...]:
-    valid = isinstance(value, Sequence) and all(
-        isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value
-    )
-    if not valid or list(value) != sorted(set(value)):
-        raise ValueError(f"{name} must be an ascending list of layer numbers, got {value!r}")
-    return tuple(value)
-
-
 def _check_vision(config: VisionConfig) -> None:
-    _check_model_type(config.model_type, config.model_type)
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}"
@@ -209,11 +86,6 @@ def _check_vision(config: VisionConfig) -> None:
         )
     if config.temporal_patch_size != 2:
         raise ValueError(f"temporal_patch_size must be 2, got {config.temporal_patch_size}")
-    expected_act = _FORMAT_DEFAULTS[config.model_type]["hidden_act"]
-    if config.hidden_act != expected_act:
-        raise ValueError(
-            f"hidden_act of {config.model_type} must be {expected_act!r}, got {config.hidden_act!r}"
-        )
     if config.window_cells is not None and config.window_cells < 1:
         raise ValueError(
             f"window_size {config.window_size} is smaller than one merged token of "
@@ -285,7 +157,7 @@ class PreprocessorConfig:
 def _required(data: Mapping[str, Any], name: str) -> int:
     if data.get(name) is None:
         raise ValueError(f"the preprocessor config holds no {name}")
-    return _integer(name, data[name])
+    return positive_integer(name, data[name])
 
 
 def _pixel_limit(data: Mapping[str, Any], name: str, edge: str) -> int:
@@ -293,7 +165,7 @@ def _pixel_limit(data: Mapping[str, Any], name: str, edge: str) -> int:
     sizes = size if isinstance(size, Mapping) else {}
     for value in (data.get(name), sizes.get(edge), sizes.get(name)):
         if value is not None:
-            return _integer(name, value)
+            return positive_integer(name, value)
     raise ValueError(f"the preprocessor config holds neither {name} nor size.{edge}")
 
 
@@ -329,7 +201,7 @@ class RuntimeConfig:
             raise ValueError(f'resize must be "pillow" or "torch", got {self.resize!r}')
         for name in ("min_pixels", "max_pixels", "max_batch_tokens"):
             if (value := getattr(self, name)) is not None:
-                _integer(name, value)
+                positive_integer(name, value)
         if (
             self.min_pixels is not None
             and self.max_pixels is not None

@@ -29,7 +29,7 @@ from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.sharding import encode_together
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
-from vitrt.models import build_tower
+from vitrt.models.families import build_tower
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 

@@ -133,7 +133,7 @@ def test_a_failure_leaves_nothing(
 MEASURE = """
 import sys, torch
 from vitrt.checkpoint.extract import extract_tower
-from vitrt.models import build_tower
+from vitrt.models.families import build_tower
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.engine.loader import load_weights
 

@@ -24,7 +24,7 @@ from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError, StoredTensor, read_header
 from vitrt.engine.loader import load_weights
 from vitrt.layers.weights import TensorSlice, WeightTarget
-from vitrt.models import build_tower
+from vitrt.models.families import build_tower
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 INDEX = "model.safetensors.index.json"

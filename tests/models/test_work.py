@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.support.checkpoints import CONFIGS
 from vitrt.compare.reference import empty_tower
 from vitrt.config import VisionConfig
+from vitrt.models.families import read_vision_config
 from vitrt.models.work import Grid, attention_layers, count_flops, count_parameters, count_tokens
 
 WORKLOADS: dict[str, tuple[list[Grid], list[Grid]]] = {
@@ -34,7 +35,7 @@ FLOORS = {
 
 
 def released(name: str) -> VisionConfig:
-    return VisionConfig.from_dict(json.loads((CONFIGS / name / "config.json").read_text()))
+    return read_vision_config(json.loads((CONFIGS / name / "config.json").read_text()))
 
 
 grids = st.lists(
@@ -88,7 +89,7 @@ def test_tokens_are_merged_patches_of_every_frame() -> None:
 
 
 def test_layers_listed_beyond_the_depth_are_not_counted() -> None:
-    config = VisionConfig.from_dict(
+    config = read_vision_config(
         {
             "model_type": "qwen2_5_vl",
             "hidden_size": 160,

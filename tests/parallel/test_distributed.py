@@ -17,11 +17,10 @@ from tests.support.checkpoints import CONFIGS, reference_tower, tiny_checkpoint
 from tests.support.ranks import ROOT, run_ranks
 from vitrt import ParallelContext, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
-from vitrt.config import VisionConfig
 from vitrt.engine.loader import load_weights
 from vitrt.engine.sharding import Piece, cut
 from vitrt.images.processor import patches_reference
-from vitrt.models import build_tower
+from vitrt.models.families import build_tower, read_vision_config
 from vitrt.parallel.context import SINGLE
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
@@ -206,7 +205,7 @@ def test_a_rank_may_hold_padding_alone(family: str, tmp_path: Path):
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
 def test_released_towers_split_evenly(name: str, size: int):
     """Parts add up to the whole, and products keep the alignment that tensor cores want."""
-    config = VisionConfig.from_dict(json.loads((CONFIGS / name / "config.json").read_text()))
+    config = read_vision_config(json.loads((CONFIGS / name / "config.json").read_text()))
     with torch.device("meta"):
         whole = build_tower(config)
         part = build_tower(config, context(size - 1, size))

@@ -17,6 +17,7 @@ from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.bench.timing import Timing
 from vitrt.engine.device import dtype_name
 from vitrt.engine.eager_runner import RunnerStats
+from vitrt.models.families import write_vision_config
 
 TOP_KERNELS = 8
 
@@ -64,7 +65,7 @@ def _model_json(model: ModelResult, ceiling: float) -> dict[str, Any]:
     return {
         "model": model.named.name,
         "model_type": model.named.config.model_type,
-        "vision_config": model.named.config.to_dict(),
+        "vision_config": write_vision_config(model.named.config),
         "random_weights": model.named.checkpoint is None,
         "attention": model.attention,
         "peers": model.peers,

@@ -17,6 +17,7 @@ from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor
 from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, SINGLE
 from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
+from vitrt.models.families import family_of
 
 _FILES = (SINGLE, PREPROCESSOR, CONFIG)
 PIECE_BYTES = 4 << 20
@@ -69,12 +70,11 @@ def _publish(staging: Path, output: Path) -> None:
 
 def tower_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """A config.json of the same model type that keeps nothing but the vision part and the dtype."""
-    vision = checkpoint.config.get("vision_config", checkpoint.config)
+    family, vision = family_of(checkpoint.config)
     kept = {
         key: checkpoint.config[key] for key in ("dtype", "torch_dtype") if key in checkpoint.config
     }
-    family = checkpoint.vision_config().model_type
-    return {"model_type": family, **kept, "vision_config": dict(vision)}
+    return {"model_type": family.name, **kept, "vision_config": dict(vision)}
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> None:

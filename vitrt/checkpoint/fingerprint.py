@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from hashlib import blake2b
 
+from vitrt.models.families import write_vision_config
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.shards import TensorInfo
 
@@ -17,7 +18,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     The same for a tower that was moved, renamed or extracted; another with an adapter.
     """
     preprocessor = checkpoint.preprocessor_config()
-    config = checkpoint.vision_config().to_dict()
+    config = write_vision_config(checkpoint.vision_config())
     config["image"] = [*preprocessor.image_mean, *preprocessor.image_std]
     digest = blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
     for name, info in sorted(checkpoint.tensors.items()):

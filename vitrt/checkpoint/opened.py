@@ -28,7 +28,7 @@ from vitrt.checkpoint.tower_files import (
     read_json,
 )
 from vitrt.config import PreprocessorConfig, VisionConfig
-from vitrt.models import build_tower
+from vitrt.models.families import build_tower, read_vision_config
 
 # cache_dir, token, local_files_only
 _HubOptions = tuple[str | os.PathLike[str] | None, str | bool | None, bool]
@@ -50,7 +50,7 @@ class Checkpoint:
     def vision_config(self) -> VisionConfig:
         """Raises CheckpointError for a config without a tower of a supported family."""
         with _naming(f"{self.name}: {CONFIG}"):
-            return VisionConfig.from_dict(self.config)
+            return read_vision_config(self.config)
 
     def preprocessor_config(self) -> PreprocessorConfig:
         """Raises CheckpointError naming the setting that is missing or not supported."""

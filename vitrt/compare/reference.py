@@ -20,13 +20,8 @@ from torch import nn
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import VisionConfig
+from vitrt.models.families import family_named, read_vision_config, write_vision_config
 
-TOWER_CLASSES = {
-    "qwen2_5_vl": "Qwen2_5_VisionTransformerPretrainedModel",
-    "qwen3_vl": "Qwen3VLVisionModel",
-    "qwen3_vl_moe": "Qwen3VLMoeVisionModel",
-}
-PREFIXES = {"qwen2_5_vl": "visual.", "qwen3_vl": "model.visual.", "qwen3_vl_moe": "model.visual."}
 # Beside the package in an installation, beside its folder in a checkout.
 CONFIG_FOLDERS = tuple(parent / "configs" for parent in Path(__file__).resolve().parents[1:3])
 
@@ -59,7 +54,7 @@ def find_model(model: str, *, tiny: bool = False) -> NamedModel:
         config = checkpoint.vision_config()
     else:
         checkpoint = None
-        config = VisionConfig.from_dict(json.loads(file.read_text()))
+        config = read_vision_config(json.loads(file.read_text()))
     if tiny:
         return NamedModel(f"{name} (tiny)", shrink(config), None)
     return NamedModel(name, config, checkpoint)
@@ -102,10 +97,10 @@ def build_tower(
 def empty_tower(config: VisionConfig, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """transformers' tower, built as its own loader builds it: rotary frequencies stay float32."""
     # Not every release exports the towers at its top level.
-    family = config.model_type
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    tower_class = getattr(module, TOWER_CLASSES[family])
-    tower_config = tower_class.config_class(**config.to_dict())
+    family = family_named(config.model_type)
+    module = importlib.import_module(f"transformers.models.{family.name}.modeling_{family.name}")
+    tower_class = getattr(module, family.reference)
+    tower_config = tower_class.config_class(**write_vision_config(config))
     with torch.device(device):
         tower = tower_class._from_config(tower_config, dtype=dtype, attn_implementation="sdpa")
     return tower.eval().requires_grad_(False)
@@ -121,15 +116,15 @@ def float32_copy(tower: nn.Module, config: VisionConfig) -> nn.Module:
 
 def save_checkpoint(tower: nn.Module, model: NamedModel, folder: Path) -> Path:
     """The tower's weights as a vision-only checkpoint in the released format."""
-    family = model.config.model_type
+    family = family_named(model.config.model_type)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": family, "vision_config": model.config.to_dict()}
+    config = {"model_type": family.name, "vision_config": write_vision_config(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(
         json.dumps(_preprocessor(model.config), indent=2) + "\n"
     )
     weights = {
-        PREFIXES[family] + name: tensor.contiguous() for name, tensor in tower.state_dict().items()
+        family.prefix + name: tensor.contiguous() for name, tensor in tower.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

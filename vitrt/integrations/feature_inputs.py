@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrt.config import QWEN2_5_VL
 from vitrt.features import ImageFeatures
+from vitrt.models.families import family_of
 
 
 def feature_inputs(
@@ -47,7 +47,7 @@ def placeholder_inputs(
     Raises ValueError where placeholders and features differ in number, and for a batch of prompts.
     """
     given = token_ids(input_ids)
-    by_frame = config.model_type != QWEN2_5_VL  # there a clip is one run of tokens
+    by_frame = family_of(config.to_dict())[0].clip_tokens == "frames"
     counts = {
         int(config.image_token_id): [len(image.embeddings) for image in images],
         int(config.video_token_id): [

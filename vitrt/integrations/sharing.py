@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
-from vitrt.models import build_tower
+from vitrt.models.families import build_tower
 from vitrt.models.tower import VisionTower
 
 

@@ -27,6 +27,7 @@ from vitrt.engine.engine import Engine
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
 from vitrt.integrations.sharing import SharedWeights, share_weights
 from vitrt.integrations.stand_ins import FeatureTower, StandIn, VitrtTower
+from vitrt.models.families import read_vision_config
 
 __all__ = ["accelerate", "accept_features", "feature_inputs", "placeholder_inputs", "restore"]
 
@@ -61,7 +62,7 @@ def accelerate(
     original = owner.visual
     loaded = dict(original.named_parameters())
     device, dtype = _placement(loaded)
-    config = VisionConfig.from_dict(owner.config.to_dict())
+    config = read_vision_config(original.config.to_dict())
     tower, weights = share_weights(config, loaded)
     runtime = RuntimeConfig(
         device=str(device),

@@ -45,8 +45,12 @@ class PatchMerger(nn.Module):
 class DeepstackMerger(PatchMerger):
     """A merger on the output of an inner layer, with LayerNorm AFTER the join, over D * merge^2."""
 
-    def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
-        super().__init__(config, parallel, names=("linear_fc1.", "linear_fc2."))
+    def __init__(
+        self, config: VisionConfig, parallel: ParallelContext, *, names: tuple[str, str, str]
+    ) -> None:
+        """`names`: those of the norm and of the two products in a checkpoint."""
+        super().__init__(config, parallel, names=names[1:])
+        self.norm_name = names[0]
         self.norm = LayerNorm(self.joined)
 
     def forward(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
@@ -54,5 +58,5 @@ class DeepstackMerger(PatchMerger):
         return super().forward(self.norm(residual.view(-1, self.joined)), out)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        yield from self.norm.weight_targets(f"{prefix}norm.")
+        yield from self.norm.weight_targets(prefix + self.norm_name)
         yield from super().weight_targets(prefix)

@@ -1,4 +1,4 @@
-"""The two MLPs: SwiGLU (Qwen2.5-VL) and fc1, GELU (tanh), fc2 (Qwen3-VL). Both `up` then `down`.
+"""The MLPs: SwiGLU (Qwen2.5-VL), and fc1, an activation, fc2. All are `up` then `down`.
 
 Shapes: T patches, D width, F MLP width after padding.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
+from vitrt.kernels.gemm import Activation
 from vitrt.layers.linear import (
     ColumnParallelLinear,
     GateUpLinear,
@@ -24,13 +25,25 @@ from vitrt.parallel.context import ParallelContext
 class MLP(nn.Module):
     """`up` [T, D] -> [T, F / tp], activation included; `down` [T, F / tp] -> [T, D]."""
 
+    activation: Activation
     up_name: str  # prefixes of the two in a checkpoint
     down_name: str
 
-    def __init__(self, up: GateUpLinear | ColumnParallelLinear, down: RowParallelLinear) -> None:
+    def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
         super().__init__()
-        self.up = up
-        self.down = down
+        width, hidden = config.intermediate_size, config.hidden_size
+        padded = padded_width(width, parallel.tp_size)
+        self.up = self.make_up(hidden, width, padded, parallel)
+        self.down = RowParallelLinear(
+            width, hidden, padded=padded, adds_residual=True, parallel=parallel
+        )
+
+    def make_up(
+        self, hidden: int, width: int, padded: int, parallel: ParallelContext
+    ) -> ColumnParallelLinear | GateUpLinear:
+        return ColumnParallelLinear(
+            hidden, width, activation=self.activation, padded=padded, parallel=parallel
+        )
 
     def add_norm_(
         self, residual: Tensor, normed: Tensor, norm: Norm, spare: Tensor | None = None
@@ -46,31 +59,20 @@ class MLP(nn.Module):
         yield from self.down.weight_targets(prefix + self.down_name)
 
 
+class GeluTanhMLP(MLP):
+    """fc2(gelu_tanh(fc1(x)))."""
+
+    activation: Activation = "gelu_tanh"
+    up_name, down_name = "linear_fc1.", "linear_fc2."
+
+
 class SwiGLU(MLP):
     """down(silu(gate(x)) * up(x))."""
 
+    activation: Activation = "swiglu"
     up_name, down_name = "", "down_proj."
 
-    def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
-        width, hidden = config.intermediate_size, config.hidden_size
-        padded = padded_width(width, parallel.tp_size)
-        super().__init__(
-            GateUpLinear(hidden, width, padded=padded, parallel=parallel),
-            RowParallelLinear(width, hidden, padded=padded, adds_residual=True, parallel=parallel),
-        )
-
-
-class GeluMLP(MLP):
-    """fc2(gelu_tanh(fc1(x)))."""
-
-    up_name, down_name = "linear_fc1.", "linear_fc2."
-
-    def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
-        width, hidden = config.intermediate_size, config.hidden_size
-        padded = padded_width(width, parallel.tp_size)
-        super().__init__(
-            ColumnParallelLinear(
-                hidden, width, activation="gelu_tanh", padded=padded, parallel=parallel
-            ),
-            RowParallelLinear(width, hidden, padded=padded, adds_residual=True, parallel=parallel),
-        )
+    def make_up(
+        self, hidden: int, width: int, padded: int, parallel: ParallelContext
+    ) -> GateUpLinear:
+        return GateUpLinear(hidden, width, padded=padded, parallel=parallel)

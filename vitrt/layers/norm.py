@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrt.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from vitrt.layers.weights import WeightTarget, whole
 
-EPS = 1e-6  # every norm of both families
+EPS = 1e-6  # every norm of every family
 
 
 class Norm(Protocol):
@@ -34,6 +34,8 @@ class Norm(Protocol):
         The norm is written to `out`, else over `delta`.
         """
         ...
+
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]: ...
 
 
 class RMSNorm(nn.Module):

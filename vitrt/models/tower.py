@@ -1,4 +1,4 @@
-"""What the towers of both families share: patches in, residual blocks, merged tokens out.
+"""What all towers share: patches in, residual blocks, merged tokens out.
 
 Shapes: T patches, P values of one patch, D width, M merged tokens, O output width,
 L deepstack levels.
@@ -19,6 +19,7 @@ from vitrt.kernels.segments import Rotary, Segments
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import Linear
+from vitrt.layers.merger import PatchMerger
 from vitrt.layers.mlp import MLP
 from vitrt.layers.norm import LayerNorm, Norm, RMSNorm
 from vitrt.layers.patch import PatchEmbed
@@ -26,7 +27,7 @@ from vitrt.layers.rotary import RotaryPosMixin
 from vitrt.layers.weights import WeightTarget
 from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.plan import ForwardPlan, FramePlan, Grid, build_plan, check_grids
-from vitrt.parallel.context import ParallelContext
+from vitrt.parallel.context import SINGLE, ParallelContext
 
 _FRAME_CACHE_BYTES = 64 << 20
 _PLAN_CACHE_BYTES = 64 << 20
@@ -45,17 +46,11 @@ class TowerOutput:
 class VisionBlock(nn.Module):
     """norm1, attention, residual; norm2, MLP, residual. A norm rides behind the add it follows."""
 
-    def __init__(
-        self,
-        config: VisionConfig,
-        parallel: ParallelContext,
-        norm: type[RMSNorm] | type[LayerNorm],
-        mlp: MLP,
-    ) -> None:
+    def __init__(self, norm1: Norm, attn: VisionAttention, norm2: Norm, mlp: MLP) -> None:
         super().__init__()
-        self.norm1 = norm(config.hidden_size)
-        self.attn = VisionAttention(config, parallel)
-        self.norm2 = norm(config.hidden_size)
+        self.norm1 = norm1
+        self.attn = attn
+        self.norm2 = norm2
         self.mlp = mlp
 
     def forward(
@@ -109,18 +104,59 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(RotaryPosMixin, nn.Module):
-    """A tower: `plan` on the host, `forward` on the device. Families fill in what is theirs."""
+    """A tower: `plan` on the host, `forward` on the device.
 
-    config: VisionConfig
-    patch_embed: PatchEmbed
-    blocks: nn.ModuleList
+    A family's tower says what its blocks and its merger are made of, and overrides the hooks where
+    it departs from full attention in every layer over patches in the order of `pixel_values`.
+    """
 
-    def __init__(self, config: VisionConfig) -> None:
+    patch_bias = False
+    norm: type[RMSNorm] | type[LayerNorm] = LayerNorm
+    attention: type[VisionAttention] = VisionAttention
+    mlp: type[MLP]
+    # Norm and the two products of a merger, as checkpoints name them.
+    merger_names: tuple[str, str, str] = ("ln_q.", "mlp.0.", "mlp.2.")
+
+    def __init__(self, config: VisionConfig, parallel: ParallelContext = SINGLE) -> None:
         super().__init__()
         self.config = config
         self.init_rotary(config.head_dim)
         self.frames: ByteCache[tuple[int, int], FramePlan] = ByteCache(_FRAME_CACHE_BYTES)
         self.plans: ByteCache[tuple[Grid, ...], ForwardPlan] = ByteCache(_PLAN_CACHE_BYTES)
+        width = config.hidden_size
+        self.patch_embed = PatchEmbed(config, bias=self.patch_bias)
+        self.blocks = nn.ModuleList(
+            VisionBlock(
+                self.norm(width),
+                self.attention(config, parallel),
+                self.norm(width),
+                self.mlp(config, parallel),
+            )
+            for _ in range(config.depth)
+        )
+        self.merger_norm: Norm = self.norm(width)
+        self.merger = PatchMerger(config, parallel, names=self.merger_names[1:])
+
+    # Hooks
+
+    def plan_frame(self, h: int, w: int) -> FramePlan:
+        """The plan of one frame of h x w patches."""
+        positions = self.rotary_position_ids(h, w, self.config.spatial_merge_size)
+        return FramePlan(positions, None, None, None, None)
+
+    def in_windows(self, index: int) -> bool:
+        """Whether layer `index` attends within windows, else over whole frames."""
+        return False
+
+    def add_positions_(self, residual: Tensor, plan: DevicePlan) -> None:
+        """Add learned positions to the embedded patches [T, D], float32, in place."""
+
+    def new_deepstack(self, patches: Tensor) -> Tensor | None:
+        """Room for what `tap_` leaves, [L, M, O]; None for a tower that taps no layer."""
+        return None
+
+    def tap_(self, index: int, residual: Tensor, deepstack: Tensor) -> None:
+        """Put the level that layer `index` feeds, if it feeds one, into `deepstack`."""
 
     # Host
 
@@ -144,10 +180,6 @@ class VisionTower(RotaryPosMixin, nn.Module):
         cells = self.config.window_cells
         return 0 if cells is None else cells**2 * self.config.merge_unit
 
-    def plan_frame(self, h: int, w: int) -> FramePlan:
-        """The plan of one frame of h x w patches."""
-        raise NotImplementedError
-
     # Device
 
     def forward(
@@ -164,37 +196,39 @@ class VisionTower(RotaryPosMixin, nn.Module):
         `keep_hidden` asks for the hidden states after those layers; without `merged` they are all
         that comes out, and the last one ends the forward.
         """
-        raise NotImplementedError
-
-    def layers_to_run(self, keep_hidden: Sequence[int], merged: bool) -> range:
-        """Every layer, or those up to the last whose hidden states are kept."""
-        return range(len(self.blocks) if merged else max(keep_hidden) + 1)
-
-    def unmerged(self, kept: tuple[Tensor, ...]) -> TowerOutput:
-        """Hidden states without any merged token."""
-        return TowerOutput(kept[0].new_empty(0, self.config.out_hidden_size), None, kept)
-
-    def run_block(
-        self,
-        index: int,
-        residual: Tensor,
-        normed: Tensor,
-        rotary: Rotary,
-        segments: Segments,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        """Block `index` on `residual`, in place; returns the norm of the next block or merger."""
-        last = index + 1 == len(self.blocks)
-        next_norm = self.final_norm if last else self.block(index + 1).norm1
-        return self.block(index)(residual, normed, rotary, segments, backend, next_norm)
+        rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
+        deepstack = self.new_deepstack(patches) if merged else None
+        residual = self.patch_embed(patches).float()
+        self.add_positions_(residual, plan)
+        normed = self.block(0).norm1(residual)
+        hidden: dict[int, Tensor] = {}
+        for index in range(self.config.depth if merged else max(keep_hidden) + 1):
+            segments, backend = plan.full, attention.full
+            if self.in_windows(index):
+                assert plan.window is not None
+                segments, backend = plan.window, attention.window
+            block, next_norm = self.block(index), self.norm_behind(index)
+            normed = block(residual, normed, rotary, segments, backend, next_norm)
+            if deepstack is not None:
+                self.tap_(index, residual, deepstack)
+            if index in keep_hidden:
+                hidden[index] = residual.to(patches.dtype, copy=True)
+        kept = tuple(hidden[index] for index in keep_hidden)
+        embeddings = self.merger(normed) if merged else None
+        if plan.inverse is not None:  # the tower ran in another order
+            kept = tuple(states.index_select(0, plan.hidden_inverse) for states in kept)
+            embeddings = None if embeddings is None else embeddings.index_select(0, plan.inverse)
+        if embeddings is None:
+            embeddings = patches.new_empty(0, self.config.out_hidden_size)
+        return TowerOutput(embeddings, deepstack, kept)
 
     def block(self, index: int) -> VisionBlock:
         return cast(VisionBlock, self.blocks[index])
 
-    @property
-    def final_norm(self) -> Norm:
-        """The norm in front of the merger."""
-        raise NotImplementedError
+    def norm_behind(self, index: int) -> Norm:
+        """The norm of what layer `index` leaves: the next block's or the merger's."""
+        last = index + 1 == self.config.depth
+        return self.merger_norm if last else self.block(index + 1).norm1
 
     # Weights
 
@@ -215,4 +249,8 @@ class VisionTower(RotaryPosMixin, nn.Module):
 
     def weight_targets(self) -> Iterator[WeightTarget]:
         """Every tensor of the checkpoint's tower, once."""
-        raise NotImplementedError
+        yield from self.patch_embed.weight_targets("patch_embed.")
+        for index in range(self.config.depth):
+            yield from self.block(index).weight_targets(f"blocks.{index}.")
+        yield from self.merger_norm.weight_targets(f"merger.{self.merger_names[0]}")
+        yield from self.merger.weight_targets("merger.")

@@ -2,15 +2,17 @@
 
 Only matrix products count, at the true sizes: zero-padding, ragged tiles and recomputation count as
 nothing, so counted FLOPs over time is a rate that two implementations can be compared by. One
-multiply-add is two operations.
+multiply-add is two operations. Weights are counted where they are known, in the tower.
 
-Shapes: n patches, s patches of a frame, D width, F MLP width, O output width.
+Shapes: n patches, s patches of a frame, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from functools import lru_cache
+from math import prod
 
 from vitrt.config import VisionConfig
 
@@ -32,6 +34,41 @@ class FlopCount:
         return sum(astuple(self))
 
 
+@dataclass(frozen=True, slots=True)
+class _TowerCount:
+    """What a tower holds, without the padding of MLP widths: values, and layers of each kind."""
+
+    parameters: int
+    patch_embed: int  # values of matrices alone, here and below
+    blocks: int
+    mergers: int
+    window_layers: int
+
+
+@lru_cache(maxsize=64)
+def _count_tower(config: VisionConfig) -> _TowerCount:
+    # Not at the top: who counts patches needs no torch.
+    import torch
+
+    from vitrt.models.families import build_tower
+
+    with torch.device("meta"):
+        tower = build_tower(config)
+    shapes = {target.name: target.shape for target in tower.weight_targets()}
+    matrices = {"patch_embed": 0, "pos_embed": 0, "blocks": 0, "merger": 0}
+    for name, shape in shapes.items():
+        if len(shape) > 1:
+            part = name.split(".")[0]
+            matrices[part if part in matrices else "merger"] += prod(shape)
+    return _TowerCount(
+        parameters=sum(prod(shape) for shape in shapes.values()),
+        patch_embed=matrices["patch_embed"],
+        blocks=matrices["blocks"],
+        mergers=matrices["merger"],
+        window_layers=sum(map(tower.in_windows, range(config.depth))),
+    )
+
+
 def count_patches(grids: Iterable[Grid]) -> int:
     """Patches of a batch: what a forward's cost grows with."""
     return sum(t * h * w for t, h, w in grids)
@@ -50,52 +87,27 @@ def count_flops(config: VisionConfig, grids: Iterable[Grid]) -> FlopCount:
     overestimate of under one per cent of the total.
     """
     grids = tuple(grids)
+    tower = _count_tower(config)
     n = count_patches(grids)
     full_pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
-    width = config.hidden_size
     full_layers, window_layers = attention_layers(config)
-    # q k^T and probabilities x v, each one multiply-add per pair and channel.
     window = 0 if config.window_cells is None else config.window_cells**2 * config.merge_unit
-    joined = width * config.merge_unit
-    merger = joined**2 + joined * config.out_hidden_size
     return FlopCount(
-        patch_embed=2 * n * config.patch_dim * width,
-        linear=config.depth
-        * 2
-        * n
-        * (4 * width**2 + mlp_products(config) * width * config.intermediate_size),
-        full_attention=full_layers * 4 * full_pairs * width,
-        window_attention=window_layers * 4 * n * window * width,
-        mergers=(1 + len(config.deepstack_visual_indexes)) * (n // config.merge_unit) * 2 * merger,
+        patch_embed=2 * n * tower.patch_embed,
+        linear=2 * n * tower.blocks,
+        # q k^T and probabilities x v, each one multiply-add per pair and channel.
+        full_attention=full_layers * 4 * full_pairs * config.hidden_size,
+        window_attention=window_layers * 4 * n * window * config.hidden_size,
+        mergers=2 * (n // config.merge_unit) * tower.mergers,
     )
 
 
 def attention_layers(config: VisionConfig) -> tuple[int, int]:
     """How many layers attend over whole frames, and how many within windows."""
-    if config.window_size is None:
-        return config.depth, 0
-    full = sum(1 for layer in range(config.depth) if layer in config.fullatt_block_indexes)
-    return full, config.depth - full
-
-
-def mlp_products(config: VisionConfig) -> int:
-    """Products of D x F in one MLP: gate, up and down, or fc1 and fc2."""
-    return 3 if config.hidden_act == "silu" else 2
+    windows = _count_tower(config).window_layers
+    return config.depth - windows, windows
 
 
 def count_parameters(config: VisionConfig) -> int:
-    """Parameters of the tower as its checkpoint holds it, without the padding of MLP widths."""
-    width, inner, joined = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.hidden_size * config.merge_unit,
-    )
-    swiglu = config.hidden_act == "silu"
-    norm = width if swiglu else 2 * width  # RMSNorm has no bias
-    mlp = mlp_products(config) * width * inner + (mlp_products(config) - 1) * inner + width
-    block = 4 * width**2 + 4 * width + mlp + 2 * norm
-    merger = joined**2 + joined + joined * config.out_hidden_size + config.out_hidden_size
-    deepstack = len(config.deepstack_visual_indexes) * (merger + 2 * joined)
-    patch_embed = config.patch_dim * width + (0 if swiglu else width)
-    positions = (config.num_position_embeddings or 0) * width
-    return patch_embed + positions + config.depth * block + norm + merger + deepstack
+    """Parameters of the tower as its checkpoint holds it."""
+    return _count_tower(config).parameters
