@@ -109,12 +109,13 @@ def build_tower(config: VisionConfig, parallel: ParallelContext = SINGLE) -> Vis
 
 def family_named(model_type: object) -> Family:
     """The family that a vision_config's `model_type` names. ValueError for an unknown one."""
-    family = _named(model_type)
-    if family is None:
-        raise ValueError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(_BY_NAME)}"
-        )
+    if (family := _named(model_type)) is None:
+        raise _unsupported("model_type", model_type)
     return family
+
+
+def _unsupported(key: str, model_type: object) -> ValueError:
+    return ValueError(f"{key} {model_type!r} is not supported; supported are {', '.join(_BY_NAME)}")
 
 
 def _named(model_type: object) -> Family | None:
@@ -131,16 +132,12 @@ def family_of(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     """
     parts = list(_vision_parts(config, "", None))
     known = [(where, family, part) for where, name, part in parts if (family := _named(name))]
-    if not known and parts:
-        where, name, _ = parts[0]
-        raise ValueError(
-            f"{f'{where}.' if where else ''}model_type {name!r} is not supported; supported are "
-            f"{', '.join(_BY_NAME)}"
-        )
     if not known:
+        where, name, _ = parts[0] if parts else ("", config.get("model_type"), config)
+        if _named(name) is None:
+            raise _unsupported(f"{where}.model_type" if where else "model_type", name)
         raise ValueError(
-            f"the config of model_type {config.get('model_type')!r} holds no vision_config: it has "
-            "no vision tower"
+            f"the config of model_type {name!r} holds no vision_config: it has no vision tower"
         )
     where, family, part = known[0]
     others = [place for place, *found in known if found != [family, part]]
