@@ -16,8 +16,8 @@ from torch import Tensor
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor
 from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, SINGLE
-from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
 from vitrt.models.families import family_of
+from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
 
 _FILES = (SINGLE, PREPROCESSOR, CONFIG)
 PIECE_BYTES = 4 << 20
