@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from hashlib import blake2b
 
-from vitrt.models.families import write_vision_config
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.shards import TensorInfo
+from vitrt.models.families import write_vision_config
 
 _SAMPLE_BYTES = 2048  # at each end of a tensor
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrt.config import RuntimeConfig, VisionConfig
+from vitrt.config import RuntimeConfig
 from vitrt.engine.device import dtype_name
 from vitrt.engine.engine import Engine
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
