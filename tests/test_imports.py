@@ -46,7 +46,6 @@ TO_MEND = frozenset(
     {
         "engine.arguments -> images.decode",
         "engine.batching -> images.processor",
-        "engine.loader -> checkpoint.opened",
         "engine.sharding -> encoder",
         "engine.sharding -> images.decode",
         "engine.sharding -> images.processor",

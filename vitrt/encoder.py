@@ -23,13 +23,12 @@ from vitrt.engine.dense import AnyEncoder, DenseEncoder
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.engine import Engine
-from vitrt.engine.loader import load_weights
+from vitrt.engine.loader import load_tower
 from vitrt.engine.per_image import split_by_image
 from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.sharding import encode_together
 from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
-from vitrt.models.families import build_tower
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -158,12 +157,15 @@ class VisionEncoder:
         device = resolve_device(runtime.device)
         dtype = resolve_dtype(runtime.dtype, device)
         preprocessor = checkpoint.preprocessor_config()
-        with torch.device("meta"):
-            tower = build_tower(checkpoint.vision_config(), parallel)
-        tower.place(lambda meta: torch.empty(meta.shape, dtype=dtype, device=device))
-        load_weights(tower, checkpoint)
-        tower.prepare()
-        engine = Engine(tower.eval(), runtime, parallel)
+        tower = load_tower(
+            checkpoint.vision_config(),
+            checkpoint.tower_tensors(),
+            device=device,
+            dtype=dtype,
+            parallel=parallel,
+        )
+        logger.info("%s: %.0f MiB of weights", checkpoint.name, checkpoint.num_bytes / 2**20)
+        engine = Engine(tower, runtime, parallel)
         if device.type == "cuda":
             engine.load_kernels()
         return cls(engine, preprocessor, checkpoint.name)

@@ -135,7 +135,7 @@ import sys, torch
 from vitrt.checkpoint.extract import extract_tower
 from vitrt.models.families import build_tower
 from vitrt.checkpoint.opened import open_checkpoint
-from vitrt.engine.loader import load_weights
+from vitrt.engine.loader import fill_tower
 
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
@@ -146,7 +146,7 @@ def extract_and_load(source, output):
     checkpoint = open_checkpoint(output)
     with torch.device("meta"):
         tower = build_tower(checkpoint.vision_config()).bfloat16()
-    load_weights(tower.to_empty(device="cpu"), checkpoint)
+    fill_tower(tower.to_empty(device="cpu"), checkpoint.tower_tensors())
     yield peak()
 
 tiny, source, folder = sys.argv[1:]

@@ -24,7 +24,7 @@ from tests.support.hub_server import COMMIT, FakeHub, serve
 from vitrt.checkpoint import hub_ranges
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError, read_header
-from vitrt.engine.loader import load_weights
+from vitrt.engine.loader import fill_tower
 
 INDEX = "model.safetensors.index.json"
 
@@ -69,7 +69,7 @@ def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def load(hub: FakeHub, **options: Any) -> Recorder:
     checkpoint = open_checkpoint(hub.repo, **options)
     tower = recorder(checkpoint)
-    load_weights(tower, checkpoint)
+    fill_tower(tower, checkpoint.tower_tensors())
     return tower
 
 

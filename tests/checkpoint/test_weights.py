@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import CONFIGS, reference_tower
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError, StoredTensor, read_header
-from vitrt.engine.loader import load_weights
+from vitrt.engine.loader import fill_tower
 from vitrt.layers.weights import TensorSlice, WeightTarget
 from vitrt.models.families import build_tower
 
@@ -88,7 +88,7 @@ def recorder(checkpoint: Checkpoint) -> Recorder:
 
 def load_all(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    load_weights(recorder(checkpoint), checkpoint)
+    fill_tower(recorder(checkpoint), checkpoint.tower_tensors())
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -135,7 +135,7 @@ def single_file(folder: Path, target: Path, rename: Any = lambda name: name) -> 
 def test_every_tensor_once_and_bit_for_bit(checkpoint_folder: Path) -> None:
     checkpoint = open_checkpoint(checkpoint_folder)
     tower = recorder(checkpoint)
-    load_weights(tower, checkpoint)
+    fill_tower(tower, checkpoint.tower_tensors())
     expected = reference_tower(checkpoint_folder).state_dict()
     assert tower.kept.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -150,7 +150,7 @@ def test_the_real_tower_is_filled(checkpoint_folder: Path) -> None:
     tower.to_empty(device="cpu")
     for parameter in tower.parameters():
         parameter.fill_(float("nan"))
-    load_weights(tower, checkpoint)
+    fill_tower(tower, checkpoint.tower_tensors())
     for name, parameter in tower.named_parameters():
         assert not parameter.isnan().any(), name
     norm = reference_tower(checkpoint_folder).blocks[3].norm2.weight
@@ -273,7 +273,7 @@ def test_a_folder_without_weights_describes_a_tower(copy: Path) -> None:
     checkpoint = open_checkpoint(str(copy))
     assert checkpoint.vision_config().depth == 6
     with pytest.raises(CheckpointError, match=r"broken: holds no weights"):
-        load_weights(recorder(checkpoint), checkpoint)
+        fill_tower(recorder(checkpoint), checkpoint.tower_tensors())
 
 
 @pytest.mark.parametrize("folder", sorted(CONFIGS.iterdir()), ids=lambda folder: folder.name)
@@ -306,7 +306,7 @@ def test_all_problems_are_listed_at_once(copy: Path) -> None:
     checkpoint = open_checkpoint(copy)
     tower = recorder(checkpoint)
     with pytest.raises(CheckpointError) as caught:
-        load_weights(tower, checkpoint)
+        fill_tower(tower, checkpoint.tower_tensors())
     text = str(caught.value)
     assert "missing (2): blocks.0.norm1.weight, blocks.1.norm1.weight" in text
     assert "left over (1): model.visual.extra.weight" in text
@@ -342,7 +342,7 @@ def test_a_shard_that_shrinks_after_it_was_opened(copy: Path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=f"{file.name}: truncated"):
-        load_weights(recorder(checkpoint), checkpoint)
+        fill_tower(recorder(checkpoint), checkpoint.tower_tensors())
 
 
 @pytest.mark.parametrize(

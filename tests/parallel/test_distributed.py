@@ -17,7 +17,7 @@ from tests.support.checkpoints import CONFIGS, reference_tower, tiny_checkpoint
 from tests.support.ranks import ROOT, run_ranks
 from vitrt import ParallelContext, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
-from vitrt.engine.loader import load_weights
+from vitrt.engine.loader import fill_tower
 from vitrt.engine.sharding import Piece, cut
 from vitrt.images.processor import patches_reference
 from vitrt.models.families import build_tower, read_vision_config
@@ -146,9 +146,6 @@ class Counting:
         self.itemsize = itemsize
         self.nbytes = 0
 
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
     def __getitem__(self, index: Any) -> Tensor:
         part = torch.zeros(self.shape)[index]
         self.nbytes += part.numel() * self.itemsize
@@ -175,7 +172,7 @@ def test_each_rank_reads_only_its_slices(family: str, size: int, folders: dict[s
         for parameter in tower.parameters():
             parameter.data.fill_(torch.nan)
         before = bytes_read()
-        load_weights(tower, checkpoint)
+        fill_tower(tower, checkpoint.tower_tensors())
         # What looking takes is a few hundred bytes.
         assert asked <= bytes_read() - before < asked + 4096
         assert not any(parameter.isnan().any() for parameter in tower.parameters())
@@ -195,7 +192,7 @@ def test_a_rank_may_hold_padding_alone(family: str, tmp_path: Path):
         tower = tower.to_empty(device="cpu")
         for parameter in tower.parameters():
             parameter.data.fill_(torch.nan)
-        load_weights(tower, checkpoint)
+        fill_tower(tower, checkpoint.tower_tensors())
         assert not any(parameter.isnan().any() for parameter in tower.parameters())
         down = tower.block(0).mlp.down.weight
         assert down.count_nonzero() == down.shape[0] * (64, 64, 2, 0)[rank]

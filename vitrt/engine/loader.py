@@ -1,37 +1,109 @@
-"""Fill a tower from a checkpoint: every parameter exactly once.
+"""Fill a tower, every parameter exactly once, from (name, tensor) pairs wherever they come from.
 
-A layer reads only its rank's part of a tensor.
+A tensor lies on disk, or in memory on any device. A layer takes only its rank's part of it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
-from vitrt.checkpoint.opened import Checkpoint
-from vitrt.layers.weights import WeightTarget
-
-logger = logging.getLogger(__name__)
+from vitrt.config import VisionConfig
+from vitrt.layers.weights import TensorSlice, WeightTarget
+from vitrt.models.families import build_tower
+from vitrt.models.tower import VisionTower
+from vitrt.parallel.context import SINGLE, ParallelContext
 
 
 class Tower(Protocol):
-    """What can be filled: it names every tensor of the checkpoint's tower, once."""
+    """What can be filled: it names every tensor of a checkpoint's tower, once."""
 
     def weight_targets(self) -> Iterator[WeightTarget]: ...
 
 
-def load_weights(model: Tower, checkpoint: Checkpoint) -> None:
-    """Fill every parameter of `model`, each exactly once.
+def load_tower(
+    config: VisionConfig,
+    tensors: Iterable[tuple[str, TensorSlice]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    parallel: ParallelContext = SINGLE,
+    share: bool = False,
+) -> VisionTower:
+    """The tower of `config` with the weights that `tensors` gives, in any order, ready to run.
 
-    Names and shapes are all checked before the first byte is read; see `tower_tensors`.
+    Args:
+        tensors: every tensor of the tower by its name in it, each whole, also where `parallel`
+            splits it over ranks. They are taken one at a time, unless they are to be shared.
+        device, dtype: of the tower.
+        share: use the memory of tensors on `device` in `dtype` that the tower lays out as they are.
+
+    Raises ValueError listing every name that is missing, left over, given twice or of another
+    shape.
     """
-    targets = {target.name: target for target in model.weight_targets()}
-    tensors = checkpoint.tower_tensors()
-    with torch.no_grad():
-        for name, tensor in tensors:
-            targets.pop(name).store(tensor)
-    assert not targets, sorted(targets)
-    logger.info("%s: %.0f MiB of weights", checkpoint.name, checkpoint.num_bytes / 2**20)
+    with torch.device("meta"):
+        tower = build_tower(config, parallel)
+    shared: dict[int, Tensor] = {}  # by the parameter that takes it over
+    if share:
+        given = list(tensors)
+        by_name = dict(given)
+        for target in tower.weight_targets():
+            tensor = by_name.get(target.name)
+            if (
+                target.identical is not None
+                and isinstance(tensor, Tensor)
+                and (tensor.device, tensor.dtype) == (device, dtype)
+                and tuple(tensor.shape) == target.shape
+                and tensor.is_contiguous()
+            ):
+                shared[id(target.identical)] = tensor.detach()
+        tensors = given
+
+    def memory(meta: nn.Parameter) -> Tensor:
+        if id(meta) in shared:
+            return shared[id(meta)].view(meta.shape)
+        return torch.empty(meta.shape, dtype=dtype, device=device)
+
+    tower.place(memory)
+    fill_tower(tower, tensors)
+    tower.prepare()
+    return tower.eval()
+
+
+def fill_tower(tower: Tower, tensors: Iterable[tuple[str, TensorSlice]]) -> None:
+    """Store `tensors` in the parameters of `tower`; ValueError as in `load_tower`."""
+    targets = {target.name: target for target in tower.weight_targets()}
+    filled: set[str] = set()
+    problems: dict[str, list[str]] = {"left over": [], "given twice": [], "wrong shape": []}
+    for name, tensor in tensors:
+        target = targets.get(name)
+        if target is None:
+            problems["left over"].append(name)
+        elif name in filled:
+            problems["given twice"].append(name)
+        else:
+            filled.add(name)
+            if tuple(tensor.shape) != target.shape:
+                problems["wrong shape"].append(
+                    f"{name} is {list(tensor.shape)}, should be {list(target.shape)}"
+                )
+            elif not _is_there(tensor, target):
+                with torch.no_grad():
+                    target.store(tensor)
+    problems = {"missing": [name for name in targets if name not in filled], **problems}
+    lines = [
+        f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in problems.items() if names
+    ]
+    if lines:
+        raise ValueError("the tower's weights are not those of its config\n" + "\n".join(lines))
+
+
+def _is_there(tensor: TensorSlice, target: WeightTarget) -> bool:
+    """Whether the parameter is in the tensor's own memory."""
+    own = target.identical
+    return (
+        own is not None and isinstance(tensor, Tensor) and own.data_ptr() == tensor.data_ptr() != 0
+    )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrt.config import VisionConfig
-from vitrt.models.families import build_tower
+from vitrt.engine.loader import load_tower
 from vitrt.models.tower import VisionTower
 
 
@@ -30,57 +29,10 @@ def share_weights(
     Raises ValueError listing every name that is missing, left over or has another shape.
     """
     first = next(iter(loaded.values()))
-    with torch.device("meta"):
-        tower = build_tower(config)
-    slots = {slot.name: slot for slot in tower.weight_targets()}
-    _check_names({name: slot.shape for name, slot in slots.items()}, loaded)
-    sources = {
-        id(slot.identical): loaded[name].detach()
-        for name, slot in slots.items()
-        if slot.identical is not None and loaded[name].is_contiguous()
-    }
-    added = 0
-
-    def memory(meta: nn.Parameter) -> Tensor:
-        nonlocal added
-        source = sources.get(id(meta))
-        if source is not None:
-            return source.view(meta.shape)
-        own = torch.empty(meta.shape, dtype=first.dtype, device=first.device)
-        added += own.nbytes
-        return own
-
-    tower.place(memory)
-    shared = tuple(name for name, slot in slots.items() if id(slot.identical) in sources)
+    tower = load_tower(config, loaded.items(), device=first.device, dtype=first.dtype, share=True)
+    theirs = {tensor.data_ptr() for tensor in loaded.values()}
+    ours = {parameter.data_ptr() for parameter in tower.parameters()}
+    shared = tuple(name for name, tensor in loaded.items() if tensor.data_ptr() in ours)
     copied = {name: tensor.nbytes for name, tensor in loaded.items() if name not in set(shared)}
-    with torch.no_grad():
-        for slot in tower.weight_targets():  # of the parameters that are now there
-            if slot.name in copied:
-                slot.store(_InMemory(loaded[slot.name].detach()))
-    tower.prepare()
-    return tower.eval(), SharedWeights(shared, copied, added)
-
-
-class _InMemory:
-    """A loaded tensor where a layer expects one on disk."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, index: object) -> Tensor:
-        return self.tensor[index]  # type: ignore[index]
-
-
-def _check_names(wanted: Mapping[str, tuple[int, ...]], loaded: Mapping[str, Tensor]) -> None:
-    problems = [f"missing: {name}" for name in wanted if name not in loaded]
-    problems += [f"left over: {name}" for name in loaded if name not in wanted]
-    problems += [
-        f"{name} is {list(loaded[name].shape)}, should be {list(shape)}"
-        for name, shape in wanted.items()
-        if name in loaded and tuple(loaded[name].shape) != shape
-    ]
-    if problems:
-        raise ValueError("the tower's weights are not those of its config: " + "; ".join(problems))
+    added = sum(p.nbytes for p in tower.parameters() if p.data_ptr() not in theirs)
+    return tower, SharedWeights(shared, copied, added)

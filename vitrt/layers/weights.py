@@ -14,9 +14,10 @@ from torch import Tensor
 
 
 class TensorSlice(Protocol):
-    """A tensor on disk, of which indexing reads just that part."""
+    """A tensor in memory, or on disk, where indexing reads just that part."""
 
-    def get_shape(self) -> list[int]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, index: Any) -> Tensor: ...
 
