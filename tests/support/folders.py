@@ -57,10 +57,10 @@ class FakeEncoder:
             max_pixels=IDENTITY.max_pixels,
         )
 
-    def stages(self) -> Stages[Record]:
+    def stages(self, *, pool: bool = False) -> Stages[Record]:
         return Stages(
             prepare=prepare_with(self.processor.prepare),
-            run=self.run,
+            run=(lambda images: list(map(pooled, self.run(images)))) if pool else self.run,
             max_batch_patches=self.budget,
             device=torch.device("cpu"),
         )
@@ -80,6 +80,11 @@ def fake_features(image: PreparedImage) -> ImageFeatures:
     base = torch.from_numpy(blocks.astype(np.float32)).reshape(-1, 3)
     embeddings = torch.cat([base, base**0.5], dim=1)
     return ImageFeatures(embeddings, torch.stack([embeddings + 1, embeddings * 2]), (t, h, w))
+
+
+def pooled(features: ImageFeatures) -> ImageFeatures:
+    row = features.pooled()[None]
+    return ImageFeatures(row, None, features.grid_thw, features.merge_size)
 
 
 def photo(path: Path, seed: int, height: int = 40, width: int = 70) -> Path:
@@ -128,7 +133,7 @@ def encode(
             shard_mib=shard_mib,
         )
         outcome = encode_records(
-            (encoder or FakeEncoder()).stages(),
+            (encoder or FakeEncoder()).stages(pool=identity.pool == "mean"),
             walk(str(folder)) if records is None else records,
             writer,
             EncodedIndex(output),

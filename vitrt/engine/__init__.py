@@ -13,7 +13,6 @@ __all__ = [
     "pipeline",
     "request",
     "shares",
-    "splitting",
     "stages",
     "window",
     "workers",
