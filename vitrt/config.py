@@ -191,12 +191,18 @@ class RuntimeConfig:
     max_batch_tokens: int | None = None  # patches of one forward; None: chosen from free memory
     resize: Literal["pillow", "torch"] = "pillow"  # or "torch": whose bicubic, bit for bit
     graph_memory_mib: float = 4096.0
+    precision: Literal["auto", "fp8"] = "auto"  # of the blocks' products; "auto": the dtype's own
+    fp8_skip_blocks: int = 3  # first blocks that stay in the dtype: massive channels arise there
 
     def __post_init__(self) -> None:
         if self.dtype not in (dtypes := ("auto", "float32", "bfloat16", "float16")):
             raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {self.dtype!r}")
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
+        if self.precision not in ("auto", "fp8"):
+            raise ValueError(f'precision must be "auto" or "fp8", got {self.precision!r}')
+        if self.fp8_skip_blocks < 0:
+            raise ValueError(f"fp8_skip_blocks must not be negative, got {self.fp8_skip_blocks}")
         if self.resize not in ("pillow", "torch"):
             raise ValueError(f'resize must be "pillow" or "torch", got {self.resize!r}')
         for name in ("min_pixels", "max_pixels", "max_batch_tokens"):

@@ -18,7 +18,7 @@ from tests.support.ranks import ROOT, run_ranks
 from vitrt import ParallelContext, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.engine.loader import fill_tower
-from vitrt.engine.shares import Piece, divide
+from vitrt.engine.sharding import Piece, cut
 from vitrt.images.processor import patches_reference
 from vitrt.models.families import build_tower, read_vision_config
 from vitrt.parallel.context import SINGLE
@@ -94,7 +94,7 @@ def test_shares_are_every_frame_once(family: str, together: Path):
     assert frames == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
 
 
-# Shares
+# Cutting
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
@@ -103,19 +103,23 @@ def test_shares_are_every_frame_once(family: str, together: Path):
     [[(100, 20, 30)], [(1, 44, 70)] * 16, [(1, 8, 8), (31, 4, 6), (2, 40, 40), (1, 2, 2)]],
     ids=["clip", "list", "mixed"],
 )
-def test_shares_are_whole_and_even(grids: list[tuple[int, int, int]], parts: int):
+def test_cut_is_whole_and_even(grids: list[tuple[int, int, int]], parts: int):
     costs = [float((h * w) ** 1.5) for _, h, w in grids]
-    runs = divide(grids, costs, parts)
+    runs = cut(grids, costs, parts, most_patches=4096)
     assert len(runs) == parts
     frames = [(p.index, f) for run in runs for p in run for f in range(p.start, p.stop)]
     assert frames == [(index, frame) for index, (t, _, _) in enumerate(grids) for frame in range(t)]
+    for run in runs:
+        for piece in run:
+            _, h, w = grids[piece.index]
+            assert (piece.stop - piece.start) * h * w <= max(4096, h * w)
     shares = [sum((p.stop - p.start) * costs[p.index] for p in run) for run in runs]
     assert max(shares) <= sum(shares) / parts + max(costs)
 
 
-def test_shares_of_little_or_nothing():
-    assert divide([], [], 3) == [[], [], []]
-    assert divide([(1, 4, 4)], [1.0], 2) in ([[Piece(0, 0, 1)], []], [[], [Piece(0, 0, 1)]])
+def test_cut_without_anything():
+    assert cut([], [], 3, 100) == [[], [], []]
+    assert cut([(1, 4, 4)], [1.0], 2, 100) in ([[Piece(0, 0, 1)], []], [[], [Piece(0, 0, 1)]])
 
 
 # Weights
@@ -252,14 +256,6 @@ def test_half_an_environment_is_refused(no_torchrun):
 def test_all_reduce_names(no_torchrun):
     with pytest.raises(ValueError, match=r"'ring' is none of auto, nccl, symmetric"):
         ParallelContext.from_env(all_reduce="ring")  # type: ignore[arg-type]
-
-
-def test_cpu_sums_have_no_symmetric_memory(monkeypatch: pytest.MonkeyPatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="'symmetric' needs GPUs, and device is 'cpu'"):
-        ParallelContext.from_env(2, all_reduce="symmetric", device="cpu")
-    assert not torch.distributed.is_initialized()
 
 
 def test_one_process_agrees_with_itself():

@@ -21,6 +21,8 @@ RUNTIME = {
     "dtype": "auto, bfloat16, float16 or float32",
     "min_pixels": "least area of a resized image",
     "max_pixels": "largest area",
+    "precision": "of the blocks' products: auto (the dtype's) or fp8, faster and coarser",
+    "fp8_skip_blocks": "first blocks that fp8 leaves in the dtype",
 }
 
 

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from vitrt.config import VisionConfig
+from vitrt.kernels import gemm_fp8
 from vitrt.models.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             "float16 overflows in these towers on real weights; bfloat16 is the safe choice"
         )
     return DTYPES[name]
+
+
+def check_precision(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where products cannot run in this precision."""
+    if name != "fp8":
+        return
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"precision 'fp8' needs dtype bfloat16 for what is not e4m3, got {dtype_name(dtype)}"
+        )
+    if (reason := gemm_fp8.unavailable(device)) is not None:
+        raise ValueError(f"precision 'fp8' cannot run on {device}: {reason}")
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrt.engine.memory import page_locked
-
 
 class PixelUploader:
     """Joins a batch in page-locked memory and copies it beside the work on the batch before."""
@@ -21,10 +19,8 @@ class PixelUploader:
     def upload(self, images: Sequence[np.ndarray]) -> Tensor:
         """All images' bytes, one after the other, uint8 [bytes] on the device."""
         size = sum(image.nbytes for image in images)
-        if self._stream is None:
-            host = torch.empty(size, dtype=torch.uint8, device="cpu")
-        else:
-            host = page_locked((size,), torch.uint8)
+        pinned = self._stream is not None
+        host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         joined = host.numpy()
         first = 0
         for image in images:

@@ -9,23 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from vitrt.features import ImageFeatures
+from vitrt.job.device_stage import Encoded
 from vitrt.job.progress import Progress
-from vitrt.job.to_host import Transfer
-from vitrt.sources.record import Record
 from vitrt.store.durable import OutputError
 from vitrt.store.writer import FeatureWriter, tokens_of
 
 _QUEUED = 2  # batches that wait for the writer: each holds its features on the device or the host
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What one forward made."""
-
-    records: list[Record]
-    features: list[ImageFeatures]  # pooled ones have one row, float32
-    transfer: Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +95,11 @@ class WriteBehind:
             self._on_failure()
 
     def _write(self, encoded: Encoded) -> None:
-        encoded.transfer.wait()
+        encoded.wait()
         replaced = 0
-        for record, features in zip(encoded.records, encoded.features, strict=True):
-            old = self._replaced(record.id)
-            self._writer.add(record, features, replaces=old)
+        for source, features in zip(encoded.sources, encoded.features, strict=True):
+            old = self._replaced(source.id)
+            self._writer.add(source, features, replaces=old)
             replaced += old is not None
         tokens = sum(map(tokens_of, encoded.features))
-        self._progress.count_batch(
-            len(encoded.records), tokens, encoded.transfer.seconds, replaced=replaced
-        )
+        self._progress.count_batch(len(encoded.sources), tokens, encoded.seconds, replaced=replaced)

@@ -5,6 +5,7 @@ __all__ = [
     "dispatch",
     "flash_attention",
     "gemm",
+    "gemm_fp8",
     "norm",
     "patchify",
     "persistent",

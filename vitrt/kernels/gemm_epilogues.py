@@ -47,6 +47,39 @@ def swiglu(acc: Any, bias: Any) -> dict[str, Any]:
     return {"out": silu_mul(gate, up)}
 
 
+# The same over products of e4m3 operands, whose scales come off the accumulator first.
+
+_SCALED = {"scale": RowVecLoad("scale"), **_BIAS}
+
+
+@gemm_epilogue(ops=_SCALED)
+def scaled_add_bias(acc: Any, scale: Any, bias: Any) -> dict[str, Any]:
+    return {"D": acc * scale + bias}
+
+
+@gemm_epilogue(ops=_SCALED)
+def scaled_add_bias_residual(acc: Any, c: Any, scale: Any, bias: Any) -> dict[str, Any]:
+    return {"D": c + (acc * scale + bias)}
+
+
+@gemm_epilogue(ops={"out_scale": RowVecLoad("out_scale"), **_SCALED})
+def scaled_gelu_tanh(acc: Any, scale: Any, bias: Any, out_scale: Any) -> dict[str, Any]:
+    return {"D": gelu_tanh_approx(acc * scale + bias) * out_scale}
+
+
+@gemm_epilogue(outputs=("out",), mode="acc_pair", ops=_SCALED)
+def scaled_swiglu(acc: Any, scale: Any, bias: Any) -> dict[str, Any]:
+    gate, up = unpack(acc * scale + bias)
+    return {"out": silu_mul(gate, up)}
+
+
+SCALED_EPILOGUES = {
+    "bias": scaled_add_bias,
+    "residual": scaled_add_bias_residual,
+    "gelu_tanh": scaled_gelu_tanh,
+    "swiglu": scaled_swiglu,
+}
+
 EPILOGUES = {
     "bias": add_bias,
     "residual": add_bias_residual,

@@ -30,6 +30,7 @@ RELEASES = "0.6."  # of quack-kernels: its launch plans are no stable interface
 
 _PACKAGES = ("quack", "cutlass", "tvm_ffi")
 _DTYPES = (torch.bfloat16, torch.float16)
+_E4M3 = torch.float8_e4m3fn
 _COMPILED = 0.5  # seconds
 _ALIGNMENT = 8  # elements: a row starts on 16 bytes, which TMA asks for
 
@@ -83,12 +84,13 @@ def takes_residual(residual: Tensor | None) -> bool:
 class FusedProduct:
     """One compiled kernel: a product of any shape with its epilogue, rounded once."""
 
-    __slots__ = ("_gated", "_launch", "_plan")
+    __slots__ = ("_gated", "_launch", "_out_dtype", "_plan")
 
-    def __init__(self, kind: Kind, plan: Any) -> None:
+    def __init__(self, kind: Kind, dtype: torch.dtype, plan: Any) -> None:
         from quack.gemm_runtime.host import run_gemm_epi_plan
 
         self._gated = kind == "swiglu"
+        self._out_dtype = _result_dtype(kind, dtype)
         self._launch = run_gemm_epi_plan
         self._plan = plan
 
@@ -99,16 +101,22 @@ class FusedProduct:
         bias: Tensor,
         residual: Tensor | None = None,
         out: Tensor | None = None,
+        **vectors: Tensor,
     ) -> Tensor:
-        """act(x [M, K] weight [N, K]^T + bias [N]), or that added to a float32 residual [M, N]."""
+        """act(x [M, K] weight [N, K]^T + bias [N]), or that added to a float32 residual [M, N].
+
+        `vectors` are what the epilogue of e4m3 operands takes beside the bias.
+        """
         if out is None and residual is not None:
             out = torch.empty_like(residual)
         elif out is None:
             n = weight.shape[0]
-            out = x.new_empty(x.shape[0], n // 2 if self._gated else n)
+            shape = x.shape[0], n // 2 if self._gated else n
+            out = torch.empty(shape, dtype=self._out_dtype, device=x.device)
         # A gated result is half as wide as the product: to quack a second output, not its D matrix.
         product = None if self._gated else out
-        self._launch(self._plan, x, weight, product, residual, {"bias": bias, "out": out})
+        arguments = {"bias": bias, "out": out, **vectors}
+        self._launch(self._plan, x, weight, product, residual, arguments)
         return out
 
 
@@ -122,7 +130,8 @@ def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -
         if key not in _compiled:
             started = time.perf_counter()
             with torch.cuda.device(device):
-                _compiled[key] = FusedProduct(kind, compile_and_launch(kind, tile, dtype, device))
+                plan = compile_and_launch(kind, tile, dtype, device)
+                _compiled[key] = FusedProduct(kind, dtype, plan)
             seconds = time.perf_counter() - started
             # Loaded from disk it takes milliseconds, which nobody waits for.
             level = logging.INFO if seconds > _COMPILED else logging.DEBUG
@@ -130,21 +139,34 @@ def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -
         return _compiled[key]
 
 
+def _result_dtype(kind: Kind, dtype: torch.dtype) -> torch.dtype:
+    """Hidden states stay float32; of e4m3 operands only GELU's result is one itself."""
+    if kind == "residual":
+        return torch.float32
+    if dtype == _E4M3 and kind != "gelu_tanh":
+        return torch.bfloat16
+    return dtype
+
+
 def compile_and_launch(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> Any:
     """quack's launch plan, which holds for every shape, made by running one small product."""
-    from vitrt.kernels.gemm_epilogues import EPILOGUES
+    from vitrt.kernels import gemm_epilogues
 
     m, n, k = 256, 512, 128
-    x = torch.zeros(m, k, dtype=dtype, device=device)
-    weight = torch.zeros(n, k, dtype=dtype, device=device)
-    # Hidden states stay float32 beside products in 16 bits.
-    wide = torch.float32 if kind == "residual" else dtype
-    product = torch.empty(m, n, dtype=wide, device=device)
-    gated = kind == "swiglu"
-    arguments = {"bias": torch.zeros(n, dtype=dtype, device=device)}
+    x = torch.zeros(m, k, dtype=torch.float32, device=device).to(dtype)
+    weight = torch.zeros(n, k, dtype=torch.float32, device=device).to(dtype)
+    gated, scaled = kind == "swiglu", dtype == _E4M3
+    product = torch.empty(m, n, dtype=_result_dtype(kind, dtype), device=device)
+    vector = torch.zeros(n, dtype=torch.float32 if scaled else dtype, device=device)
+    arguments = {"bias": vector}
     if gated:
-        arguments["out"] = torch.empty(m, n // 2, dtype=dtype, device=device)
-    return EPILOGUES[kind].gemm(
+        arguments["out"] = torch.empty(m, n // 2, dtype=product.dtype, device=device)
+    if scaled:
+        arguments["scale"] = vector
+        if kind == "gelu_tanh":
+            arguments["out_scale"] = vector
+    epilogues = gemm_epilogues.SCALED_EPILOGUES if scaled else gemm_epilogues.EPILOGUES
+    return epilogues[kind].gemm(
         x,
         weight,
         None if gated else product,
@@ -156,4 +178,7 @@ def compile_and_launch(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch
         cluster_M=tile.cluster_m,
         cluster_N=tile.cluster_n,
         split_k=tile.split_k,
+        # Hopper adds up e4m3 products in fewer bits, which its bound on the error allows for:
+        # adding up in float32 outside the tensor cores takes half of what e4m3 gains.
+        post_init_attrs=(("fp8_slow_accum", False),) if scaled else (),
     )

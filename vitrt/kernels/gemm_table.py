@@ -76,6 +76,7 @@ class Product(NamedTuple):
     kind: Kind
     n: int
     k: int
+    operands: Literal["half", "e4m3"] = "half"  # both; half: bfloat16 or float16
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Table:
     def parse(cls, content: dict[str, Any]) -> Table:
         """From the JSON that scripts/tune/gemm.py writes."""
         choices = {
-            Product(entry["kind"], entry["n"], entry["k"]): sorted(
+            Product(entry["kind"], entry["n"], entry["k"], entry.get("operands", "half")): sorted(
                 (row["m"], Choice.parse(row["use"])) for row in entry["rows"]
             )
             for entry in content["products"]
@@ -119,7 +120,11 @@ class Table:
         exact = self.choices.get(product)
         if exact is not None:
             return exact
-        same_kind = [other for other in self.choices if other.kind == product.kind]
+        same_kind = [
+            other
+            for other in self.choices
+            if (other.kind, other.operands) == (product.kind, product.operands)
+        ]
         if not same_kind:
             return []
 

@@ -48,8 +48,8 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(normed)
         if not backend.applies_rotary:
             rope_(qkv, rotary)
-        if spare is not None and spare.shape != attention_shape(qkv):
-            spare = None  # a rank that has some of the heads
+        if spare is not None and (spare.shape, spare.dtype) != (attention_shape(qkv), qkv.dtype):
+            spare = None  # a rank that has some of the heads, or a norm in e4m3
         return backend(qkv, segments, rotary, spare)
 
     def add_norm_(

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitrt.kernels.gemm import Activation, fuses_residual, linear, prepare
+from vitrt.kernels.gemm_fp8 import E4M3, linear_fp8
+from vitrt.kernels.gemm_fp8 import prepare as prepare_fp8
+from vitrt.layers.float8 import Float8Weight
 from vitrt.layers.norm import Norm
 from vitrt.layers.weights import TensorSlice, WeightTarget, whole
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -50,6 +53,8 @@ def _clipped(part: slice, width: int) -> slice:
 class Linear(nn.Module):
     """y = act(x W^T + b), whole on every rank. Fills `weight` [N, K] and `bias` [N]."""
 
+    float8: Float8Weight | None = None  # for x in e4m3
+
     def __init__(
         self,
         in_features: int,
@@ -66,11 +71,31 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == E4M3:
+            return self._linear_float8(x)
         return linear(x, self.weight, self.bias, activation=self.activation)
+
+    def _linear_float8(
+        self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        assert self.float8 is not None
+        own = self.float8
+        return linear_fp8(
+            x,
+            own.weight,
+            own.scale,
+            own.bias,
+            activation=self.activation,
+            residual=residual,
+            out_scale=own.out_scale,
+            out=out,
+        )
 
     def prepare(self) -> None:
         """Compile what this product may run, so that no forward waits for a compiler."""
         prepare(self.weight, self.bias, activation=self.activation)
+        if self.float8 is not None:
+            prepare_fp8(self.float8.weight, activation=self.activation)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield whole(f"{prefix}weight", self.weight)
@@ -220,6 +245,9 @@ class RowParallelLinear(Linear):
         The residual rides in the product's epilogue where that is measured faster, else in the
         norm's one pass. The norm takes `spare` [T, N] where given, which may be `x`.
         """
+        if x.dtype == E4M3:
+            self._linear_float8(x, residual=residual, out=residual)
+            return norm(residual, spare)
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
             linear(x, self.weight, self.bias, residual=residual, out=residual)
             return norm(residual, spare)
@@ -231,6 +259,8 @@ class RowParallelLinear(Linear):
     def prepare(self) -> None:
         if self.parallel.tp_size == 1:
             prepare(self.weight, self.bias, residual=self.adds_residual)
+        if self.float8 is not None:
+            prepare_fp8(self.float8.weight, residual=self.adds_residual)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         columns = _clipped(self.part, self.in_features)

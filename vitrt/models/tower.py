@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from vitrt.attention import AttentionBackend, AttentionChoice
@@ -18,6 +19,7 @@ from vitrt.config import VisionConfig
 from vitrt.kernels.segments import Rotary, Segments
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
+from vitrt.layers.float8 import Float8Norm, Float8Weight, gelu_scale
 from vitrt.layers.linear import Linear
 from vitrt.layers.merger import PatchMerger
 from vitrt.layers.mlp import MLP
@@ -71,6 +73,8 @@ class VisionBlock(nn.Module):
         # result and the norms that follow. (Functions for CPUs would only copy theirs into it.)
         spare = normed if normed.is_cuda else None
         attended = self.attn(normed, rotary, segments, backend, spare)
+        if spare is not None and spare.dtype != attended.dtype:
+            spare = None  # a norm in e4m3
         if self.attn.proj.parallel.overlaps(len(residual)):
             return self._in_halves(residual, attended, next_norm)
         normed = self.attn.add_norm_(residual, attended, self.norm2, spare)
@@ -95,6 +99,20 @@ class VisionBlock(nn.Module):
             sums[index].wait()
             next_norm.add_(residual[rows], out[rows], down.bias)
         return out
+
+    def use_float8(self) -> None:
+        """Let the products that norms feed run in e4m3, and the one behind a GELU."""
+        norm1, norm2, mlp = self.norm1, self.norm2, self.mlp
+        for norm, layer in ((norm1, self.attn.qkv), (norm2, mlp.up)):
+            norm.float8 = Float8Norm.of(norm.weight, norm.bias)
+            layer.float8 = Float8Weight.of(layer.weight, layer.bias, norm.float8.scale)
+        if mlp.activation == "gelu_tanh":
+            assert norm2.float8 is not None and mlp.up.bias is not None
+            out_scale = gelu_scale(norm2.weight, norm2.bias, mlp.up.weight, mlp.up.bias)
+            mlp.up.float8 = Float8Weight.of(
+                mlp.up.weight, mlp.up.bias, norm2.float8.scale, out_scale
+            )
+            mlp.down.float8 = Float8Weight.of(mlp.down.weight, mlp.down.bias, out_scale)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield from self.norm1.weight_targets(f"{prefix}norm1.")
@@ -240,6 +258,17 @@ class VisionTower(RotaryPosMixin, nn.Module):
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(memory(parameter), requires_grad=False))
+
+    def use_float8(self, skip_blocks: int) -> None:
+        """Run the linear layers of all blocks but the first ones in e4m3; see layers/float8.py.
+
+        ValueError for a tower that tensor-parallel ranks share.
+        """
+        if self.block(0).attn.proj.parallel.tp_size > 1:
+            raise ValueError("precision 'fp8' runs on whole towers only; use tp 1, or another one")
+        with torch.no_grad():
+            for index in range(skip_blocks, self.config.depth):
+                self.block(index).use_float8()
 
     def prepare(self) -> None:
         """Compile the kernels of all products, once a shape."""

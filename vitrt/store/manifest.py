@@ -198,6 +198,7 @@ class RunIdentity:
     pool: str
     layers: str = NO_LAYERS  # whose hidden states are kept, from 0
     merged: bool = True  # whether merged tokens are
+    precision: str = "auto"  # of products, where it is not the dtype's own
 
     @classmethod
     def shared(cls) -> list[str]:
