@@ -96,7 +96,8 @@ def linear_fp8(
 def tile_for(kind: Kind, x: Tensor, weight: Tensor) -> Tile:
     """The measured tile of the nearest product, else one that does well for many rows."""
     table = _table(x.device)
-    product = Product(kind, weight.shape[0], weight.shape[1], "e4m3")
+    n, k = weight.shape
+    product = Product(kind, n, k, "e4m3")
     choice = None if table is None else table.choice(product, x.shape[0])
     return _DEFAULT_TILE if choice is None or choice.tile is None else choice.tile
 
