@@ -1,0 +1,184 @@
+"""Random Qwen-VL checkpoints that a serving engine starts from: weights, tokenizer and processors.
+
+Needs transformers and tokenizers, downloads nothing. "tiny" has a small tower, "full" the tower of
+a released 8B or 7B model; the language model has two layers. The weights are drawn so that the
+greedy continuation of a prompt depends on its images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+
+_TOWERS: dict[tuple[str, str], dict[str, Any]] = {
+    ("qwen3_vl", "tiny"): {
+        "depth": 6,
+        "hidden_size": 288,
+        "intermediate_size": 592,
+        "num_heads": 4,
+        "out_hidden_size": 256,
+        "deepstack_visual_indexes": [1, 3],
+    },
+    ("qwen3_vl", "full"): {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": 4096,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+    ("qwen2_5_vl", "tiny"): {
+        "depth": 6,
+        "hidden_size": 320,
+        "intermediate_size": 428,
+        "num_heads": 4,
+        "out_hidden_size": 256,
+        "fullatt_block_indexes": [2, 5],
+    },
+    ("qwen2_5_vl", "full"): {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
+_PROCESSORS = {
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16, [0.5] * 3, [0.5] * 3),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLProcessor",
+        "Qwen2VLVideoProcessor",
+        14,
+        [0.48145466, 0.4578275, 0.40821073],
+        [0.26862954, 0.26130258, 0.27577711],
+    ),
+}
+
+
+def make_checkpoint(folder: Path, family: str, size: str, device: str = "cpu") -> Path:
+    """Write the checkpoint in bfloat16, its weights drawn on `device`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    with torch.device(device):
+        model = _model(family, size, ids)
+    _draw(model, device)
+    model.generation_config.eos_token_id = ids["<|im_end|>"]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write_processors(folder, family)
+    return folder
+
+
+def _tokenizer() -> Any:
+    """One token a byte, and Qwen's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL[3:]),
+    )
+
+
+def _model(family: str, size: str, ids: dict[str, int]) -> Any:
+    import transformers
+
+    vision = _TOWERS[family, size]
+    tiny, width = size == "tiny", vision["out_hidden_size"]
+    head = 64 if tiny else 128
+    section = {"qwen3_vl": (24, 20, 20), "qwen2_5_vl": (16, 24, 24)}[family]
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    rope["mrope_section"] = [part * head // 128 for part in section]
+    text = {
+        "num_hidden_layers": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 32768,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": width // head,
+        "num_key_value_heads": 2 if tiny else 4,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+        "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": None,
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    if family == "qwen3_vl":
+        text["head_dim"] = head
+        rope["mrope_interleaved"] = True
+        kinds = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    else:
+        kinds = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    config = kinds[0](
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    return kinds[1](config)
+
+
+@torch.no_grad()
+def _draw(model: torch.nn.Module, device: str) -> None:
+    generator = torch.Generator(device).manual_seed(7)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, device=device)
+        if parameter.dim() == 1:
+            drawn = drawn * 0.02 if name.endswith("bias") else 1 + 0.1 * drawn
+        elif "pos_embed" in name:
+            drawn = drawn * 0.3
+        elif "embed_tokens" not in name:
+            gain = 4 if "lm_head" in name else 1  # logits far enough apart to tell tokens by
+            drawn = drawn * gain / parameter[0].numel() ** 0.5
+        parameter.copy_(drawn)
+
+
+def _write_processors(folder: Path, family: str) -> None:
+    processor, video, patch, mean, std = _PROCESSORS[family]
+    common = {
+        "image_mean": mean,
+        "image_std": std,
+        "patch_size": patch,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "processor_class": processor,
+    }
+    pixels = {"shortest_edge": 4096, "longest_edge": 1 << 22}
+    files = {
+        "preprocessor_config.json": common
+        | {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "min_pixels": pixels["shortest_edge"],
+            "max_pixels": pixels["longest_edge"],
+            "size": pixels,
+        },
+        "video_preprocessor_config.json": common
+        | {"video_processor_type": video, "size": pixels, "fps": 2},
+    }
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    files["tokenizer_config.json"] = saved | {
+        "processor_class": processor,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value, indent=1))

@@ -1,0 +1,106 @@
+"""What vLLM's Python sources say of the places where the tower goes, read without an import.
+
+    python -m tests.integrations.engine_sources SITE_PACKAGES VERSION    # adds to the recorded ones
+
+vLLM is too large to be installed for tests: they read an installed one where there is one, and else
+what was recorded here from the wheels of several versions.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vitrt.integrations.vllm import ARCHITECTURES
+
+RECORDED = Path(__file__).with_name("engine_sources.json")
+
+
+def installed() -> Path | None:
+    """The folder of an installed vllm package."""
+    spec = importlib.util.find_spec("vllm")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def all_sources() -> dict[str, dict[str, Any]]:
+    """Facts by version: of those recorded, and of the one that is installed."""
+    found = json.loads(RECORDED.read_text())
+    folder = installed()
+    return found if folder is None else found | {"installed": facts(folder)}
+
+
+def facts(vllm: Path) -> dict[str, Any]:
+    registry = _tree(vllm / "model_executor" / "models" / "registry.py")
+    models = {}
+    for architecture, (module, tower) in ARCHITECTURES.items():
+        tree = _tree(vllm / "model_executor" / "models" / f"{module}.py")
+        model = _classes(tree)[architecture]
+        models[architecture] = {
+            "keywords": _keywords(model, tower),
+            "init": _parameters(_method(model, "__init__")),
+            "reads": sorted(_reads(tree)),
+            "sets_use_data_parallel": "self.use_data_parallel = " in ast.unparse(model),
+        }
+    towers = {}
+    for module, tower in {ARCHITECTURES[name] for name in ARCHITECTURES}:
+        tree = _classes(_tree(vllm / "model_executor" / "models" / f"{module}.py"))
+        if tower in tree:
+            towers[tower] = {
+                "forward": _parameters(_method(tree[tower], "forward")),
+                "load_weights": _parameters(_method(tree[tower], "load_weights")),
+            }
+    register = _method(_classes(registry)["_ModelRegistry"], "register_model")
+    plugins = (vllm / "plugins" / "__init__.py").read_text()
+    return {
+        "models": models,
+        "towers": towers,
+        "register_model": _parameters(register),
+        "entry_point": "vllm.general_plugins" in plugins,
+        "allow_list": "VLLM_PLUGINS" in plugins,
+    }
+
+
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef:
+    return next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    arguments = function.args
+    return [a.arg for a in (*arguments.args, *arguments.kwonlyargs) if a.arg != "self"]
+
+
+def _keywords(model: ast.ClassDef, tower: str) -> list[str]:
+    """Of the call that makes the tower; a positional argument is its place."""
+    for node in ast.walk(model):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == tower:
+            return [str(i) for i in range(len(node.args))] + [k.arg or "**" for k in node.keywords]
+    raise ValueError(f"{model.name} never makes a {tower}")
+
+
+def _reads(tree: ast.Module) -> set[str]:
+    """Attributes of `self.visual` that are read outside vLLM's own encoder graphs."""
+    found = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and "cudagraph" not in function.name:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.visual":
+                    found.add(node.attr)
+    return found
+
+
+if __name__ == "__main__":
+    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    known[sys.argv[2]] = facts(Path(sys.argv[1]) / "vllm")
+    RECORDED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
