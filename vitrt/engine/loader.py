@@ -75,30 +75,51 @@ def load_tower(
 
 def fill_tower(tower: Tower, tensors: Iterable[tuple[str, TensorSlice]]) -> None:
     """Store `tensors` in the parameters of `tower`; ValueError as in `load_tower`."""
-    targets = {target.name: target for target in tower.weight_targets()}
-    filled: set[str] = set()
-    problems: dict[str, list[str]] = {"left over": [], "given twice": [], "wrong shape": []}
+    filling = TowerFilling(tower)
     for name, tensor in tensors:
-        target = targets.get(name)
+        filling.store(name, tensor)
+    filling.finish()
+
+
+class TowerFilling:
+    """A tower that is being filled, by whoever has the tensors, in as many goes as that takes."""
+
+    def __init__(self, tower: Tower) -> None:
+        self._targets = {target.name: target for target in tower.weight_targets()}
+        self._filled: set[str] = set()
+        self._problems: dict[str, list[str]] = {
+            "left over": [],
+            "given twice": [],
+            "wrong shape": [],
+        }
+
+    def store(self, name: str, tensor: TensorSlice) -> None:
+        """Copy the tensor into the tower, or keep for `finish` why that cannot be."""
+        target = self._targets.get(name)
         if target is None:
-            problems["left over"].append(name)
-        elif name in filled:
-            problems["given twice"].append(name)
+            self._problems["left over"].append(name)
+        elif name in self._filled:
+            self._problems["given twice"].append(name)
         else:
-            filled.add(name)
+            self._filled.add(name)
             if tuple(tensor.shape) != target.shape:
-                problems["wrong shape"].append(
+                self._problems["wrong shape"].append(
                     f"{name} is {list(tensor.shape)}, should be {list(target.shape)}"
                 )
             elif not _is_there(tensor, target):
                 with torch.no_grad():
                     target.store(tensor)
-    problems = {"missing": [name for name in targets if name not in filled], **problems}
-    lines = [
-        f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in problems.items() if names
-    ]
-    if lines:
-        raise ValueError("the tower's weights are not those of its config\n" + "\n".join(lines))
+
+    def finish(self, *, whole: bool = True) -> None:
+        """ValueError as in `load_tower`; without `whole`, tensors may be missing."""
+        missing = [name for name in self._targets if name not in self._filled] if whole else []
+        lines = [
+            f"  {kind} ({len(names)}): {', '.join(names)}"
+            for kind, names in {"missing": missing, **self._problems}.items()
+            if names
+        ]
+        if lines:
+            raise ValueError("the tower's weights are not those of its config\n" + "\n".join(lines))
 
 
 def _is_there(tensor: TensorSlice, target: WeightTarget) -> bool:

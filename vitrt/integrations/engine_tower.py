@@ -13,14 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vitrt.checkpoint.shards import CheckpointError
 from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.device import dtype_name
 from vitrt.engine.engine import Engine
-from vitrt.integrations.sharing import InMemory
-from vitrt.layers.weights import WeightTarget
-from vitrt.models import build_tower
+from vitrt.engine.loader import TowerFilling
+from vitrt.models.families import build_tower
 from vitrt.models.tower import TowerOutput
 
 logger = logging.getLogger(__name__)
@@ -74,10 +72,7 @@ class EngineTower(nn.Module):
             self.tower = build_tower(config)
         # Zeros: of a padded width nothing but the true columns is ever written.
         self.tower.place(lambda meta: torch.zeros(meta.shape, dtype=dtype, device=device))
-        self._targets: dict[str, WeightTarget] = {
-            target.name: target for target in self.tower.weight_targets()
-        }
-        self._missing = set(self._targets)
+        self._filling = TowerFilling(self.tower)
         self._engine: Engine | None = None
 
     # Weights
@@ -85,37 +80,27 @@ class EngineTower(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Store tensors by their names in the checkpoint, without the tower's prefix.
 
-        CheckpointError for a name that the tower does not have, one that came before, and a wrong
-        shape. Returns the names of the parameters that are complete: none before
-        `finish_loading`.
+        Returns the names of the parameters that are complete: none before `finish_loading`.
+        Afterwards any tensors are taken, each once a call, and ValueError names what was wrong.
         """
-        stored: set[str] = set()
-        with torch.no_grad():
-            for name, tensor in weights:
-                target = self._targets.get(name)
-                if target is None:
-                    raise CheckpointError(f"visual.{name} is no tensor of this tower: left over")
-                if name in stored or (self._engine is None and name not in self._missing):
-                    raise CheckpointError(f"visual.{name} came twice")
-                if tuple(tensor.shape) != target.shape:
-                    raise CheckpointError(
-                        f"visual.{name} is {list(tensor.shape)}, should be {list(target.shape)}"
-                    )
-                target.store(InMemory(tensor))
-                stored.add(name)
-                self._missing.discard(name)
-        return set() if self._engine is None else self._parameter_names()
+        if self._engine is not None:
+            self._filling = TowerFilling(self.tower)
+        for name, tensor in weights:
+            self._filling.store(name, tensor)
+        if self._engine is None:
+            return set()
+        self._filling.finish(whole=False)
+        return self._parameter_names()
 
     def finish_loading(self) -> set[str]:
         """Every tensor is there: compile kernels and record graphs. The names of all parameters.
 
-        CheckpointError names the tensors that never came. Where the engine makes up weights of its
-        own, it need not be called: the first forward then takes the parameters as they are.
+        ValueError names the tensors that never came, those that came twice, and those that are
+        not the tower's or have another shape. An engine that makes up weights of its own need not
+        call this: the first forward then takes the parameters as they are.
         """
         if self._engine is None:
-            if self._missing:
-                names = ", ".join(f"visual.{name}" for name in sorted(self._missing))
-                raise CheckpointError(f"missing ({len(self._missing)}): {names}")
+            self._filling.finish()
             self._start()
         return self._parameter_names()
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitrt.config import VisionConfig
 from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.vllm import ARCHITECTURES, dtype_and_device, logger
+from vitrt.models.families import read_vision_config
 
 # What vLLM makes its towers with; the first may be given by position.
 TOWER_ARGUMENTS = ("vision_config", "norm_eps", "quant_config", "prefix", "input_norm")
@@ -119,7 +120,7 @@ def _make_tower(options: dict[str, Any], kwargs: dict[str, Any], *args: Any) -> 
         raise ValueError(f"its constructor is called with {', '.join(sorted(arguments))}")
     if arguments.get("norm_eps", 1e-6) != 1e-6:
         raise ValueError(f"norm_eps is {arguments['norm_eps']}, and vitrt's is 1e-06")
-    config = VisionConfig.from_dict(arguments["vision_config"].to_dict())
+    config = read_vision_config(arguments["vision_config"].to_dict())
     dtype, device = dtype_and_device()
     return VllmTower(config, arguments.get("input_norm"), device=device, dtype=dtype, **options)
 
