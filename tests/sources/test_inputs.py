@@ -13,6 +13,7 @@ import pytest
 import vitrt.sources.folder as walk_module
 from vitrt.sources.folder import walk
 from vitrt.sources.inputs import InputError, Inputs
+from vitrt.sources.options import SourceOptions
 from vitrt.sources.record import Record
 
 
@@ -67,7 +68,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         expected = "10 files left out by their suffix (5 with none, 5 .psd; --all-files tries them)"
         assert expected in caplog.text
         caplog.clear()
-    everything = Inputs([tmp_path], all_files=True)
+    everything = Inputs([tmp_path], SourceOptions(all_files=True))
     assert len(list(everything.until(lambda: False))) == 11
     assert not everything.choice.left_out and caplog.text == ""
 
@@ -78,9 +79,9 @@ def test_two_folders_with_one_name_that_is_no_image(tmp_path: Path) -> None:
     both = [tmp_path / "one", tmp_path / "two"]
     assert list(Inputs(both)) == []
     with pytest.raises(InputError, match="would both get the id 'IMG_1'"):
-        Inputs(both, all_files=True)
+        Inputs(both, SourceOptions(all_files=True))
     with pytest.raises(InputError, match="share files"):
-        Inputs([tmp_path / "one", tmp_path / "one/IMG_1"], all_files=True)
+        Inputs([tmp_path / "one", tmp_path / "one/IMG_1"], SourceOptions(all_files=True))
 
 
 def test_single_file_is_always_tried(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from vitrt.commands.console import (
 from vitrt.commands.options import add_fields, add_model, add_runtime, from_args, open_model
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions
+from vitrt.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from vitrt.job.encode import Summary
@@ -43,6 +44,13 @@ RUN = {
 }
 
 
+SOURCES = {
+    "all_files": "try every file of a folder or an archive as an image, whatever its suffix",
+    "image_column": "of tables, if several hold bytes",
+    "id_column": "of tables, in place of the numbers of rows",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `run` reads."""
     parser.description = (
@@ -52,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="a folder, an image, or @list.txt"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a folder, an image, a .tar, a Parquet file or dataset on disk, a URL of one of these "
+        "(s3://, gs://, hf://, ...), or @list.txt",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     add_runtime(
@@ -63,11 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_batch_tokens="patches of one forward",
     )
     add_fields(parser, EncodeOptions, RUN)
-    parser.add_argument(
-        "--all-files",
-        action="store_true",
-        help="try every file of a folder as an image, whatever its suffix",
-    )
+    add_fields(parser, SourceOptions, SOURCES)
     parser.add_argument(
         "--max-image-pixels",
         type=int,
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from vitrt.sources.inputs import Inputs
 
     options, runtime = from_args(EncodeOptions, args), from_args(RuntimeConfig, args)
-    inputs = Inputs(args.inputs, all_files=args.all_files)
+    inputs = Inputs(args.inputs, from_args(SourceOptions, args))
     _limit_image_size(args.max_image_pixels)
     progress, stop = Progress(), Stop()
     try:

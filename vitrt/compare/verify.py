@@ -30,9 +30,10 @@ from vitrt.engine.batch import PixelBatch
 from vitrt.engine.batcher import pack
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.engine import Engine
-from vitrt.images.decode import describe
+from vitrt.images.decode import decode, describe
 from vitrt.images.processor import PreparedImage, patches_reference
 from vitrt.sources.inputs import Inputs
+from vitrt.sources.record import Record
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,13 @@ def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | 
         raise ValueError(f"no image in {', '.join(inputs)}")
     if len(sources) > most:
         logger.info("taking the first %d images", most)
-    return [source.path for source in sources[:most]]
+    return [_loaded(source) for source in sources[:most]]
+
+
+def _loaded(record: Record) -> str | Image:
+    """A file's path, or the image from inside another file."""
+    content = record.load()
+    return decode(content, record.id) if isinstance(content, bytes) else content
 
 
 def _dtypes(name: str, device: torch.device) -> list[torch.dtype]:

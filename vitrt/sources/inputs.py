@@ -1,22 +1,18 @@
 """INPUT arguments -> the images they name.
 
-Ids are POSIX paths: of a folder's images relative to that folder, of a file its name. A line of
-`@list.txt` is taken relative to the list's own folder; its id is the path relative to that folder
-where it lies inside, else the whole path without its leading "/"; ".." in it means what it means to
-the system, also behind a link. What a list or an argument names outright is always tried, whatever
-its extension. A list is text, one path a line; a byte order mark of UTF-8 and blank lines are no
-part of it.
+Ids are POSIX paths: of a folder's images relative to that folder, of a file its name, of a list's
+lines relative to the list's folder, of a shard's images the shard's and then the key or the number
+of the row. What a list or an argument names outright is always tried, whatever its extension.
 """
 
 from __future__ import annotations
 
-import codecs
 import logging
 import os
-import stat
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
+from typing import TypeAlias
 
 from vitrt.sources.folder import (
     Choice,
@@ -28,42 +24,50 @@ from vitrt.sources.folder import (
     walk,
     would_be_met,
 )
-from vitrt.sources.record import Record
+from vitrt.sources.list_file import PEEK, ListFile, check_id
+from vitrt.sources.location import is_url, local_path
+from vitrt.sources.options import SourceOptions
+from vitrt.sources.record import InputError, Record
+from vitrt.sources.shards import RemoteFile, RemoteFolder, Shards, find_shards, remote_part
 
 __all__ = ["InputError", "Inputs"]
 
 logger = logging.getLogger(__name__)
-
-_PEEK = 50_000  # images looked through for two with one id before anything is written
-
-
-class InputError(ValueError):
-    """An INPUT that cannot be used."""
 
 
 class Inputs:
     """The images behind the INPUT arguments, listed afresh by every iteration."""
 
     def __init__(
-        self, arguments: Sequence[str | os.PathLike[str]], *, all_files: bool = False
+        self,
+        arguments: Sequence[str | os.PathLike[str]],
+        options: SourceOptions | None = None,
     ) -> None:
-        """InputError for an argument that cannot be listed, or for two that give equal ids.
-
-        `all_files` takes every file of a folder for an image, whatever its name.
-        """
-        self.choice = Choice(all_files)  # with what the last iteration left out
-        self._parts = [_part(os.fspath(argument), self.choice) for argument in arguments]
+        """InputError for an argument that cannot be listed, or for two that give equal ids."""
+        options = options or SourceOptions()
+        self.choice = Choice(options.all_files)  # with what the last iteration left out
+        self._parts = [_part(os.fspath(each), options, self.choice) for each in arguments]
+        shards = [part for part in self._parts if isinstance(part, Shards)]
+        by_columns = options.image_column is not None or options.id_column is not None
+        if by_columns and not any(part.has_rows for part in shards):
+            raise InputError("--image-column and --id-column are of tables, and no INPUT is one")
+        self._ids: set[int] | None = set() if options.id_column is not None else None
         if not self._parts:
-            raise InputError("no INPUT: give a folder, an image file, or @list.txt")
+            raise InputError("no INPUT: give a folder, an image file, a shard, or @list.txt")
         self._files: dict[str, str] = {}  # id -> path: a shell's * names files by the thousand
         for part in self._parts:
-            if isinstance(part, _File):
-                _check_id(part.id, part.path, self._files.get(part.id))
+            if isinstance(part, _File | RemoteFile):
+                check_id(part.id, part.path, self._files.get(part.id))
                 self._files[part.id] = part.path
+        _check_prefixes(shards)
         if len(self._parts) > 1:
-            _check_apart(self._parts, all_files=all_files)
-            for _ in islice(self, _PEEK):
-                pass
+            _check_apart(self._parts, all_files=options.all_files)
+            for part in self._parts:
+                if isinstance(part, RemoteFolder):
+                    part.keep_ids()
+            if not any(isinstance(part, RemoteFolder | Shards) for part in self._parts):
+                for _ in islice(self, PEEK):
+                    pass
 
     def __iter__(self) -> Iterator[Record]:
         """Raises InputError on meeting two images with one id."""
@@ -83,39 +87,59 @@ class Inputs:
 
     def _records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         self.choice.left_out.clear()
-        earlier: list[_Folder | _List] = []
+        if self._ids is not None:
+            self._ids.clear()
+        earlier: list[_Folder | ListFile | Shards | RemoteFolder] = []
         for part in self._parts:
-            if isinstance(part, _File):
+            if isinstance(part, _File | RemoteFile):
                 yield part.record()
                 continue
             for record in part.records(should_stop):
-                _check_id(record.id, record.path, self._files.get(record.id))
+                check_id(record.id, record.path, self._files.get(record.id))
                 for other in earlier:
-                    _check_id(record.id, record.path, other.path_of(record.id))
-                yield record
+                    check_id(record.id, record.path, other.path_of(record.id))
+                yield record if self._ids is None else _once(record, self._ids)
             earlier.append(part)
 
 
-def _part(argument: str, choice: Choice) -> _Folder | _File | _List:
+def _check_prefixes(parts: Sequence[Shards]) -> None:
+    """InputError for two shards whose ids begin alike."""
+    seen: dict[str, str] = {}
+    for part in parts:
+        for prefix, location in part.shards:
+            check_id(prefix, location, seen.get(prefix))
+            seen[prefix] = location
+
+
+def _once(record: Record, ids: set[int]) -> Record:
+    """The same, or one that says that another row has its id."""
+    if hash(record.id) in ids:
+        again = f"{record.id} ({record.path})"
+        return replace(record, id=again, problem="an image before it has the same id")
+    ids.add(hash(record.id))
+    return record
+
+
+Part: TypeAlias = "_Folder | _File | ListFile | Shards | RemoteFolder | RemoteFile"
+
+
+def _part(argument: str, options: SourceOptions, choice: Choice) -> Part:
+    argument = local_path(argument)
+    if is_url(argument):
+        return remote_part(argument, options, choice)
     if argument.startswith("@"):
-        return _List(argument[1:])
-    if os.path.isdir(argument):
-        return _Folder(argument, choice)
+        return ListFile(argument[1:])
     if not os.path.lexists(argument):
         raise InputError(f"INPUT {printable(argument)} does not exist")
+    folder = _Folder(argument, choice) if os.path.isdir(argument) else None
+    if shards := find_shards(argument, is_folder=folder is not None):
+        return Shards(argument, shards, options, choice)
+    if folder is not None:
+        return folder
     return _File(argument)
 
 
-def _check_id(image_id: str, path: str, other: str | None) -> None:
-    """InputError where there is an `other` path of that id."""
-    if other is not None:
-        raise InputError(
-            f"{printable(other)} and {printable(path)} would both get the id {image_id!r}; "
-            "encode them into two folders, or give one folder that holds both"
-        )
-
-
-def _check_apart(parts: Sequence[_Folder | _File | _List], *, all_files: bool) -> None:
+def _check_apart(parts: Sequence[Part], *, all_files: bool) -> None:
     """InputError for a folder or an image in another folder, which would be encoded twice."""
     folders: dict[str, str] = {}  # true path -> as given
     for part in parts:
@@ -189,96 +213,3 @@ class _Folder:
                 if os.path.isfile(path):
                     return path
         return None
-
-
-class _List:
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._folder = os.path.dirname(_without_dots(os.path.join(os.getcwd(), path)))
-        self._paths: dict[str, str] | None = None
-        try:
-            mode = os.stat(path).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
-                raise InputError(
-                    f"INPUT list {printable(path)} is not a regular file, and a list is read more "
-                    "than once: write it to a file first"
-                )
-            for _ in islice(self._lines(), _PEEK):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"INPUT list {printable(path)} cannot be read: {error.strerror}"
-            ) from error
-
-    def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        for image_id, path, is_repeated in self._lines():
-            if should_stop():
-                return
-            if is_repeated:
-                logger.warning(
-                    "%s names %s more than once; it is encoded once", self.path, image_id
-                )
-            else:
-                yield named(image_id, path)
-
-    def path_of(self, image_id: str) -> str | None:
-        if self._paths is None:
-            self._paths = {}
-            for name, path, _ in self._names():
-                self._paths.setdefault(name, path)
-        return self._paths.get(image_id)
-
-    def _lines(self) -> Iterator[tuple[str, str, bool]]:
-        """Ids, paths as written, and whether an earlier line names the same file.
-
-        Raises InputError on meeting two files with one id.
-        """
-        # Paths are looked up, and so kept, only once an id comes back: a list may be of millions.
-        seen: set[str] = set()
-        for image_id, path, written in self._names():
-            if image_id not in seen:
-                seen.add(image_id)
-                yield image_id, written, False
-                continue
-            other = self.path_of(image_id)
-            _check_id(image_id, path, None if other == path else other)
-            yield image_id, written, True
-
-    def _names(self) -> Iterator[tuple[str, str, str]]:
-        """The id of each line, its path without "..", and its path as written, to be opened."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        raise InputError(
-                            f"INPUT list {printable(self.path)} is UTF-16; save it as UTF-8"
-                        )
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if b"\0" in line:
-                    raise InputError(
-                        f"INPUT list {printable(self.path)} holds a NUL byte in line {number}; "
-                        "expected UTF-8 text, one path a line"
-                    )
-                name = os.fsdecode(line.rstrip(b"\r\n"))
-                if name.strip():
-                    written = os.path.join(self._folder, name)
-                    path = _without_dots(written)
-                    inside = os.path.relpath(path, self._folder)
-                    outside = inside.split(os.sep, 1)[0] == os.pardir
-                    yield id_from(path.lstrip(os.sep) if outside else inside), path, written
-
-
-def _without_dots(path: str) -> str:
-    """An absolute path without "." and "..", that names the same file.
-
-    The ".." behind a link leaves the folder that it leads to: os.path.normpath takes the link out.
-    """
-    if os.pardir not in path:
-        return os.path.normpath(path)
-    head, *names = Path(path).parts
-    for name in names:
-        if name != os.pardir:
-            head = os.path.join(head, name)
-        else:
-            head = os.path.dirname(os.path.realpath(head) if os.path.islink(head) else head)
-    return head

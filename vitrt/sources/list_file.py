@@ -1,0 +1,125 @@
+"""`@list.txt`: a text of paths, one a line.
+
+A line is taken relative to the list's own folder; its id is the path relative to that folder where
+it lies inside, else the whole path without its leading "/"; ".." in it means what it means to the
+system, also behind a link. A byte order mark of UTF-8 and blank lines are no part of a list.
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from vitrt.sources.folder import id_from, named, printable
+from vitrt.sources.record import InputError, Record
+
+logger = logging.getLogger(__name__)
+
+PEEK = 50_000  # images looked through for two with one id before anything is written
+
+
+def check_id(image_id: str, path: str, other: str | None) -> None:
+    """InputError where there is an `other` path of that id."""
+    if other is not None:
+        raise InputError(
+            f"{printable(other)} and {printable(path)} would both get the id {image_id!r}; "
+            "encode them into two folders, or give one folder that holds both"
+        )
+
+
+class ListFile:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._folder = os.path.dirname(_without_dots(os.path.join(os.getcwd(), path)))
+        self._paths: dict[str, str] | None = None
+        try:
+            mode = os.stat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
+                raise InputError(
+                    f"INPUT list {printable(path)} is not a regular file, and a list is read more "
+                    "than once: write it to a file first"
+                )
+            for _ in islice(self._lines(), PEEK):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"INPUT list {printable(path)} cannot be read: {error.strerror}"
+            ) from error
+
+    def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+        for image_id, path, is_repeated in self._lines():
+            if should_stop():
+                return
+            if is_repeated:
+                logger.warning(
+                    "%s names %s more than once; it is encoded once", self.path, image_id
+                )
+            else:
+                yield named(image_id, path)
+
+    def path_of(self, image_id: str) -> str | None:
+        if self._paths is None:
+            self._paths = {}
+            for name, path, _ in self._names():
+                self._paths.setdefault(name, path)
+        return self._paths.get(image_id)
+
+    def _lines(self) -> Iterator[tuple[str, str, bool]]:
+        """Ids, paths as written, and whether an earlier line names the same file.
+
+        Raises InputError on meeting two files with one id.
+        """
+        # Paths are looked up, and so kept, only once an id comes back: a list may be of millions.
+        seen: set[str] = set()
+        for image_id, path, written in self._names():
+            if image_id not in seen:
+                seen.add(image_id)
+                yield image_id, written, False
+                continue
+            other = self.path_of(image_id)
+            check_id(image_id, path, None if other == path else other)
+            yield image_id, written, True
+
+    def _names(self) -> Iterator[tuple[str, str, str]]:
+        """The id of each line, its path without "..", and its path as written, to be opened."""
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise InputError(
+                            f"INPUT list {printable(self.path)} is UTF-16; save it as UTF-8"
+                        )
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if b"\0" in line:
+                    raise InputError(
+                        f"INPUT list {printable(self.path)} holds a NUL byte in line {number}; "
+                        "expected UTF-8 text, one path a line"
+                    )
+                name = os.fsdecode(line.rstrip(b"\r\n"))
+                if name.strip():
+                    written = os.path.join(self._folder, name)
+                    path = _without_dots(written)
+                    inside = os.path.relpath(path, self._folder)
+                    outside = inside.split(os.sep, 1)[0] == os.pardir
+                    yield id_from(path.lstrip(os.sep) if outside else inside), path, written
+
+
+def _without_dots(path: str) -> str:
+    """An absolute path without "." and "..", that names the same file.
+
+    The ".." behind a link leaves the folder that it leads to: os.path.normpath takes the link out.
+    """
+    if os.pardir not in path:
+        return os.path.normpath(path)
+    head, *names = Path(path).parts
+    for name in names:
+        if name != os.pardir:
+            head = os.path.join(head, name)
+        else:
+            head = os.path.dirname(os.path.realpath(head) if os.path.islink(head) else head)
+    return head

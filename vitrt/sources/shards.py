@@ -1,0 +1,236 @@
+"""INPUTs whose images have no files of their own on this machine: shards and URLs.
+
+A shard is a tar, a Parquet file or an Arrow file of a Hugging Face dataset on disk. A folder stands
+for the shards in it and below where its own files are such and none is an image; the folder of a
+dataset stands for the files that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from vitrt.sources.folder import Choice, id_from, is_image_name
+from vitrt.sources.location import (
+    filesystem,
+    is_url,
+    open_location,
+    remote_state,
+    walk_remote,
+)
+from vitrt.sources.options import SourceOptions
+from vitrt.sources.record import InputError, Record
+from vitrt.sources.rows import image_column, row_records
+from vitrt.sources.tar import check_tar, tar_records
+
+SUFFIXES = (".tar", ".parquet", ".arrow")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+Shard = tuple[str, str]  # what its ids begin with, and its path or URL
+
+
+class Shards:
+    """Shards, one after the other."""
+
+    def __init__(
+        self, path: str, shards: Sequence[Shard], options: SourceOptions, choice: Choice
+    ) -> None:
+        """InputError where the first of them is none."""
+        self.path = path
+        self.shards = shards
+        self._options = options
+        self._choice = choice
+        self._locations = dict(shards)
+        location = shards[0][1]
+        try:
+            if location.endswith(".tar"):
+                check_tar(location)
+            else:
+                image_column(location, options)
+        except Exception as error:  # of many kinds: a server's, pyarrow's
+            raise InputError(f"INPUT {location} cannot be used: {_reason(error)}") from error
+
+    @property
+    def has_rows(self) -> bool:
+        return any(not location.endswith(".tar") for _, location in self.shards)
+
+    def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+        """One that cannot be read on gives a record that says so, and the next ones follow."""
+        for prefix, location in self.shards:
+            if should_stop():
+                return
+            try:
+                if location.endswith(".tar"):
+                    yield from tar_records(location, prefix, self._choice, should_stop)
+                else:
+                    yield from row_records(location, prefix, self._options, should_stop)
+            except Exception as error:
+                problem = f"the file cannot be read: {_reason(error)}"
+                yield Record(id_from(prefix), location, problem=problem)
+
+    def path_of(self, image_id: str) -> str | None:
+        """The shard that ids like this one are of."""
+        prefix = image_id
+        while "/" in prefix:
+            prefix = prefix.rpartition("/")[0]
+            if prefix in self._locations and self._options.id_column is None:
+                return self._locations[prefix]
+        return None
+
+
+class RemoteFolder:
+    """The images below a URL."""
+
+    def __init__(self, url: str, choice: Choice) -> None:
+        self.path = url
+        self._choice = choice
+        self._ids: set[int] | None = None
+
+    def keep_ids(self) -> None:
+        """Remember what is listed, for `path_of`: asking the server for each would take hours."""
+        self._ids = set()
+
+    def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+        try:
+            for name, url, info in walk_remote(self.path, should_stop):
+                if self._choice.takes(name):
+                    record = _remote(id_from(name), url, info)
+                    if self._ids is not None:
+                        self._ids.add(hash(record.id))
+                    yield record
+        except Exception as error:
+            yield Record(".", self.path, problem=f"a folder cannot be listed: {_reason(error)}")
+
+    def path_of(self, image_id: str) -> str | None:
+        return f"{self.path}/{image_id}" if hash(image_id) in (self._ids or ()) else None
+
+
+class RemoteFile:
+    """An image at a URL."""
+
+    def __init__(self, url: str, info: dict[str, Any]) -> None:
+        self.path = url
+        self.id = id_from(url.rpartition("/")[2])
+        self._info = info
+
+    def record(self) -> Record:
+        return _remote(self.id, self.path, self._info)
+
+
+def remote_part(
+    url: str, options: SourceOptions, choice: Choice
+) -> Shards | RemoteFolder | RemoteFile:
+    """What a URL stands for; InputError where nothing is there, or it cannot be reached."""
+    try:
+        if any(sign in url for sign in "*?["):
+            shards = _matching(url)
+        else:
+            system, path = filesystem(url)
+            info = system.info(path)
+            if info["type"] != "directory" and not url.endswith((*SUFFIXES, *_COMPRESSED)):
+                return RemoteFile(url, info)
+            shards = find_shards(url, is_folder=info["type"] == "directory")
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"INPUT {url} does not exist") from None
+    except Exception as error:
+        raise InputError(f"INPUT {url} cannot be opened: {_reason(error)}") from error
+    return Shards(url, shards, options, choice) if shards else RemoteFolder(url, choice)
+
+
+def find_shards(argument: str, *, is_folder: bool) -> list[Shard]:
+    """The shards that a path or URL stands for; none where it is something else."""
+    argument = argument.rstrip("/") or argument
+    name = os.path.basename(argument)
+    if not is_folder:
+        if name.lower().endswith(_COMPRESSED):
+            raise InputError(
+                f"INPUT {argument} is a compressed tar: unpack it to .tar, whose members can be "
+                "read one by one"
+            )
+        return [(name, argument)] if name.endswith(SUFFIXES) else []
+    own = set()
+    for name in _own_names(argument):
+        if is_image_name(name):
+            return []
+        if name.endswith((*SUFFIXES[:2], ".json")):
+            own.add(name)
+    if "dataset_dict.json" in own:
+        splits = json.loads(_read(f"{argument}/dataset_dict.json"))["splits"]
+        return [
+            (f"{split}/{name}", location)
+            for split in splits
+            for name, location in _dataset_files(f"{argument}/{split}")
+        ]
+    if {"state.json", "dataset_info.json"} <= own:
+        return _dataset_files(argument)
+    if not any(name.endswith(SUFFIXES[:2]) for name in own):
+        return []
+    return [
+        (name, location) for name, location in _files_below(argument) if name.endswith(SUFFIXES[:2])
+    ]
+
+
+def _dataset_files(folder: str) -> list[Shard]:
+    """The data files of a dataset on disk, as its state.json lists them."""
+    state = json.loads(_read(f"{folder}/state.json"))
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise InputError(
+            f"INPUT {folder} holds a selection of another dataset's rows: save it with "
+            "flatten_indices()"
+        )
+    names = [file["filename"] for file in state["_data_files"]]
+    return [(name, f"{folder}/{name}") for name in names]
+
+
+def _matching(url: str) -> list[Shard]:
+    system, path = filesystem(url)
+    protocol = url.split("://")[0]
+    found = [f"{protocol}://{name.lstrip('/')}" for name in sorted(system.glob(path))]
+    shards = [shard for match in found for shard in find_shards(match, is_folder=False)]
+    if not shards:
+        raise InputError(f"INPUT {url} matches no .tar or .parquet file")
+    return shards
+
+
+def _own_names(folder: str) -> Iterator[str]:
+    """The names of what lies in a folder itself; none where that cannot be listed."""
+    if is_url(folder):
+        system, path = filesystem(folder)
+        for name in system.ls(path, detail=False):
+            yield str(name).rstrip("/").rpartition("/")[2]
+        return
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in entries if not entry.name.startswith("."))
+    except OSError:
+        return  # whoever walks it says so
+
+
+def _files_below(folder: str) -> Iterator[Shard]:
+    if is_url(folder):
+        yield from ((name, url) for name, url, _ in walk_remote(folder))
+        return
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            location = os.path.join(path, name)
+            if not name.startswith("."):
+                yield id_from(os.path.relpath(location, folder)), location
+
+
+def _read(location: str) -> bytes:
+    with open_location(location) as file:
+        return file.read()
+
+
+def _remote(image_id: str, url: str, info: Any) -> Record:
+    size, mtime = remote_state(info)
+    return Record(image_id, url, size, mtime, place=("url", url))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
