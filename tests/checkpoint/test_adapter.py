@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.checkpoints import reference_model, reference_tower, tiny_checkpoint
-from vitrt import VisionEncoder
+from tests.support.commands import Vitrt, vitrt
+from vitrt import FeatureStore, VisionEncoder
 from vitrt.checkpoint.extract import extract_tower
 from vitrt.checkpoint.fingerprint import fingerprint
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError
+
+__all__ = ["vitrt"]  # a fixture
 
 MODULE = "model.visual.blocks.1.attn.qkv"
 NAME = "blocks.1.attn.qkv.weight"
@@ -156,6 +160,24 @@ def test_encoder_and_run_identity(base: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(adapter, tmp_path / "moved")
     again = fingerprint(open_checkpoint(base, adapter=moved))
     assert again == fingerprint(open_checkpoint(base, adapter=adapter))
+
+
+def test_command_line(base: Path, tmp_path: Path, vitrt: Vitrt) -> None:
+    """Into a folder of features without the adapter, a run with it is refused."""
+    adapter = write_adapter(tmp_path / "lora", pair(MODULE, 288, 96))
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "a.png")
+    run = ("encode", base, tmp_path / "a.png", "--device", "cpu", "--output")
+    assert vitrt(*run, tmp_path / "out").code == 0
+    mixed = vitrt(*run, tmp_path / "out", "--adapter", adapter)
+    assert mixed.code == 1 and "weights" in mixed.err
+    assert vitrt(*run, tmp_path / "other", "--adapter", adapter).code == 0
+    plain, adapted = (FeatureStore(tmp_path / name)["a.png"] for name in ("out", "other"))
+    assert not torch.allclose(plain.embeddings, adapted.embeddings)
+    assert vitrt("extract", base, "--adapter", adapter, "--output", tmp_path / "tower").code == 0
+    extracted = load_file(tmp_path / "tower" / "model.safetensors")[NAME]
+    assert torch.equal(extracted, tower(base, adapter)[NAME])
+    unknown = vitrt("info", base, "--adapter", tmp_path)
+    assert unknown.code == 1 and "adapter_config.json" in unknown.err
 
 
 def test_fingerprints_stay_what_they_were(tmp_path: Path) -> None:

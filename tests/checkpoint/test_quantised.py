@@ -20,6 +20,8 @@ from vitrt.checkpoint.extract import extract_tower
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.checkpoint.scaled import ScaledTensor
 from vitrt.checkpoint.shards import CheckpointError
+from vitrt.engine.loader import load_tower
+from vitrt.parallel.context import ParallelContext
 
 E4M3_MAX = 448.0
 PREFIX = "model.visual."
@@ -198,6 +200,25 @@ def test_dequantised_as_the_scheme_says(plain: Path, tmp_path: Path, scheme: Sch
         assert tensor.dtype == torch.float32
         for index in (slice(3, 70), slice(50, None), slice(7, 7), (slice(None), slice(5, 71))):
             assert torch.equal(tensor[index], want[index]), (name, index)
+
+
+@pytest.mark.parametrize("scheme", ["fp8 blocks", "compressed channel", "modelopt"])
+def test_ranks_dequantise_their_parts(plain: Path, tmp_path: Path, scheme: str) -> None:
+    """Each rank's tower is the one made from the dequantised tensors; float32 and bfloat16."""
+    folder, expected = quantised(plain, tmp_path / "fp8", SCHEMES[scheme])
+    checkpoint = open_checkpoint(folder)
+    config, device = checkpoint.vision_config(), torch.device("cpu")
+    for size, dtype in ((1, torch.bfloat16), (2, torch.float32), (4, torch.bfloat16)):
+        for rank in range(size):
+            options = {
+                "device": device,
+                "dtype": dtype,
+                "parallel": ParallelContext(tp_rank=rank, tp_size=size),
+            }
+            ours = load_tower(config, checkpoint.tower_tensors(), **options).state_dict()
+            want = load_tower(config, expected.items(), **options).state_dict()
+            assert ours.keys() == want.keys()
+            assert all(torch.equal(ours[name], want[name]) for name in want)
 
 
 def test_what_is_stored_stays_within_reach(plain: Path, tmp_path: Path) -> None:

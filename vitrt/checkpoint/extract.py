@@ -77,8 +77,8 @@ def tower_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model_type": family.name, **kept, "vision_config": dict(vision)}
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> None:
-    """Write `tensors` into one safetensors file, flushed to disk."""
+def _write_tensors(file: Path, tensors: dict[str, LazyTensor], checkpoint: Checkpoint) -> None:
+    """Write `tensors`, and let each go, into one safetensors file that is flushed to disk."""
     dtypes = {name: _saved_dtype(name, checkpoint) for name in tensors}
     # Widest dtypes first: every tensor is aligned to its elements, as safetensors writes them.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
@@ -86,7 +86,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, LazyTensor], checkpoint: Ch
     with file.open("wb") as target:
         target.write(build_header(layout, {"format": "pt"}))
         for name in order:
-            for part in _pieces(tensors[name]):
+            for part in _pieces(tensors.pop(name)):
                 target.write(
                     part.to(dtypes[name]).contiguous().view(-1).view(torch.uint8).numpy().data
                 )

@@ -26,6 +26,7 @@ from vitrt.checkpoint.tower_files import (
     PROCESSOR,
     TowerSearch,
     read_json,
+    taken_for,
 )
 from vitrt.config import PreprocessorConfig, VisionConfig
 from vitrt.models.families import build_tower, read_vision_config
@@ -89,7 +90,8 @@ class Checkpoint:
         stored = scaled.parameters(self.tensors, self.quantization)
         parameters = dict(self.adapter.merge(stored) if self.adapter else stored)
         self._check_complete(parameters)
-        return iter(parameters.items())
+        # Each is let go with what it was made of: the sums of an adapter are as large as the tower.
+        return ((name, parameters.pop(name)) for name in list(parameters))
 
     def _check_complete(self, found: Mapping[str, LazyTensor]) -> None:
         if not self.tensors:
@@ -174,7 +176,7 @@ def _open(
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"{name}: holds no {CONFIG}{_taken_for(folder)}")
+            raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(folder)}")
         files = [file for file in (PREPROCESSOR, PROCESSOR) if (folder / file).is_file()]
         checkpoint = describe(name, folder, files)
         if not weights:
@@ -191,7 +193,7 @@ def _open(
     hub = HubSource(name, revision, *options)
     config = hub.fetch_optional(CONFIG)
     if config is None and (adapter := hub.fetch_optional(ADAPTER_CONFIG)):
-        raise CheckpointError(f"{name}: holds no {CONFIG}{_taken_for(adapter.parent)}")
+        raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(adapter.parent)}")
     folder = (config or hub.fetch(CONFIG)).parent
     found = next((file for file in (PREPROCESSOR, PROCESSOR) if hub.fetch_optional(file)), None)
     checkpoint = describe(name, folder, [found] if found else [])
@@ -226,28 +228,6 @@ def describe(name: str, folder: Path, processors: Iterable[str]) -> Checkpoint:
                 f"{theirs} {getattr(images, theirs)}"
             )
     return checkpoint
-
-
-def _taken_for(folder: Path) -> str:
-    """What a folder without a config may be, and what would do instead; for a message."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return (
-            f"; it is an adapter ({ADAPTER_CONFIG}) over the checkpoint {base!r}: give that as the "
-            "model, and this as the adapter"
-        )
-    if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
-        repo = folder.name.removeprefix("models--").replace("--", "/")
-        return (
-            f"; it is the hub's cache of one repository: give its id, {repo}, or one of its "
-            f"snapshots, {snapshots[-1].parent}"
-        )
-    cached = sorted([*folder.glob("models--*"), *folder.glob("hub/models--*")])
-    if cached:
-        repos = [path.name.removeprefix("models--").replace("--", "/") for path in cached[:5]]
-        return f"; it is the hub's cache: give the id of a repository in it, as {', '.join(repos)}"
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-    return f"; there is one in {', '.join(inside[:5])}" if inside else ""
 
 
 @contextmanager

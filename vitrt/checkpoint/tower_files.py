@@ -40,6 +40,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
+def taken_for(folder: Path) -> str:
+    """What a folder without a config may be, and what would do instead; for a message."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return (
+            f"; it is an adapter ({ADAPTER_CONFIG}) over the checkpoint {base!r}: give that as the "
+            "model, and this as the adapter"
+        )
+    if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
+        repo = folder.name.removeprefix("models--").replace("--", "/")
+        return (
+            f"; it is the hub's cache of one repository: give its id, {repo}, or one of its "
+            f"snapshots, {snapshots[-1].parent}"
+        )
+    cached = sorted([*folder.glob("models--*"), *folder.glob("hub/models--*")])
+    if cached:
+        repos = [path.name.removeprefix("models--").replace("--", "/") for path in cached[:5]]
+        return f"; it is the hub's cache: give the id of a repository in it, as {', '.join(repos)}"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    return f"; there is one in {', '.join(inside[:5])}" if inside else ""
+
+
 def prefixes(names: Iterable[str], own: Iterable[str]) -> dict[str, list[str]]:
     """What stands before a tower's `own` names in `names`, and the own names found behind it."""
     wanted = set(own)
