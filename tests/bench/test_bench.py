@@ -23,12 +23,14 @@ from torch import Tensor
 
 from tests.support.checkpoints import reference_tower
 from vitrt import cli
-from vitrt.bench import peers
+from vitrt.bench import transformers_peers
 from vitrt.bench.ablate import ablate, native_rope_
-from vitrt.bench.peers import Compiled, Eager, UnavailableError, Vitrt, build_peer
+from vitrt.bench.contenders import UnavailableError, Vitrt
+from vitrt.bench.peers import build_peer
 from vitrt.bench.profiling import Span, kernel_group, summarise
 from vitrt.bench.runs import run_bench
-from vitrt.bench.timing import measure
+from vitrt.bench.timing import Samples, measure
+from vitrt.bench.transformers_peers import Compiled, Eager
 from vitrt.bench.workloads import Workload, build_workloads
 from vitrt.commands.bench import add_arguments, run
 from vitrt.compare.errors import compare, float32_reference, relative_error
@@ -143,7 +145,7 @@ def test_timing_counts_and_takes_inputs_in_turn() -> None:
 def test_vitrt_and_transformers_hold_the_same_weights(setting: Any) -> None:
     tower, encoder, workload, pixels = setting
     expected = float32_reference(tower, pixels, workload.grids)
-    assert compare(Vitrt(encoder).prepare(workload.grids)(pixels), expected).worst < 1e-5
+    assert compare(Vitrt(encoder).forward_for(workload.grids)(pixels), expected).worst < 1e-5
     assert len(expected[1]) == len(encoder.config.deepstack_visual_indexes)
 
 
@@ -164,18 +166,18 @@ def test_flash_attention_from_any_module_serves_transformers_eager_and_compiled(
     module.flash_attn_varlen_func = flash_attn_varlen_func
     module.flash_attn_func = module.flash_attn_with_kvcache = lambda *_: None
     monkeypatch.setitem(globals(), "LONGEST", [])
-    peers.give_flash_attention(module)
+    transformers_peers.give_flash_attention(module)
     assert "flash_attn_interface" not in sys.modules
 
-    expected = Eager(tower, "sdpa").prepare(grids)(pixels)
-    got = Eager(tower, "flash_attention_3").prepare(grids)(pixels)
+    expected = Eager(tower, "sdpa").forward_for(grids)(pixels)
+    got = Eager(tower, "flash_attention_3").forward_for(grids)(pixels)
     assert compare(got, expected).worst < 0.02  # two roundings of bfloat16 through three layers
     assert len(LONGEST) == tower.config.depth
     assert max(LONGEST) == 14 * 22
 
     # The whole tower is one graph where the attention call is, so the peer is as fast as it can be.
     torch._dynamo.utils.counters.clear()
-    forward = Compiled(tower, "flash_attention_3", backend="eager").prepare(grids)
+    forward = Compiled(tower, "flash_attention_3", backend="eager").forward_for(grids)
     assert compare(forward(pixels), got).worst < 1e-6
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
@@ -222,7 +224,7 @@ def flash_attn_varlen_func(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without a GPU")
 def test_fa3_says_why_it_cannot_run(setting: Any) -> None:
     with pytest.raises(UnavailableError, match="CUDA"):
-        build_peer("fa3", setting[0])
+        build_peer("fa3", setting[0], setting[1].config)
 
 
 def test_native_rope_is_the_rope_of_the_kernels() -> None:
@@ -265,11 +267,12 @@ def test_a_run_prints_its_tables_and_writes_them_as_json(
         assert ours["share"] == pytest.approx(
             row["flops"] / ours["rate_ms"] / 1e9 / report["ceiling_tflops"]
         )
-        assert row["timings"]["sdpa"]["rate_ms"] > 0
+        assert row["timings"]["sdpa"]["over_vitrt"]["rate"] > 0
+        assert row["clocks"] is None or row["clocks"]["watts"] > 0
         assert row["errors"]["vitrt"]["embeddings"] < 1e-5
         assert sum(row["profile"]["groups"].values()) == pytest.approx(row["profile"]["total_ms"])
-        if not torch.cuda.is_available():
-            assert "CUDA" in row["failures"]["fa3"]
+    if not torch.cuda.is_available():
+        assert "CUDA" in model["unavailable"]["fa3"] and "not run: fa3: " in text
     assert single["timings"]["vitrt"]["wall_ms"] > 0 and single["plan_ms"] > 0
 
 
@@ -304,14 +307,15 @@ def test_an_interrupted_run_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
+    turn = Samples.take_turn
 
-    def interrupted(*args: Any, **options: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> None:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 8:  # in the second workload
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*args, **options)
+        turn(*args, **options)
 
-    monkeypatch.setattr("vitrt.bench.model_bench.measure", interrupted)
+    monkeypatch.setattr(Samples, "take_turn", interrupted)
     file = tmp_path / "bench.json"
     options = ("--workloads", "1x224,mixed16", "--peers", "none", "--json", str(file))
     assert bench("qwen2.5-vl-7b", *options) == 130
@@ -324,13 +328,13 @@ def test_an_interrupted_run_keeps_what_it_has(
 def test_a_wrong_output_fails_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = Vitrt.prepare
+    right = Vitrt.forward_for
 
     def wrong(self: Vitrt, grids: Any) -> Any:
         forward = right(self, grids)
         return lambda pixels: (forward(pixels)[0] * (1 + 1e-4), forward(pixels)[1])
 
-    monkeypatch.setattr(Vitrt, "prepare", wrong)
+    monkeypatch.setattr(Vitrt, "forward_for", wrong)
     assert bench("qwen3-vl-8b", "--workloads", "1x224", "--peers", "none") == 1
     assert "DISAGREES" in capsys.readouterr().out
 
@@ -361,7 +365,7 @@ def test_a_peer_that_breaks_is_reported_and_ends_nothing(
     def broken(self: Eager, grids: Any) -> Any:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(Eager, "prepare", broken)
+    monkeypatch.setattr(Eager, "forward_for", broken)
     assert bench("qwen3-vl-8b", "--workloads", "1x224", "--peers", "sdpa") == 0
     text = capsys.readouterr().out
     assert "failed on 1x224: sdpa: RuntimeError: out of luck" in text
@@ -385,7 +389,7 @@ def test_a_config_alone_means_random_weights(tiny_qwen3_vl: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--workloads", "5x5"), ("--peers", "vllm"), ("no-such-model",)]
+    "arguments", [("--workloads", "5x5"), ("--peers", "sglang"), ("no-such-model",)]
 )
 def test_bad_arguments_are_named(arguments: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=arguments[-1]):

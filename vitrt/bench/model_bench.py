@@ -1,6 +1,7 @@
-"""One model: every contender on one workload right after the other, then what else was asked for.
+"""One model: its contenders take turns on each workload, then what else was asked for.
 
-The compiled peer comes last, since compiling may use up the time limit.
+Peers that compile for every shape come last, since that may use up the time limit; vitrt takes its
+turns beside them once more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,20 +20,17 @@ from torch import Tensor, nn
 
 from vitrt.attention import label
 from vitrt.bench.ablate import ablate
+from vitrt.bench.clocks import ClockSampler
+from vitrt.bench.contenders import Contender, UnavailableError, Vitrt
 from vitrt.bench.options import BenchConfig
-from vitrt.bench.peers import (
-    Contender,
-    Eager,
-    UnavailableError,
-    Vitrt,
-    build_peer,
-)
+from vitrt.bench.peers import COMPILED, build_peer
 from vitrt.bench.profiling import profile_call
 from vitrt.bench.results import ModelResult, Row
-from vitrt.bench.timing import Clock, measure
+from vitrt.bench.timing import Clock, Samples
+from vitrt.bench.transformers_peers import Eager
 from vitrt.bench.workloads import Workload, build_workloads
 from vitrt.checkpoint.opened import open_checkpoint
-from vitrt.compare.errors import compare, float32_reference
+from vitrt.compare.errors import Output, compare, float32_reference
 from vitrt.compare.reference import NamedModel, build_tower, float32_copy, save_checkpoint
 from vitrt.encoder import VisionEncoder
 from vitrt.models.work import count_flops
@@ -39,26 +38,31 @@ from vitrt.models.work import count_flops
 logger = logging.getLogger(__name__)
 
 INPUT_SETS = 3  # pixels that calls take in turn, so that none of them times a warm cache
+TURNS = 6
 ABLATED = ("1x560", "32x560")  # one bound by launches, one by arithmetic
 MEMORY_WORKLOAD = "32x560"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the models of a run have in common."""
+
+    config: BenchConfig
+    device: torch.device
+    dtype: torch.dtype
+    clock: Clock
+    until: float  # seconds of the run, after which this model compiles nothing more
+    clocks: ClockSampler
+    progress: Callable[[str], None]
 
 
 class ModelBench:
     """One model: its tower, its encoder, its rows."""
 
-    def __init__(
-        self,
-        config: BenchConfig,
-        model: NamedModel,
-        device: torch.device,
-        dtype: torch.dtype,
-        clock: Clock,
-        until: float,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.config, self.model, self.device, self.dtype = config, model, device, dtype
-        self.peers = config.peers or ()
-        self.clock, self.until, self.progress = clock, until, progress
+    def __init__(self, setting: Setting, model: NamedModel) -> None:
+        self.setting, self.model = setting, model
+        self.config, self.device, self.dtype = setting.config, setting.device, setting.dtype
+        self.peers: list[Contender] = []
 
     def run(self, models: list[ModelResult]) -> None:
         """Append this model's result to `models`, and fill it figure by figure."""
@@ -68,81 +72,99 @@ class ModelBench:
             reference = float32_copy(tower, model.config) if config.check else None
             checkpoint = save_checkpoint(tower, model, Path(folder))
             encoder = VisionEncoder.from_checkpoint(open_checkpoint(checkpoint), config.runtime)
-            self.progress(f"{model.name}: loaded after {self.clock.spent:.0f} s")
+            self._say(f"loaded after {self.setting.clock.spent:.0f} s")
             workloads = build_workloads(
                 model.config.patch_size, config.workloads, tiny=config.scale == "tiny"
             )
             rows = [Row(w, count_flops(model.config, w.grids).total) for w in workloads]
-            peers = self._peers(tower, rows, compiled=False)
-            compiled = self._peers(tower, rows, compiled=True)
-            labels = {peer.name: peer.label for peer in (*peers, *compiled)}
-            stats = encoder.stats()
-            models.append(ModelResult(model, _attention_label(encoder), rows, stats, labels))
+            result = ModelResult(model, _attention_label(encoder), rows, encoder.stats(), {})
+            models.append(result)
+            self._build_peers(tower, result)
             for row in rows:
-                self._contests([Vitrt(encoder), *peers], row, tower, reference)
+                peers = [peer for peer in self.peers if peer.name != COMPILED]
+                self._contest([Vitrt(encoder), *peers], row, tower, reference)
             for row in rows:
-                self._extras(encoder, tower, row)
-            for contender in compiled:
-                self._compiled(contender, tower, reference, rows)
+                self._extras(encoder, row)
+            if any(peer.name == COMPILED for peer in self.peers):
+                self._compiled(encoder, tower, reference, rows)
 
-    def _peers(self, tower: nn.Module, rows: list[Row], *, compiled: bool) -> list[Contender]:
-        found = []
-        for name in self.peers:
-            if (name == "compile") != compiled:
-                continue
+    def _build_peers(self, tower: nn.Module, result: ModelResult) -> None:
+        for name in self.config.peers or ():
             try:
-                found.append(build_peer(name, tower))
+                peer = build_peer(name, tower, self.model.config)
             except UnavailableError as error:
-                for row in rows:
-                    row.failures[name] = str(error)
-        return found
+                result.unavailable[name] = str(error)
+            else:
+                self.peers.append(peer)
+                result.peers[name] = peer.label
 
-    def _contests(
+    def _contest(
         self,
         contenders: Sequence[Contender],
         row: Row,
         tower: nn.Module,
         reference: nn.Module | None,
     ) -> None:
-        """Every contender on one workload, right after one another."""
+        """Contenders on one workload, vitrt first: A B C, A B C, ..."""
         inputs, grids = self._inputs(row.workload), row.workload.grids
         expected = None
         if reference is not None:
             expected = float32_reference(reference, inputs[0], grids)
             if self.dtype != torch.float32 and row.reference_errors is None:
-                row.reference_errors = compare(
-                    Eager(tower, "sdpa").prepare(grids)(inputs[0]), expected
-                )
+                forward = Eager(tower, "sdpa").forward_for(grids)
+                row.reference_errors = compare(forward(inputs[0]), expected)
+        samples: dict[str, Samples] = {}
         for contender in contenders:
-            name = contender.name
-            with self._surviving(row, name):
-                forward = contender.prepare(grids)
-                if expected is not None:
-                    row.errors[name] = compare(forward(inputs[0]), expected)
-                timing = measure(
-                    forward,
-                    inputs,
-                    self.device,
-                    seconds=self.config.seconds,
-                    latency=row.workload.single,
-                )
-                row.timings[name] = timing
-                self.progress(
-                    f"{self.model.name} {row.workload.name} {name}: {timing.rate_ms:.3f} ms"
-                    f" +-{timing.spread:.1%} of {timing.calls}, {self.clock.spent:.0f} s"
-                )
+            with self._surviving(row, contender.name):
+                samples[contender.name] = self._warm(contender, row, inputs, expected)
+        start = time.monotonic()
+        for _ in range(TURNS):
+            for name, mine in samples.items():
+                if name not in row.failures:
+                    with self._surviving(row, name):
+                        mine.take_turn(self.config.seconds / TURNS, single=row.workload.single)
+        row.clocks = row.clocks or self.setting.clocks.since(start)
+        self._record(row, {n: s for n, s in samples.items() if n not in row.failures})
         release(self.device)
 
+    def _warm(
+        self, contender: Contender, row: Row, inputs: Sequence[Tensor], expected: Output | None
+    ) -> Samples:
+        forward = contender.forward_for(row.workload.grids)
+        if expected is not None and contender.same_tower:
+            row.errors[contender.name] = compare(forward(inputs[0]), expected)
+        chosen = getattr(contender, "chosen", {}).get(row.workload.grids)
+        if chosen is not None:
+            row.settings[contender.name] = chosen
+        return Samples(forward, inputs, self.device)
+
+    def _record(self, row: Row, samples: dict[str, Samples]) -> None:
+        for name, mine in samples.items():
+            timing = mine.timing()
+            row.timings.setdefault(name, timing)  # of vitrt beside a compiled peer, the first one
+            text = f"{row.workload.name} {name}: {timing.rate_ms:.3f} ms"
+            if name != Vitrt.name and Vitrt.name in samples:
+                row.ratios[name] = mine.ratio_to(samples[Vitrt.name])
+                text += f" ({row.ratios[name].rate:.3f} of vitrt's)"
+            text += f" +-{timing.spread:.1%} of {timing.calls}"
+            self._say(f"{text}, {self.setting.clock.spent:.0f} s")
+
     def _compiled(
-        self, contender: Contender, tower: nn.Module, reference: nn.Module | None, rows: list[Row]
+        self,
+        encoder: VisionEncoder,
+        tower: nn.Module,
+        reference: nn.Module | None,
+        rows: Sequence[Row],
     ) -> None:
+        (contender,) = (peer for peer in self.peers if peer.name == COMPILED)
         longest = 0.0
         for row in rows:
-            if self.until - self.clock.spent < longest:
-                row.failures[contender.name] = "left out: the time limit"
+            if self.setting.until - self.setting.clock.spent < longest:
+                row.failures[COMPILED] = "left out: the time limit"
                 continue
             start = time.monotonic()
-            self._contests([contender], row, tower, reference)
+            vitrt = [] if Vitrt.name in row.failures else [Vitrt(encoder)]
+            self._contest([*vitrt, contender], row, tower, reference)
             row.compile_seconds = time.monotonic() - start
             longest = max(longest, row.compile_seconds)
 
@@ -151,45 +173,38 @@ class ModelBench:
         """What breaks is a finding of its own and must not cost the others their figures."""
         try:
             yield
+        except UnavailableError as error:
+            row.failures[name] = str(error)
         except Exception as error:
             logger.warning("%s on %s failed", name, row.workload.name, exc_info=True)
             row.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             release(self.device)
 
-    def _extras(self, encoder: VisionEncoder, tower: nn.Module, row: Row) -> None:
+    def _extras(self, encoder: VisionEncoder, row: Row) -> None:
         config, workload = self.config, row.workload
-        if "vitrt" in row.failures:
+        if Vitrt.name in row.failures:
             return
         inputs = self._inputs(workload)
         if workload.single:
             row.plan_ms = _plan_ms(encoder, workload)
         if config.profile:
             with self._surviving(row, "profile"):
-                forward = Vitrt(encoder).prepare(workload.grids)
+                forward = Vitrt(encoder).forward_for(workload.grids)
                 row.profile = profile_call(forward, inputs, self.device)
-        if config.memory and workload.name == MEMORY_WORKLOAD:
-            with self._surviving(row, "memory"):
-                row.memory = self._memory(encoder, tower, row, inputs[0])
+        if config.memory and workload.name == MEMORY_WORKLOAD and self.device.type == "cuda":
+            for contender in (Vitrt(encoder), *self.peers):
+                if contender.name in row.timings:
+                    with self._surviving(row, "memory"):
+                        forward = contender.forward_for(workload.grids)
+                        row.memory[contender.name] = _peak_bytes(forward, inputs[0])
         if config.ablate and workload.name in self._ablated():
             with self._surviving(row, "ablate"):
                 row.ablations = ablate(encoder, workload, inputs, seconds=config.seconds / 2)
-                self.progress(f"{self.model.name} {workload.name}: ablations")
+                self._say(f"{workload.name}: ablations")
 
     def _ablated(self) -> tuple[str, ...]:
         chosen = tuple(name for name in ABLATED if name in self.config.workloads)
         return chosen or self.config.workloads[:1]
-
-    def _memory(
-        self, encoder: VisionEncoder, tower: nn.Module, row: Row, pixels: Tensor
-    ) -> dict[str, int]:
-        if self.device.type != "cuda":
-            return {}
-        peaks = {}
-        names = [name for name in self.peers if name != "compile" and name in row.timings]
-        for contender in (Vitrt(encoder), *(build_peer(name, tower) for name in names)):
-            forward = contender.prepare(row.workload.grids)
-            peaks[contender.name] = _peak_bytes(forward, pixels)
-        return peaks
 
     def _inputs(self, workload: Workload) -> list[Tensor]:
         """Sets of random pixels [T, P], of the range that normalised images have."""
@@ -200,6 +215,9 @@ class ModelBench:
             torch.randn(shape, generator=generator, device=device).to(self.dtype)
             for _ in range(INPUT_SETS)
         ]
+
+    def _say(self, text: str) -> None:
+        self.setting.progress(f"{self.model.name} {text}")
 
 
 def _attention_label(encoder: VisionEncoder) -> str:

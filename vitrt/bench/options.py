@@ -8,7 +8,7 @@ from typing import Literal
 from vitrt.bench.workloads import WORKLOAD_NAMES
 from vitrt.config import RuntimeConfig
 
-PEER_NAMES = ("sdpa", "fa3", "compile")
+PEER_NAMES = ("sdpa", "fa3", "compile", "timm", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class BenchConfig:
     profile: bool = False
     ablate: bool = False
     memory: bool = False
-    seconds: float = 1.0  # of timing for each contender on each workload
+    seconds: float = 1.0  # of timing for each contender on each workload, in all its turns
     time_limit: float = 480.0  # no further shape is compiled after so many seconds
 
     def __post_init__(self) -> None:

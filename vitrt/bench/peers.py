@@ -1,199 +1,33 @@
-"""The contenders: vitrt, and transformers as its users run it.
-
-A contender turns a batch's grids into a function of the pixels alone. What cannot run says why
-(`UnavailableError`) and is reported with its reason; it never ends the benchmark.
-"""
+"""The peers by their names on the command line."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
-from collections.abc import Callable
-from typing import Any, Protocol
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
+from vitrt.bench.contenders import Contender
 from vitrt.bench.options import PEER_NAMES
-from vitrt.compare.errors import Output
-from vitrt.encoder import VisionEncoder
-from vitrt.models.work import Grid
+from vitrt.bench.timm_peer import Timm
+from vitrt.bench.transformers_peers import Compiled, Eager, best_attention, load_fa3
+from vitrt.bench.vllm_peer import Vllm
+from vitrt.config import VisionConfig
 
-Forward = Callable[[Tensor], Output]
-
-FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-
-
-class UnavailableError(RuntimeError):
-    """This contender cannot run here; the message says why."""
+COMPILED = "compile"  # for every shape anew, which may use up the time limit
 
 
-class Contender(Protocol):
-    name: str
-    label: str  # what exactly it is
+def build_peer(name: str, tower: nn.Module, config: VisionConfig) -> Contender:
+    """A peer with the weights of transformers' `tower`.
 
-    def prepare(self, grids: tuple[Grid, ...]) -> Forward:
-        """A function of the pixels [T, P] on the device. Raises UnavailableError."""
-        ...
-
-
-class Vitrt:
-    """The encoder as a user calls it: grids on the host, plans and graphs as it sees fit."""
-
-    name = label = "vitrt"
-
-    def __init__(self, encoder: VisionEncoder) -> None:
-        self.encoder = encoder
-
-    def prepare(self, grids: tuple[Grid, ...]) -> Forward:
-        grid_thw = torch.tensor(grids)
-
-        def forward(pixels: Tensor) -> Output:
-            out = self.encoder(pixels, grid_thw)
-            return out.embeddings, () if out.deepstack is None else out.deepstack.unbind(0)
-
-        return forward
-
-
-class Eager:
-    """transformers without a compiler: grids on the device, index arithmetic inside every call."""
-
-    def __init__(self, tower: nn.Module, attention: str) -> None:
-        self.name = "fa3" if attention == "flash_attention_3" else attention
-        self.label = f"transformers eager, {attention}"
-        self.tower = tower
-        self.attention = attention
-
-    def prepare(self, grids: tuple[Grid, ...]) -> Forward:
-        use_attention(self.tower, self.attention)
-        grid_thw = torch.tensor(grids, device=_device(self.tower))
-        return lambda pixels: _output(self.tower(pixels, grid_thw=grid_thw))
-
-
-class Compiled:
-    """torch.compile over the whole tower at this one shape, index arithmetic done beforehand.
-
-    That is more than a server can do (it does not see one shape only), and so the hardest peer.
-    With FA3 where it can be imported, else sdpa.
+    Raises UnavailableError where it cannot run, ValueError for an unknown name.
     """
-
-    name = "compile"
-
-    def __init__(self, tower: nn.Module, attention: str, backend: str = "inductor") -> None:
-        self.label = f"transformers under torch.compile, {attention}"
-        self.tower = tower
-        self.attention = attention
-        self.backend = backend
-
-    def prepare(self, grids: tuple[Grid, ...]) -> Forward:
-        use_attention(self.tower, self.attention)
-        torch._dynamo.reset()
-        # The decorators around forward() keep context variables, which break the graph; they only
-        # collect intermediate states that nobody asked for.
-        forward: Any = inspect.unwrap(type(self.tower).forward)
-        compiled = torch.compile(forward, dynamic=False, backend=self.backend)
-        grid_thw = torch.tensor(grids, device=_device(self.tower))
-        indexes = precomputed(self.tower, grid_thw)
-        return lambda pixels: _output(compiled(self.tower, pixels, grid_thw, **indexes))
-
-
-def build_peer(name: str, tower: nn.Module) -> Contender:
-    """A peer by its name on the command line. Raises UnavailableError, ValueError if unknown."""
     if name == "sdpa":
         return Eager(tower, "sdpa")
     if name == "fa3":
         load_fa3()
         return Eager(tower, "flash_attention_3")
-    if name == "compile":
-        try:
-            load_fa3()
-        except UnavailableError:
-            return Compiled(tower, "sdpa")
-        return Compiled(tower, "flash_attention_3")
+    if name == COMPILED:
+        return Compiled(tower, best_attention())
+    if name == "timm":
+        return Timm(tower, config)
+    if name == "vllm":
+        return Vllm(tower, config)
     raise ValueError(f"peer {name!r} does not exist; there are {', '.join(PEER_NAMES)}")
-
-
-def load_fa3() -> None:
-    """Give transformers' "flash_attention_3" whichever module provides FA3's functions here."""
-    if not torch.cuda.is_available():
-        raise UnavailableError("FlashAttention-3 needs a CUDA device")
-    module, reasons = None, []
-    for name in FA3_MODULES:
-        try:
-            module = importlib.import_module(name)
-            break
-        except (ImportError, OSError) as error:
-            reasons.append(f"{name}: {error}")
-    if module is None:
-        raise UnavailableError("; ".join(reasons))
-    give_flash_attention(module)
-
-
-def give_flash_attention(module: Any) -> None:
-    """Let transformers take its "flash_attention_3" functions from `module`.
-
-    It imports them from `flash_attn_interface` once and keeps them, so that name has to stand for
-    `module` only while it does so.
-    """
-    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
-
-    missing = object()
-    before = sys.modules.get("flash_attn_interface", missing)
-    sys.modules["flash_attn_interface"] = module
-    try:
-        lazy_import_flash_attention("flash_attention_3")
-    finally:
-        if before is missing:
-            del sys.modules["flash_attn_interface"]
-        else:
-            sys.modules["flash_attn_interface"] = before  # type: ignore[assignment]
-
-
-def use_attention(tower: Any, attention: str) -> None:
-    """Switch a tower that is already built.
-
-    Not by set_attn_implementation: it looks for the pip distribution by name, and the function it
-    would use is in place already.
-    """
-    tower.config._attn_implementation_internal = attention
-
-
-def precomputed(tower: Any, grid_thw: Tensor) -> dict[str, Any]:
-    """The index tensors and lengths of a batch, under the names transformers' forward looks for."""
-    from transformers import vision_utils
-
-    config = tower.config
-    merge = config.spatial_merge_size
-    cu_seqlens = vision_utils.get_vision_cu_seqlens(grid_thw)
-    indexes: dict[str, Any] = {
-        "position_ids": vision_utils.get_vision_position_ids(grid_thw, merge),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": int(cu_seqlens.diff().max()),
-    }
-    if getattr(config, "window_size", None) is not None:
-        window_index, windows = vision_utils.get_vision_window_index(
-            grid_thw, merge, config.window_size, config.patch_size
-        )
-        # transformers leaves the index on the host, and copies it over in every forward.
-        indexes["window_index"] = window_index.to(grid_thw.device)
-        indexes["cu_window_seqlens"] = windows
-        indexes["max_window_seqlen"] = int(windows.diff().max())
-    else:
-        taps, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-            grid_thw,
-            num_grid_per_side=tower.num_grid_per_side,
-            mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners,
-            spatial_merge_size=merge,
-        )
-        indexes["interp_indices"], indexes["interp_weights"] = taps, weights
-    return indexes
-
-
-def _device(tower: nn.Module) -> torch.device:
-    return next(tower.parameters()).device
-
-
-def _output(result: Any) -> Output:
-    return result.pooler_output, getattr(result, "deepstack_features", None) or ()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from vitrt.bench.ablate import Ablation
+from vitrt.bench.clocks import Clocks
 from vitrt.bench.options import BenchConfig
 from vitrt.bench.profiling import Profile
-from vitrt.bench.timing import Ceilings, Timing
+from vitrt.bench.timing import Ceilings, Ratio, Timing
 from vitrt.bench.workloads import Workload
 from vitrt.compare.errors import FLOAT32_BOUND, RATIO_BOUND, Errors
 from vitrt.compare.reference import NamedModel
@@ -23,6 +24,9 @@ class Row:
     workload: Workload
     flops: int
     timings: dict[str, Timing] = field(default_factory=dict)  # by contender
+    ratios: dict[str, Ratio] = field(default_factory=dict)  # of peers to vitrt beside them
+    settings: dict[str, str] = field(default_factory=dict)  # of a peer that has several
+    clocks: Clocks | None = None  # while the contenders took turns
     errors: dict[str, Errors] = field(default_factory=dict)  # against transformers in float32
     reference_errors: Errors | None = None  # transformers' own in a lower precision
     failures: dict[str, str] = field(default_factory=dict)
@@ -58,6 +62,7 @@ class ModelResult:
     rows: list[Row]
     stats: RunnerStats
     peers: dict[str, str]  # what exactly the peers that ran are, by name
+    unavailable: dict[str, str] = field(default_factory=dict)  # why the others cannot, by name
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from vitrt.bench.model_bench import ModelBench, release
+from vitrt.bench.clocks import ClockSampler, reader_for
+from vitrt.bench.model_bench import ModelBench, Setting, release
 from vitrt.bench.options import PEER_NAMES, BenchConfig
 from vitrt.bench.results import BenchResult
 from vitrt.bench.timing import Clock, measure_ceilings
@@ -29,13 +30,13 @@ def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResu
         build_workloads(model.config.patch_size, config.workloads)  # a wrong name ends it here
     result.ceilings.append(measure_ceilings(device, result.dtype))
     try:
-        for index, model in enumerate(found):
-            # Each model may spend its share of what is left.
-            share = clock.spent + clock.left / (len(found) - index)
-            bench = ModelBench(config, model, device, result.dtype, clock, share, progress)
-            bench.run(result.models)
-            del bench
-            release(device)
+        with ClockSampler(reader_for(device)) as clocks:
+            for index, model in enumerate(found):
+                # Each model may spend its share of what is left.
+                share = clock.spent + clock.left / (len(found) - index)
+                setting = Setting(config, device, result.dtype, clock, share, clocks, progress)
+                ModelBench(setting, model).run(result.models)
+                release(device)
         result.ceilings.append(measure_ceilings(device, result.dtype))
     except KeyboardInterrupt:
         result.interrupted = True

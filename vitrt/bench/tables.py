@@ -49,7 +49,7 @@ def to_json(result: BenchResult) -> dict[str, Any]:
         "time_limit": config.time_limit,
     }
     return {
-        "format": "vitrt.bench.v1",
+        "format": "vitrt.bench.v2",
         "machine": machine(result.device),
         "dtype": dtype_name(result.dtype),
         "options": options,
@@ -69,6 +69,7 @@ def _model_json(model: ModelResult, ceiling: float) -> dict[str, Any]:
         "random_weights": model.named.checkpoint is None,
         "attention": model.attention,
         "peers": model.peers,
+        "unavailable": model.unavailable,
         "runner": _stats_json(model.stats),
         "workloads": [_row_json(row, ceiling) for row in model.rows],
     }
@@ -83,6 +84,8 @@ def _row_json(row: Row, ceiling: float) -> dict[str, Any]:
         }
         if timing.wall_ms is not None:
             timings[name]["wall_share"] = row.tflops(timing.wall_ms) / ceiling
+    for name, ratio in row.ratios.items():
+        timings[name]["over_vitrt"] = asdict(ratio)
     return {
         "workload": row.workload.name,
         "grids": row.workload.grids,
@@ -94,6 +97,8 @@ def _row_json(row: Row, ceiling: float) -> dict[str, Any]:
         "error_ratio": row.error_ratio,
         "agrees": row.agrees,
         "failures": row.failures,
+        "settings": row.settings,
+        "clocks": None if row.clocks is None else asdict(row.clocks),
         "compile_seconds": row.compile_seconds,
         "plan_ms": row.plan_ms,
         "profile": None if row.profile is None else asdict(row.profile),
@@ -139,17 +144,23 @@ def _lines(result: BenchResult) -> Iterator[str]:
 def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
     weights = "random weights" if model.named.checkpoint is None else "its own weights"
     yield f"{model.named.name} ({weights}); {model.attention}"
-    peers = [
-        p for p in PEER_NAMES if any(p in row.timings or p in row.failures for row in model.rows)
-    ]
-    head = f"{'workload':<17}{'floor':>8}{'vitrt ms':>10}{'TFLOP/s':>9}{'share':>8}"
-    yield head + "".join(f"{p + ' ms':>13}{'x':>6}" for p in peers) + f"{'error':>10}{'/ ref':>7}"
+    peers = [p for p in PEER_NAMES if p in model.peers]
+    yield (
+        f"{'workload':<17}"
+        + "".join(f"{'/ ' + peer:>10}" for peer in peers)
+        + f"{'vitrt ms':>10}{'TFLOP/s':>9}{'share':>8}"
+        + "".join(f"{peer + ' ms':>12}" for peer in peers)
+        + f"{'error':>10}{'/ ref':>7}"
+        + (f"{'MHz':>6}{'W':>5}" if any(row.clocks for row in model.rows) else "")
+    )
     for row in model.rows:
         yield _row_line(row, peers, ceiling, wall=False)
         if row.workload.single:
             yield _row_line(row, peers, ceiling, wall=True)
     yield from _peer_lines(model)
     yield from _host_lines(model)
+    for name, reason in model.unavailable.items():
+        yield f"not run: {name}: {reason}"
     reasons: dict[str, list[str]] = {}
     for row in model.rows:
         for name, reason in row.failures.items():
@@ -160,14 +171,25 @@ def _model_lines(model: ModelResult, ceiling: float) -> Iterator[str]:
 
 def _peer_lines(model: ModelResult) -> Iterator[str]:
     for name, label in model.peers.items():
-        pairs = [(r.timings.get(name), r.timings.get("vitrt")) for r in model.rows]
-        ratios = [theirs.rate_ms / ours.rate_ms for theirs, ours in pairs if theirs and ours]
+        ratios = [ratio for row in model.rows if (ratio := _judged(row, name)) is not None]
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             yield (
                 f"{name}: {label}; vitrt is {min(ratios):.2f}x to {max(ratios):.2f}x as fast,"
                 f" geometric mean {mean:.2f}x of {len(ratios)} workloads"
             )
+        settings: dict[str, list[str]] = {}
+        for row in model.rows:
+            if name in row.settings:
+                settings.setdefault(row.settings[name], []).append(row.workload.name)
+        for setting, names in settings.items():
+            yield f"  {setting}: {', '.join(names)}"
+
+
+def _judged(row: Row, peer: str) -> float | None:
+    """A peer's time over vitrt's: by the wall for one image, by the device for lists."""
+    ratio = row.ratios.get(peer)
+    return None if ratio is None else ratio.rate if ratio.wall is None else ratio.wall
 
 
 def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
@@ -176,7 +198,11 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
         return None if timing is None else timing.wall_ms if wall else timing.rate_ms
 
     ours = milliseconds("vitrt")
-    line = f"{row.workload.name + (' wall' if wall else ''):<17}{row.flops / ceiling / 1e9:>8.3g}"
+    line = f"{row.workload.name + (' wall' if wall else ''):<17}"
+    for name in peers:
+        ratio = row.ratios.get(name)
+        times = None if ratio is None else ratio.wall if wall else ratio.rate
+        line += f"{_missing(row, name):>10}" if times is None else f"{times:>9.2f}x"
     if ours is None:
         line += f"{_missing(row, 'vitrt'):>10}{'-':>9}{'-':>8}"
     else:
@@ -184,14 +210,14 @@ def _row_line(row: Row, peers: list[str], ceiling: float, *, wall: bool) -> str:
         line += f"{ours:>10.4g}{tflops:>9.4g}{tflops / ceiling:>8.1%}"
     for name in peers:
         theirs = milliseconds(name)
-        text = _missing(row, name) if theirs is None else f"{theirs:.4g}"
-        times = f"{theirs / ours:.2f}" if theirs and ours else "-"
-        line += f"{text:>13}{times:>6}"
-    error = row.errors.get("vitrt")
-    if wall or error is None:
+        line += f"{'-' if theirs is None else format(theirs, '.4g'):>12}"
+    if wall:
         return line
-    ratio = row.error_ratio
-    line += f"{error.embeddings:>10.2e}" + (f"{'':>7}" if ratio is None else f"{ratio:>7.3f}")
+    error, ratio_to_reference = row.errors.get("vitrt"), row.error_ratio
+    line += f"{'' if error is None else format(error.embeddings, '.2e'):>10}"
+    line += f"{'' if ratio_to_reference is None else format(ratio_to_reference, '.3f'):>7}"
+    if row.clocks is not None:
+        line += f"{row.clocks.sm_mhz:>6.0f}{row.clocks.watts:>5.0f}"
     return line.rstrip() if row.agrees else line + "  DISAGREES"
 
 

@@ -28,6 +28,22 @@ class Timing:
     calls: int
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Medians of one turn, in milliseconds."""
+
+    rate_ms: float
+    wall_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A contender's times over vitrt's, medians of turns that followed one another."""
+
+    rate: float
+    wall: float | None
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -41,6 +57,7 @@ class Samples:
         self.rates: list[float] = []
         self.walls: list[float] = []
         self.hosts: list[float] = []
+        self.turns: list[Turn] = []
         self.seconds = warm(call, inputs, device)  # of one call, roughly
 
     def burst(self, count: int) -> None:
@@ -52,6 +69,25 @@ class Samples:
         walls, hosts = latencies(self.call, self.inputs, self.device, count)
         self.walls += walls
         self.hosts += hosts
+
+    def take_turn(self, seconds: float, *, single: bool) -> None:
+        """About `seconds` of both kinds of call, where contenders take turns; the second kind only
+        for a `single` image.
+        """
+        count = max(1, min(MAX_CALLS // 4, int(seconds / self.seconds)))
+        rates, walls = len(self.rates), len(self.walls)
+        self.burst(count)
+        if single:
+            self.single_calls(count)
+        wall = statistics.median(self.walls[walls:]) if single else None
+        self.turns.append(Turn(statistics.median(self.rates[rates:]), wall))
+
+    def ratio_to(self, other: Samples) -> Ratio:
+        """How many times as long as the other's, turn by turn; medians."""
+        pairs = list(zip(self.turns, other.turns, strict=False))  # one may have failed before
+        walls = [a.wall_ms / b.wall_ms for a, b in pairs if a.wall_ms and b.wall_ms]
+        rate = statistics.median(a.rate_ms / b.rate_ms for a, b in pairs)
+        return Ratio(rate, statistics.median(walls) if walls else None)
 
     def timing(self) -> Timing:
         """Medians of what was measured. ValueError before the second call of a burst."""
