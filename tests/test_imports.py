@@ -42,15 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # Of these only `vitrt.room` and the modules that its `__all__` names may be imported from outside.
 # What is left of an older plan; nothing is added here.
-TO_MEND = frozenset(
-    {
-        "engine.arguments -> images.decode",
-        "engine.batching -> images.processor",
-        "engine.sharding -> encoder",
-        "engine.sharding -> images.decode",
-        "engine.sharding -> images.processor",
-    }
-)
+TO_MEND: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, order=True)

@@ -127,13 +127,18 @@ def test_one_image_is_not_a_list_of_images(folder: Path, call: str, tmp_path: Pa
     for one in (photos(1)[0], image, file, str(file), file.read_bytes()):
         with pytest.raises(ValueError, match=r"images is one image.*give a list"):
             list(getattr(encoder, call)(one))
+    stack = np.stack([photos(1)[0]] * 2)
+    with pytest.raises(ValueError, match=r"\[array\] if it is a clip, list\(array\) if it is 2"):
+        list(getattr(encoder, call)(stack))
     several = [
-        np.stack([photos(1)[0]] * 2),
+        list(stack),
         np.array([str(file)] * 2),
         np.array([file, image], "O"),
     ]
     for images in (*several, (file, image), iter([file, image])):
         assert len(list(getattr(encoder, call)(images))) == 2
+    (clip,) = getattr(encoder, call)([stack])
+    assert clip.grid_thw[0] == 1  # two frames make one temporal patch
 
 
 def test_odd_grids_and_values_are_named(folder: Path):

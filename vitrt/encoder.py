@@ -8,26 +8,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
-from vitrt.engine.arguments import check_several
 from vitrt.engine.batch import PixelBatch, PixelValues
-from vitrt.engine.batching import encode_in_order, stream_in_order
-from vitrt.engine.dense import AnyEncoder, DenseEncoder
 from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.engine import Engine
+from vitrt.engine.group import Run, in_group
 from vitrt.engine.loader import load_tower
 from vitrt.engine.per_image import split_by_image
+from vitrt.engine.pipeline import features_of, raise_it, stream_features
 from vitrt.engine.request import TOKENS, Request
-from vitrt.engine.sharding import encode_together
-from vitrt.features import EncoderOutput, ImageFeatures
+from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_together
+from vitrt.engine.stages import Stages
+from vitrt.features import EncoderOutput, ImageFeatures, join, join_pooled
+from vitrt.images.decode import ImageError, check_images
 from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -189,9 +191,9 @@ class VisionEncoder:
         """Features of every image, in input order.
 
         An image is a path, a PIL image, the bytes of an image file, or a uint8 array [H, W, 3]; an
-        array [F, H, W, 3] is a clip. The features of one batch are views of one tensor on the
-        encoder's device. Raises ImageError (a ValueError) naming the first image that cannot be
-        used.
+        array [F, H, W, 3] in the list is a clip. The features of one batch are views of one tensor
+        on the encoder's device. Raises ImageError (a ValueError) naming the first image that cannot
+        be used, or DeviceMemoryError (another) naming one that alone exceeds the device's memory.
 
         Args:
             layers: also give the hidden states after these layers, counted from 0 or, as -1, from
@@ -201,19 +203,28 @@ class VisionEncoder:
                 is None, and no layer past the last one asked for runs.
 
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
-        and gets all features; see vitrt/engine/sharding.py. They do not exchange hidden states.
+        and gets all features; see vitrt/engine/shares.py. They do not exchange hidden states.
         """
-        check_several(images)
-        encoder = self._asked_for(layers, merged)
-        if self.parallel.dp_size > 1:
-            if encoder is not self:
-                raise ValueError(
-                    f"layers={layers} with {self.parallel.dp_size} data-parallel ranks: encode "
-                    "does not exchange hidden states; give each rank its own images by stream"
-                )
-            return encode_together(self, list(images))
-        return encode_in_order(encoder, list(images))
+        check_images(images)
+        images, request = list(images), self._request(layers, merged)
+        if self.parallel.dp_size == 1:
+            return features_of(self.stages(request), images)
+        if request != TOKENS:
+            raise ValueError(
+                f"layers={layers} with {self.parallel.dp_size} data-parallel ranks: encode "
+                "does not exchange hidden states; give each rank its own images by stream"
+            )
+        return encode_together(self.engine, *self._shared(images))
 
+    def encode_share(self, images: Iterable[ImageInput]) -> list[PieceFeatures]:
+        """The features of this data-parallel rank's part of `images`, frame by frame.
+
+        Every rank gives the same images; nothing is communicated.
+        """
+        check_images(images)
+        return encode_share(self.engine, *self._shared(list(images)))
+
+    @overload
     def stream(
         self,
         images: Iterable[ImageInput],
@@ -221,13 +232,46 @@ class VisionEncoder:
         workers: int | None = None,
         layers: Iterable[int] = (),
         merged: bool = True,
-    ) -> Iterator[ImageFeatures]:
+        on_error: Literal["raise"] = "raise",
+    ) -> Iterator[ImageFeatures]: ...
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        workers: int | None = None,
+        layers: Iterable[int] = (),
+        merged: bool = True,
+        on_error: Literal["yield"],
+    ) -> Iterator[ImageFeatures | ImageError]: ...
+    def stream(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        workers: int | None = None,
+        layers: Iterable[int] = (),
+        merged: bool = True,
+        on_error: Literal["raise", "yield"] = "raise",
+    ) -> Iterator[ImageFeatures] | Iterator[ImageFeatures | ImageError]:
         """`encode` in bounded memory: `workers` threads decode a window ahead of the device.
 
-        What an image, or the iterable itself, raises comes after the features of all before it.
+        What an image raises comes after the features of all before it and ends the stream; with
+        `on_error="yield"` its ImageError comes in its place, and the stream goes on. What the
+        iterable itself raises always ends it.
         """
-        check_several(images)
-        return stream_in_order(self._asked_for(layers, merged), images, workers=workers)
+        check_images(images)
+        if on_error not in ("raise", "yield"):
+            raise ValueError(f"on_error is {on_error!r}; it must be 'raise' or 'yield'")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers is {workers}; it must be at least 1")
+        return stream_features(
+            self.stages(self._request(layers, merged)),
+            images,
+            failed=raise_it if on_error == "raise" else _image_error,
+            # Ranks that share a tower must make the same batches, however fast each decodes.
+            full_batches=self.parallel.tp_size > 1,
+            workers=workers,
+        )
 
     def encode_prepared(
         self, images: Sequence[PreparedImage], *, layers: Iterable[int] = (), merged: bool = True
@@ -246,9 +290,35 @@ class VisionEncoder:
         output = self.engine.run(batch, request)
         return split_by_image(output, grids, self.config.spatial_merge_size, request)
 
-    def _asked_for(self, layers: Iterable[int], merged: bool) -> AnyEncoder:
-        request = Request.of(layers, merged=merged, depth=self.config.depth)
-        return self if request == TOKENS else DenseEncoder(self, request)
+    def stages(self, request: Request = TOKENS) -> Stages[ImageInput]:
+        """What a pipeline does with images, to answer `request`."""
+
+        budget = self.engine.patches_for(request)
+        run: Run = partial(self.run_prepared, request=request)
+        if self.parallel.tp_size > 1:
+            run = in_group(run, self.parallel, self.device, budget)
+        joined = join_pooled if request.pool else join
+        return Stages(self.processor.prepare, run, budget, self.device, joined)
+
+    def _request(self, layers: Iterable[int], merged: bool) -> Request:
+        return Request.of(layers, merged=merged, depth=self.config.depth)
+
+    def _shared(
+        self, images: Sequence[ImageInput]
+    ) -> tuple[Stages[Piece], list[tuple[int, int, int]]]:
+        """What data-parallel ranks share: how to prepare a piece of an image, and their grids."""
+
+        def prepare(piece: Piece) -> PreparedImage:
+            span = piece.start, piece.stop
+            return self.processor.prepare(images[piece.index], span=span)
+
+        def grid_of(image: ImageInput) -> tuple[int, int, int]:
+            try:
+                return self.processor.grid_of(image)
+            except Exception:  # the rank that gets it says why
+                return 1, self.config.spatial_merge_size, self.config.spatial_merge_size
+
+        return self.stages().preparing(prepare), [grid_of(image) for image in images]
 
     def __call__(
         self,
@@ -284,3 +354,12 @@ class VisionEncoder:
     def stats(self) -> RunnerStats:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
         return self.engine.stats()
+
+
+def _image_error(error: Exception) -> ImageError:
+    """One class for whatever a broken image makes its reader, or its forward, raise."""
+    if isinstance(error, ImageError):
+        return error
+    found = ImageError(str(error) or type(error).__name__)
+    found.__cause__ = error
+    return found

@@ -112,6 +112,15 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
     )
 
 
+def join_pooled(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+    """A clip's mean over its tokens from those of its runs of frames."""
+    frames = [part.grid_thw[0] for part in parts]
+    rows = torch.stack([n * part.embeddings for n, part in zip(frames, parts, strict=True)])
+    first = parts[0]
+    grid = (sum(frames), *first.grid_thw[1:])
+    return ImageFeatures(rows.sum(0) / sum(frames), None, grid, first.merge_size)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EncoderOutput:
     """Features of a whole batch, in the order of its `pixel_values`."""

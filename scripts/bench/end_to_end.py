@@ -31,7 +31,7 @@ from vitrt import VisionEncoder
 from vitrt.bench.timing import synchronize
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint
 from vitrt.engine.batcher import pack
-from vitrt.engine.batching import usable_cores
+from vitrt.engine.workers import usable_cores
 from vitrt.images.processor import PreparedImage
 
 ROOT = Path(__file__).resolve().parents[2]

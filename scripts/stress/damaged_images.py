@@ -28,8 +28,8 @@ from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.images.processor import ImageProcessor, PreparedImage
 from vitrt.job.encode import EncodeOptions, encode_folder
-from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress
+from vitrt.job.stop import Stop
 from vitrt.sources.inputs import Inputs
 from vitrt.store.check import check_folder
 from vitrt.store.writer import FeatureStore

@@ -33,8 +33,8 @@ from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
 from vitrt.job.encode import EncodeOptions, encode_folder
-from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress
+from vitrt.job.stop import Stop
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.options import SourceOptions
 from vitrt.store.check import check_folder

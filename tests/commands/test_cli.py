@@ -31,8 +31,8 @@ from vitrt.commands.console import Parser, graceful_interrupts
 from vitrt.commands.options import from_args
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions
-from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress, Reporter
+from vitrt.job.stop import Stop
 from vitrt.store.check import check_folder
 from vitrt.store.lock import FolderLock
 

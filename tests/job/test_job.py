@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.distributed import HashStore
 
-from tests.support.ranks import run_ranks, start_ranks
+from tests.support.ranks import run_ranks, start_ranks, wait_for
 from vitrt import FeatureStore, VisionEncoder
-from vitrt.job import shared_work
-from vitrt.job import watchdog as watchdog_module
-from vitrt.job.shared_work import SharedWork
-from vitrt.job.watchdog import PeerFailedError, Watchdog
-from vitrt.sources.record import Record
+from vitrt.checkpoint.opened import open_checkpoint
+from vitrt.config import RuntimeConfig
+from vitrt.job.encode import Alone, encode_folder
+from vitrt.job.options import EncodeOptions
+from vitrt.job.progress import Progress
+from vitrt.job.stop import Stop
+from vitrt.parallel.watchdog import PeerFailedError
+from vitrt.sources.inputs import Inputs
+from vitrt.store.lock import FolderLock
 from vitrt.store.manifest import iter_manifest, manifests
 
 IMAGES = 70
@@ -119,17 +117,66 @@ def test_error_of_one_rank_ends_all_and_is_named(tiny_qwen3_vl: Path, photos: Pa
     assert set(listed(output).values()) <= {1}
 
 
+def test_all_ranks_of_a_group_hear_that_one_lacks_memory(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
+):
+    """The others are inside a sum with it: none waits, and each says the same."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from vitrt.cli import main\n"
+        "from vitrt.encoder import VisionEncoder\n"
+        "run, calls = VisionEncoder.run_prepared, []\n"
+        "def short(self, images, request):\n"
+        "    calls.append(images)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
+        "        raise MemoryError('no page is left')\n"
+        "    return run(self, images, request)\n"
+        "VisionEncoder.run_prepared = short\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    output = tmp_path / "features"
+    arguments = command(tiny_qwen3_vl, photos, output)[2:]
+    code, text = run_ranks(2, str(program), *arguments, "--tp", "2")
+    assert code != 0
+    reason = "does not fit on cpu (tp = 2)"
+    assert reason in text and "no page is left" in text
+    assert "another rank of this one's group is gone" in text or text.count(reason) > 1, text
+    assert "this should not have happened" not in text
+    assert set(listed(output).values()) <= {1}
+
+
+def test_the_folder_is_free_again_where_ranks_do_not_meet(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
+):
+    class Broken(Alone):
+        size = 2
+
+        def gather(self, value: object) -> list[object]:
+            raise PeerFailedError("rank 1 failed: it says")
+
+    for rank in (0, 1):
+        ranks = Broken()
+        ranks.rank = rank
+        with pytest.raises(PeerFailedError):
+            encode_folder(
+                open_checkpoint(tiny_qwen3_vl),
+                RuntimeConfig(device="cpu"),
+                Inputs([photos]),
+                tmp_path / "features",
+                EncodeOptions(),
+                progress=Progress(),
+                stop=Stop(),
+                ranks=ranks,
+            )
+        with FolderLock(tmp_path / "features", rank):
+            pass
+
+
 def test_ranks_that_cannot_be_arranged(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path):
     code, text = encode(2, tiny_qwen3_vl, photos, tmp_path / "none", "--tp", "3")
     assert code == 1 and "tp = 3 does not divide the 2 rank(s)" in text
     assert not (tmp_path / "none").exists()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
 
 
 def rank_process(launcher: int, rank: int) -> int:
@@ -143,172 +190,3 @@ def rank_process(launcher: int, rank: int) -> int:
         if int(status[1]) == launcher and f"RANK={rank}".encode() in environment:
             return int(folder.name)
     raise AssertionError(f"rank {rank} is not running")
-
-
-# Shared work, with threads for ranks
-
-
-def sources(count: int) -> list[Record]:
-    return [
-        Record(f"{index}.png", f"/x/{index}\udcff.png", index, index / 3) for index in range(count)
-    ]
-
-
-def share_among(
-    size: int,
-    listing: Callable[[], Iterator[Record]],
-    work: Callable[[int, Record], None] = lambda rank, source: None,
-    leaving: Callable[[int], bool] = lambda rank: False,
-) -> tuple[list[list[Record]], dict[int, BaseException]]:
-    """What each of `size` ranks drew, and what ended it."""
-    store = HashStore()
-    drawn: list[list[Record]] = [[] for _ in range(size)]
-    errors: dict[int, BaseException] = {}
-
-    def run(rank: int) -> None:
-        shared = SharedWork(store, rank, size, check=lambda: None, leaving=lambda: leaving(rank))
-        try:
-            for source in shared.share(listing() if rank == 0 else iter(())):
-                drawn[rank].append(source)
-                work(rank, source)
-        except Exception as error:
-            errors[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    return drawn, errors
-
-
-@pytest.mark.parametrize(("size", "count"), [(1, 10), (2, 0), (2, 1), (3, 101), (4, 1500)])
-def test_each_source_goes_to_one_rank(size: int, count: int):
-    drawn, errors = share_among(size, lambda: iter(sources(count)))
-    assert not errors
-    together = [source for part in drawn for source in part]
-    assert sorted(together, key=lambda s: s.size) == sources(count)
-    assert all(part == sorted(part, key=lambda s: s.size) for part in drawn)
-
-
-def test_small_folder_is_spread():
-    drawn, _ = share_among(4, lambda: iter(sources(64)), lambda *_: time.sleep(0.002))
-    assert min(map(len, drawn)) >= 8
-
-
-def test_slow_rank_draws_less():
-    drawn, _ = share_among(
-        2, lambda: iter(sources(600)), lambda rank, _: time.sleep(0.02 if rank else 0.001)
-    )
-    assert len(drawn[1]) < len(drawn[0]) / 2 and sum(map(len, drawn)) == 600
-
-
-def test_listing_error_surfaces_once_the_rest_is_drawn():
-    def listing() -> Iterator[Record]:
-        yield from sources(9)
-        raise OSError("the disk is gone")
-
-    drawn, errors = share_among(2, listing)
-    assert isinstance(errors[0], OSError) and set(errors) == {0}
-    assert sum(map(len, drawn)) >= 8
-
-
-def test_interrupted_ranks_stop():
-    stopped = threading.Event()
-
-    def work(rank: int, source: Record) -> None:
-        if source.size == 40:
-            stopped.set()
-
-    drawn, errors = share_among(
-        2, lambda: iter(sources(100_000)), work, leaving=lambda rank: stopped.is_set()
-    )
-    assert not errors and sum(map(len, drawn)) < 1000
-
-
-def test_gather_waits_and_gives_up_after_an_interrupt(monkeypatch: pytest.MonkeyPatch):
-    now = 100.0
-    waits: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        waits.append(seconds)
-        now += seconds
-
-    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
-    monkeypatch.setattr("vitrt.job.shared_work.time", clock)
-    store = HashStore()
-    ranks = [
-        SharedWork(store, rank, 2, check=lambda: None, leaving=lambda: True) for rank in range(2)
-    ]
-    assert ranks[0].gather({"a": 1}) == [{"a": 1}]
-    assert sum(waits) >= shared_work._LEAVE_SECONDS
-    waits.clear()
-    assert ranks[0].gather("again") == ["again"]  # at once: the other one is not coming
-    assert waits == []
-    assert ranks[1].gather(2) == [{"a": 1}, 2]
-
-
-# Watching
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Faster watchdogs whose last resort is only noted."""
-    exits: list[int] = []
-    monkeypatch.setattr(watchdog_module, "_INTERVAL", 0.02)
-    monkeypatch.setattr(watchdog_module, "_GRACE", 0.2)
-    monkeypatch.setattr(watchdog_module, "_SILENT", 0.5)
-    monkeypatch.setattr(watchdog_module.os, "_exit", exits.append)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    return exits
-
-
-def test_failure_reaches_the_others_with_its_message(quick: list[int]):
-    store, asked = HashStore(), threading.Event()
-    with (
-        pytest.raises(PeerFailedError, match="rank 1 failed: no more ink"),
-        Watchdog(store, 0, 2, on_failure=asked.set) as ours,
-    ):
-        with pytest.raises(ValueError, match="ink"), Watchdog(store, 1, 2, on_failure=print):
-            raise ValueError("no more ink")
-        assert asked.wait(5)
-        ours.check()
-    assert not quick
-    # The first failure stands: what followed from it does not replace it.
-    assert store.get("failed") == b"rank 1 failed: no more ink"
-
-
-def test_rank_that_does_not_end_is_ended(quick: list[int]):
-    store = HashStore()
-    store.set("failed", "rank 1 failed: it says")
-    with Watchdog(store, 0, 2, on_failure=lambda: None):
-        wait_for(lambda: quick == [1], 5)
-
-
-def test_silent_rank_is_noticed(quick: list[int]):
-    store, asked = HashStore(), threading.Event()
-    store.set("alive/1", "7")
-    with Watchdog(store, 0, 2, on_failure=asked.set) as watchdog:
-        assert asked.wait(5)
-        assert "rank 1 has shown no sign of life" in (watchdog.failure or "")
-
-
-def test_ranks_that_ended_are_not_missed(quick: list[int]):
-    store, asked = HashStore(), threading.Event()
-    with Watchdog(store, 1, 2, on_failure=print):
-        pass
-    with Watchdog(store, 0, 2, on_failure=asked.set) as watchdog:
-        assert not asked.wait(1)
-        watchdog.check()
-
-
-def test_cpu_sums_have_no_symmetric_memory(monkeypatch: pytest.MonkeyPatch):
-    from vitrt import ParallelContext
-
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="'symmetric' needs GPUs, and device is 'cpu'"):
-        ParallelContext.from_env(2, all_reduce="symmetric", device="cpu")
-    assert not torch.distributed.is_initialized()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from torch import Tensor
 from tests.support import parallel_program
 from tests.support.checkpoints import CONFIGS, reference_tower, tiny_checkpoint
 from tests.support.ranks import ROOT, run_ranks
-from vitrt import ParallelContext, VisionEncoder
+from vitrt import ImageError, ParallelContext, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.engine.loader import fill_tower
-from vitrt.engine.sharding import Piece, cut
+from vitrt.engine.shares import Piece, divide
 from vitrt.images.processor import patches_reference
 from vitrt.models.families import build_tower, read_vision_config
 from vitrt.parallel.context import SINGLE
@@ -94,7 +95,7 @@ def test_shares_are_every_frame_once(family: str, together: Path):
     assert frames == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
 
 
-# Cutting
+# Shares
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
@@ -103,23 +104,46 @@ def test_shares_are_every_frame_once(family: str, together: Path):
     [[(100, 20, 30)], [(1, 44, 70)] * 16, [(1, 8, 8), (31, 4, 6), (2, 40, 40), (1, 2, 2)]],
     ids=["clip", "list", "mixed"],
 )
-def test_cut_is_whole_and_even(grids: list[tuple[int, int, int]], parts: int):
+def test_shares_are_whole_and_even(grids: list[tuple[int, int, int]], parts: int):
     costs = [float((h * w) ** 1.5) for _, h, w in grids]
-    runs = cut(grids, costs, parts, most_patches=4096)
+    runs = divide(grids, costs, parts)
     assert len(runs) == parts
     frames = [(p.index, f) for run in runs for p in run for f in range(p.start, p.stop)]
     assert frames == [(index, frame) for index, (t, _, _) in enumerate(grids) for frame in range(t)]
-    for run in runs:
-        for piece in run:
-            _, h, w = grids[piece.index]
-            assert (piece.stop - piece.start) * h * w <= max(4096, h * w)
     shares = [sum((p.stop - p.start) * costs[p.index] for p in run) for run in runs]
     assert max(shares) <= sum(shares) / parts + max(costs)
 
 
-def test_cut_without_anything():
-    assert cut([], [], 3, 100) == [[], [], []]
-    assert cut([(1, 4, 4)], [1.0], 2, 100) in ([[Piece(0, 0, 1)], []], [[], [Piece(0, 0, 1)]])
+def test_shares_of_little_or_nothing():
+    assert divide([], [], 3) == [[], [], []]
+    assert divide([(1, 4, 4)], [1.0], 2) in ([[Piece(0, 0, 1)], []], [[], [Piece(0, 0, 1)]])
+
+
+def test_a_pipe_in_a_shared_list_is_the_error_of_its_rank(tiny_qwen3_vl: Path, tmp_path: Path):
+    """Opening one would wait for ever, on every rank: they plan from what files say."""
+    os.mkfifo(tmp_path / "pipe.png")
+    image = parallel_program.images()[0]
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    shared = [image, image, tmp_path / "pipe.png"]
+    encoder.engine.parallel = ParallelContext(dp_rank=0, dp_size=2)
+    assert [part.piece.index for part in encoder.encode_share(shared)] == [0]
+    encoder.engine.parallel = ParallelContext(dp_rank=1, dp_size=2)
+    with pytest.raises(ImageError, match=r"pipe\.png.*not a regular file"):
+        encoder.encode_share(shared)
+
+
+def test_a_share_over_the_budget_goes_in_several_forwards(tiny_qwen3_vl: Path):
+    """The part of a clip that falls to a rank, like any other clip."""
+    clip = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    (whole,) = encoder.encode([clip])
+    small = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu", max_batch_tokens=40)
+    found = []
+    for rank in range(2):
+        small.engine.parallel = ParallelContext(dp_rank=rank, dp_size=2)
+        found += [part.features.embeddings for part in small.encode_share([clip])]
+    assert [len(part) for part in found] == [len(whole.embeddings) // 2] * 2
+    assert relative_l2(torch.cat(found), whole.embeddings) <= TOLERANCE
 
 
 # Weights
@@ -256,6 +280,14 @@ def test_half_an_environment_is_refused(no_torchrun):
 def test_all_reduce_names(no_torchrun):
     with pytest.raises(ValueError, match=r"'ring' is none of auto, nccl, symmetric"):
         ParallelContext.from_env(all_reduce="ring")  # type: ignore[arg-type]
+
+
+def test_cpu_sums_have_no_symmetric_memory(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="'symmetric' needs GPUs, and device is 'cpu'"):
+        ParallelContext.from_env(2, all_reduce="symmetric", device="cpu")
+    assert not torch.distributed.is_initialized()
 
 
 def test_one_process_agrees_with_itself():

@@ -320,7 +320,7 @@ def test_resume_with_another_number_of_ranks(folder: Path, tmp_path: Path) -> No
     output = tmp_path / "out"
     sources = list(walk(str(folder)))
     for rank in range(3):
-        encode(folder, output, rank=rank, sources=sources[rank:8:3])
+        encode(folder, output, rank=rank, records=sources[rank:8:3])
     assert len(list(output.glob("manifest-*"))) == 3
     encode(folder, output)
     assert_holds(output, expected(folder))

@@ -296,7 +296,7 @@ def test_a_store_that_reads_anew_reads_all_anew(tmp_path: Path) -> None:
     for seed, path in enumerate(sorted(folder.rglob("*.png"))):
         photo(path, 300 + seed, 60, 60)
     encode(folder, tmp_path / "new", rank=1)
-    encode(folder, tmp_path / "new-0", sources=list(walk(str(folder)))[:3])
+    encode(folder, tmp_path / "new-0", records=list(walk(str(folder)))[:3])
     for path in (*output.glob("features-*"), output / "manifest-00000.jsonl"):
         path.unlink()
     for path in (*(tmp_path / "new").glob("*-00001*"), *(tmp_path / "new-0").glob("*-00000*")):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vitrt.engine.stages import Stages
 from vitrt.features import ImageFeatures
 from vitrt.images.processor import ImageProcessor, PreparedImage
-from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress
+from vitrt.job.run import Outcome, encode_records, prepare_with
+from vitrt.job.stop import Stop
 from vitrt.sources.folder import walk
 from vitrt.sources.record import Record
 from vitrt.store.check import check_folder
@@ -43,8 +46,7 @@ class FakeEncoder:
 
     def __init__(self, budget: int = 64, memory: int | None = None) -> None:
         """`memory`: patches that fit at once."""
-        self.device = torch.device("cpu")
-        self.max_batch_tokens = budget
+        self.budget = budget
         self.memory = memory
         self.batches: list[int] = []
         self.processor = ImageProcessor(
@@ -55,7 +57,15 @@ class FakeEncoder:
             max_pixels=IDENTITY.max_pixels,
         )
 
-    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+    def stages(self, *, pool: bool = False) -> Stages[Record]:
+        return Stages(
+            prepare=prepare_with(self.processor.prepare),
+            run=(lambda images: list(map(pooled, self.run(images)))) if pool else self.run,
+            max_batch_patches=self.budget,
+            device=torch.device("cpu"),
+        )
+
+    def run(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         patches = sum(int(np.prod(image.grid_thw)) for image in images)
         if self.memory is not None and patches > self.memory:
             raise torch.OutOfMemoryError(f"{patches} patches")
@@ -65,10 +75,16 @@ class FakeEncoder:
 
 def fake_features(image: PreparedImage) -> ImageFeatures:
     t, h, w = image.grid_thw
-    blocks = image.pixels.reshape(-1, h // 2, 32, w // 2, 32, 3).mean((0, 2, 4), dtype=np.float64)
-    base = torch.from_numpy(blocks.astype(np.float32)).reshape(-1, 3).repeat(t, 1)
+    shape = (t, -1, h // 2, 32, w // 2, 32, 3)  # a still has one frame, a clip's count in pairs
+    blocks = image.pixels.reshape(shape).mean((1, 3, 5), dtype=np.float64)
+    base = torch.from_numpy(blocks.astype(np.float32)).reshape(-1, 3)
     embeddings = torch.cat([base, base**0.5], dim=1)
     return ImageFeatures(embeddings, torch.stack([embeddings + 1, embeddings * 2]), (t, h, w))
+
+
+def pooled(features: ImageFeatures) -> ImageFeatures:
+    row = features.pooled()[None]
+    return ImageFeatures(row, None, features.grid_thw, features.merge_size)
 
 
 def photo(path: Path, seed: int, height: int = 40, width: int = 70) -> Path:
@@ -93,8 +109,9 @@ def encode(
     *,
     encoder: FakeEncoder | None = None,
     identity: RunIdentity = IDENTITY,
-    sources: Iterable[Record] | None = None,
-    options: PipelineOptions | None = None,
+    records: Iterable[Record] | None = None,
+    on_error: Literal["skip", "fail"] = "skip",
+    workers: int = 2,
     overwrite: bool = False,
     shard_mib: float = SHARD_MIB,
     stop: Stop | None = None,
@@ -115,14 +132,15 @@ def encode(
             first_shard=ShardNumbers(output).take(rank),
             shard_mib=shard_mib,
         )
-        outcome = encode_sources(
-            encoder or FakeEncoder(),
-            walk(str(folder)) if sources is None else sources,
+        outcome = encode_records(
+            (encoder or FakeEncoder()).stages(pool=identity.pool == "mean"),
+            walk(str(folder)) if records is None else records,
             writer,
             EncodedIndex(output),
-            options or PipelineOptions(workers=2, pool=identity.pool == "mean"),
             progress=progress or Progress(),
             stop=stop or Stop(),
+            workers=workers,
+            on_error=on_error,
         )
         compact(output, outcome.dropped)
     return outcome

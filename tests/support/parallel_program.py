@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from vitrt import ParallelContext, VisionEncoder
-from vitrt.engine.sharding import encode_sharded
 from vitrt.parallel import context as distributed
 
 GRIDS = [(1, 6, 10), (1, 16, 18), (3, 4, 4), (1, 2, 2)]
@@ -40,7 +39,7 @@ def run(encoder: VisionEncoder) -> dict[str, object]:
     called = encoder(values, GRIDS)
     short = encoder(values[:60], GRIDS[:1])
     encoded = encoder.encode(images())
-    parts = encode_sharded(encoder, images()) if encoder.parallel.dp_size > 1 else []
+    parts = encoder.encode_share(images()) if encoder.parallel.dp_size > 1 else []
     return {
         "called": [called.embeddings.cpu(), _cpu(called.deepstack)],
         "short": [short.embeddings.cpu(), _cpu(short.deepstack)],

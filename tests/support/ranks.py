@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,3 +37,10 @@ def run_ranks(ranks: int, *arguments: str, timeout: float = 240) -> tuple[int, s
         output, _ = process.communicate()
         raise AssertionError(f"{ranks} ranks took over {timeout} s:\n{output}") from None
     return process.returncode, output
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)

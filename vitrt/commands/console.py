@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
-    from vitrt.job.pipeline import Stop
+    from vitrt.job.stop import Stop
 
 # Exit codes.
 OK, FAILED, SKIPPED, INTERRUPTED = 0, 1, 3, 130

@@ -94,12 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode, or follow the rank that leads; the exit code."""
+    from vitrt.engine.group import GroupError
     from vitrt.job.encode import encode_folder, follow_leader
-    from vitrt.job.leader import GroupError
-    from vitrt.job.pipeline import Stop
     from vitrt.job.progress import Progress, Reporter, Style
     from vitrt.job.ranks import open_job
-    from vitrt.job.watchdog import PeerFailedError
+    from vitrt.job.stop import Stop
+    from vitrt.parallel.watchdog import PeerFailedError
     from vitrt.sources.inputs import Inputs
 
     options, runtime = from_args(EncodeOptions, args), from_args(RuntimeConfig, args)

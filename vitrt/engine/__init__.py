@@ -1,16 +1,19 @@
 """Patches and a request in, features out: graphs, batches, the pipeline, loading."""
 
 __all__ = [
-    "arguments",
     "batch",
     "batcher",
-    "batching",
-    "dense",
     "device",
     "eager_runner",
     "engine",
+    "group",
     "loader",
+    "memory",
     "per_image",
+    "pipeline",
     "request",
-    "sharding",
+    "shares",
+    "stages",
+    "window",
+    "workers",
 ]

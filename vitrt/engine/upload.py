@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrt.engine.memory import page_locked
+
 
 class PixelUploader:
     """Joins a batch in page-locked memory and copies it beside the work on the batch before."""
@@ -19,8 +21,10 @@ class PixelUploader:
     def upload(self, images: Sequence[np.ndarray]) -> Tensor:
         """All images' bytes, one after the other, uint8 [bytes] on the device."""
         size = sum(image.nbytes for image in images)
-        pinned = self._stream is not None
-        host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        if self._stream is None:
+            host = torch.empty(size, dtype=torch.uint8, device="cpu")
+        else:
+            host = page_locked((size,), torch.uint8)
         joined = host.numpy()
         first = 0
         for image in images:

@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 import threading
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -53,6 +54,18 @@ def describe(image: object) -> str:
     if isinstance(image, bytes):
         return f"bytes object of length {len(image)}"
     return f"object of type {type(image).__module__}.{type(image).__qualname__}"
+
+
+def check_images(images: Iterable[ImageInput]) -> None:
+    """ValueError for what is one image, or might be: its parts would be taken for images."""
+    numbers = isinstance(images, np.ndarray) and images.dtype.kind not in "OU"  # not paths
+    if isinstance(images, np.ndarray) and numbers and images.ndim >= 4:
+        raise ValueError(
+            f"images is one array of shape {list(images.shape)}; give [array] if it is a clip, "
+            f"list(array) if it is {len(images)} images"
+        )
+    if numbers or isinstance(images, str | bytes | os.PathLike | Image.Image):
+        raise ValueError(f"images is one image, {describe(images)}; give a list: [image]")
 
 
 def check_array(array: np.ndarray, name: str) -> np.ndarray:

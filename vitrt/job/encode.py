@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +17,16 @@ from vitrt.checkpoint.fingerprint import fingerprint
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.dense import AnyEncoder, DenseEncoder
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.request import Request
-from vitrt.job.leader import Leader, follow, leading
+from vitrt.engine.stages import Stages
+from vitrt.images.processor import ImageProcessor
+from vitrt.job.leader import follow, leading
 from vitrt.job.options import EncodeOptions
-from vitrt.job.pipeline import Outcome, PipelineOptions, Stop, encode_sources
 from vitrt.job.progress import Progress, Snapshot
+from vitrt.job.run import Outcome, encode_records, prepare_with
+from vitrt.job.stop import Stop
 from vitrt.parallel.context import SINGLE, ParallelContext
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
@@ -61,8 +64,8 @@ class Ranks(Protocol):
         """
         ...
 
-    def share(self, sources: Iterable[Record]) -> Iterable[Record]:
-        """The part of the sources that falls to this rank; each goes to exactly one."""
+    def share(self, items: Iterable[Any]) -> Iterable[Any]:
+        """The part of the items, JSON values, that falls to this rank; each goes to exactly one."""
         ...
 
 
@@ -75,8 +78,8 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def share(self, sources: Iterable[Record]) -> Iterable[Record]:
-        return sources
+    def share(self, items: Iterable[Any]) -> Iterable[Any]:
+        return items
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +123,17 @@ def encode_folder(
         check_identity(output, identity)
     encoder = _load(checkpoint, runtime, options, parallel)
     progress.restart()
-    if ranks.rank == 0:
-        lock = _prepare(output, identity, overwrite=options.overwrite)
-    ranks.gather(None)
-    if ranks.rank > 0:
-        lock = FolderLock(output, ranks.rank)
-    with lock:
-        with leading(encoder) as leader:
-            outcome = _run(leader, inputs, output, identity, options, progress, stop, ranks)
+    with ExitStack() as locked:
+        if ranks.rank == 0:
+            locked.enter_context(_open_output(output, identity, overwrite=options.overwrite))
+        ranks.gather(None)
+        if ranks.rank > 0:
+            locked.enter_context(FolderLock(output, ranks.rank))
+        with leading(_stages(encoder, options), parallel) as stages:
+            processor = encoder.processor
+            outcome = _run(
+                stages, processor, inputs, output, identity, options, progress, stop, ranks
+            )
         report = {
             "state": asdict(progress.snapshot()),
             "interrupted": outcome.interrupted,
@@ -163,7 +169,7 @@ def follow_leader(
     parallel: ParallelContext,
 ) -> None:
     """Be one of the ranks that share a tower with the one that runs `encode_folder`."""
-    follow(_load(checkpoint, runtime, options, parallel))
+    follow(_stages(_load(checkpoint, runtime, options, parallel), options), parallel)
 
 
 def _load(
@@ -171,18 +177,24 @@ def _load(
     runtime: RuntimeConfig,
     options: EncodeOptions,
     parallel: ParallelContext,
-) -> AnyEncoder:
+) -> VisionEncoder:
     encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
-    if options.layers or not options.merged:
-        depth = encoder.config.depth
-        request = Request.of(options.layers, merged=options.merged, depth=depth)
-        return DenseEncoder(encoder, request)  # uses no graphs
-    if options.warmup:
+    if options.warmup and not options.layers:  # forwards that keep hidden states use no graphs
         encoder.warmup()
     return encoder
 
 
-def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
+def _request(options: EncodeOptions, depth: int) -> Request:
+    request = Request.of(options.layers, merged=options.merged, depth=depth)
+    return replace(request, pool=options.pool == "mean")
+
+
+def _stages(encoder: VisionEncoder, options: EncodeOptions) -> Stages[Any]:
+    return encoder.stages(_request(options, encoder.config.depth))
+
+
+def _open_output(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
+    """The folder, made and recovered, and locked."""
     make_folder(output)
     lock = FolderLock(output)
     try:
@@ -197,7 +209,8 @@ def _prepare(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderL
 
 
 def _run(
-    encoder: AnyEncoder | Leader,
+    stages: Stages[Any],
+    processor: ImageProcessor,
     inputs: Inputs,
     output: Path,
     identity: RunIdentity,
@@ -206,22 +219,31 @@ def _run(
     stop: Stop,
     ranks: Ranks,
 ) -> Outcome:
-    done = EncodedIndex(output)
-    if len(done):
-        logger.info("%s holds %d images already", output, len(done))
+    encoded = EncodedIndex(output)
+    if len(encoded):
+        logger.info("%s holds %d images already", output, len(encoded))
     writer = FeatureWriter(
         output,
         identity,
         rank=ranks.rank,
         first_shard=ShardNumbers(output).take(ranks.rank),
         shard_mib=options.shard_mib,
-        merge_size=encoder.processor.merge_size,
+        merge_size=processor.merge_size,
     )
-    pipeline = PipelineOptions(
-        workers=options.workers, on_error=options.on_error, pool=options.pool == "mean"
+    records: Iterable[Record] = inputs.until(lambda: stop.requested)
+    if ranks.size > 1:
+        shared = ranks.share(asdict(record) for record in records)
+        records = (Record(**values) for values in shared)
+    return encode_records(
+        stages.preparing(prepare_with(processor.prepare)),
+        records,
+        writer,
+        encoded,
+        progress=progress,
+        stop=stop,
+        workers=options.workers,
+        on_error=options.on_error,
     )
-    sources = ranks.share(inputs.until(lambda: stop.requested))
-    return encode_sources(encoder, sources, writer, done, pipeline, progress=progress, stop=stop)
 
 
 def run_identity(
@@ -230,7 +252,7 @@ def run_identity(
     """What decides the features of an image, apart from the image."""
     dtype = resolve_dtype(runtime.dtype, resolve_device(runtime.device))
     depth = checkpoint.vision_config().depth
-    layers = Request.of(options.layers, merged=options.merged, depth=depth).layers
+    layers = _request(options, depth).layers
     preprocessor = checkpoint.preprocessor_config()
     return RunIdentity(
         model=checkpoint.name,

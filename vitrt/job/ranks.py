@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from vitrt.engine.batching import default_workers, usable_cores
-from vitrt.job.pipeline import Stop
-from vitrt.job.shared_work import SharedWork
-from vitrt.job.watchdog import Watchdog
+from vitrt.engine.workers import default_workers, usable_cores
+from vitrt.job.stop import Stop
 from vitrt.parallel.context import AllReduce, ParallelContext
+from vitrt.parallel.shared_work import SharedWork
+from vitrt.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

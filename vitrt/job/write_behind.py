@@ -9,12 +9,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from vitrt.job.device_stage import Encoded
+from vitrt.features import ImageFeatures
 from vitrt.job.progress import Progress
+from vitrt.job.to_host import Transfer
+from vitrt.sources.record import Record
 from vitrt.store.durable import OutputError
 from vitrt.store.writer import FeatureWriter, tokens_of
 
 _QUEUED = 2  # batches that wait for the writer: each holds its features on the device or the host
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What one forward made."""
+
+    records: list[Record]
+    features: list[ImageFeatures]  # pooled ones have one row, float32
+    transfer: Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +106,13 @@ class WriteBehind:
             self._on_failure()
 
     def _write(self, encoded: Encoded) -> None:
-        encoded.wait()
+        encoded.transfer.wait()
         replaced = 0
-        for source, features in zip(encoded.sources, encoded.features, strict=True):
-            old = self._replaced(source.id)
-            self._writer.add(source, features, replaces=old)
+        for record, features in zip(encoded.records, encoded.features, strict=True):
+            old = self._replaced(record.id)
+            self._writer.add(record, features, replaces=old)
             replaced += old is not None
         tokens = sum(map(tokens_of, encoded.features))
-        self._progress.count_batch(len(encoded.sources), tokens, encoded.seconds, replaced=replaced)
+        self._progress.count_batch(
+            len(encoded.records), tokens, encoded.transfer.seconds, replaced=replaced
+        )

@@ -1,3 +1,3 @@
 """Ranks: how they are arranged, their sums, their memory."""
 
-__all__ = ["context"]
+__all__ = ["context", "shared_work", "watchdog"]

@@ -1,9 +1,8 @@
-"""How the ranks of a job share a folder: who encodes what, and when to wait for each other.
+"""How ranks share a list of work: who does what, and when to wait for each other.
 
-One rank lists the images and publishes them in small blocks in the store; every rank draws the next
-block by a shared counter when it has room for it. No collective is involved, so ranks differ in
-speed as they like, and each image goes to exactly one of them, whatever happens to the folder
-meanwhile.
+One rank lists it and publishes it in small blocks in the store that they met at; every rank draws
+the next block by a shared counter when it has room for it. No collective is involved, so ranks
+differ in speed as they like, and each item goes to exactly one of them. Items are JSON values.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-from vitrt.sources.record import Record
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-_BLOCK_IMAGES = 4  # few, so that ranks end at about the same time
+_BLOCK_ITEMS = 4  # few, so that ranks end at about the same time
 _BLOCKS_AHEAD = 64  # published and not yet drawn, for each rank
 _POLL_SECONDS = 0.02
 _PATIENCE_SECONDS = 0.02  # how long a rank lets others draw that have drawn less
@@ -28,7 +24,7 @@ _LEAVE_SECONDS = 3.0  # how long an interrupted rank waits for the others
 
 
 class SharedWork:
-    """This rank's part of a job. The ranks here are those that write: one for each tower."""
+    """This rank's part of the work. The ranks here are those that take any: one for each tower."""
 
     def __init__(
         self,
@@ -72,22 +68,22 @@ class SharedWork:
 
     # Sharing
 
-    def share(self, sources: Iterable[Record]) -> Iterator[Record]:
-        """This rank's part of what the first rank's `sources` yield. To be called once, by all."""
-        self.gather(None)  # start together: in a small folder the first to come would take it all
+    def share(self, items: Iterable[Any]) -> Iterator[Any]:
+        """This rank's part of what the first rank's `items` are. To be called once, by all."""
+        self.gather(None)  # start together: of a short list the first to come would take it all
         if self.rank == 0:
             threading.Thread(
-                target=self._publish, args=(sources,), name="vitrt-share", daemon=True
+                target=self._publish, args=(items,), name="vitrt-share", daemon=True
             ).start()
         return self._draw()
 
-    def _publish(self, sources: Iterable[Record]) -> None:
-        block: list[dict[str, Any]] = []
+    def _publish(self, items: Iterable[Any]) -> None:
+        block: list[Any] = []
         published = 0
         try:
-            for source in sources:
-                block.append(asdict(source))
-                if len(block) == _BLOCK_IMAGES:
+            for item in items:
+                block.append(item)
+                if len(block) == _BLOCK_ITEMS:
                     self._put(published, block)
                     block, published = [], published + 1
                     self._wait_for_room(published)
@@ -100,7 +96,7 @@ class SharedWork:
             self._listing_error = error
         self._store.set("published", str(published))
 
-    def _put(self, number: int, block: list[dict[str, Any]]) -> None:
+    def _put(self, number: int, block: list[Any]) -> None:
         self._store.set(f"block/{number}", json.dumps(block))
 
     def _wait_for_room(self, published: int) -> None:
@@ -109,7 +105,7 @@ class SharedWork:
                 return
             time.sleep(_POLL_SECONDS)
 
-    def _draw(self) -> Iterator[Record]:
+    def _draw(self) -> Iterator[Any]:
         mine = 0
         while not self._leaving():
             self._let_others_draw(mine)
@@ -118,7 +114,7 @@ class SharedWork:
             block = self._wait_for_block(number)
             if block is None:
                 break
-            yield from (Record(**fields) for fields in block)
+            yield from block
         if self._listing_error is not None:
             raise self._listing_error
 
@@ -133,14 +129,14 @@ class SharedWork:
         while mine * self.size > self._store.add("drawn", 0) and time.monotonic() < deadline:
             time.sleep(_PATIENCE_SECONDS / 5)
 
-    def _wait_for_block(self, number: int) -> list[dict[str, Any]] | None:
+    def _wait_for_block(self, number: int) -> list[Any] | None:
         """The block, or None where there are fewer."""
         key = f"block/{number}"
         while not self._leaving():
             # In this order: what was published before the end was announced is there.
             ended = self._store.check(["published"])
             if self._store.check([key]):
-                block: list[dict[str, Any]] = json.loads(self._store.get(key))
+                block: list[Any] = json.loads(self._store.get(key))
                 self._store.delete_key(key)
                 return block
             if ended:

@@ -12,8 +12,8 @@ from vitrt import FeatureStore, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.job.encode import EncodeOptions, encode_folder
-from vitrt.job.pipeline import Stop
 from vitrt.job.progress import Progress
+from vitrt.job.stop import Stop
 from vitrt.sources.inputs import Inputs
 from vitrt.store.check import check_folder
 

@@ -1,0 +1,194 @@
+"""Ranks that share work through a store, and watch each other there: threads stand for ranks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from tests.support.ranks import wait_for
+from vitrt.parallel import shared_work
+from vitrt.parallel import watchdog as watchdog_module
+from vitrt.parallel.shared_work import SharedWork
+from vitrt.parallel.watchdog import PeerFailedError, Watchdog
+
+Item = dict[str, Any]
+
+
+class Racing(HashStore):
+    """A store at which all ranks draw their first block at the same moment."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._together = threading.Barrier(size, timeout=30)
+        self._drew: set[int] = set()
+
+    def add(self, key: str, value: int) -> int:
+        thread = threading.get_ident()
+        if (key, value) == ("drawn", 1) and thread not in self._drew:
+            self._drew.add(thread)
+            self._together.wait()
+        return super().add(key, value)
+
+
+def items(count: int) -> list[Item]:
+    return [
+        {"path": f"/x/{index}\udcff.png", "size": index, "mtime": index / 3}
+        for index in range(count)
+    ]
+
+
+def share_among(
+    size: int,
+    listing: Callable[[], Iterator[Item]],
+    work: Callable[[int, Item], None] = lambda rank, item: None,
+    leaving: Callable[[int], bool] = lambda rank: False,
+) -> tuple[list[list[Item]], dict[int, BaseException]]:
+    """What each of `size` ranks drew, and what ended it."""
+    store = Racing(size)
+    drawn: list[list[Item]] = [[] for _ in range(size)]
+    errors: dict[int, BaseException] = {}
+
+    def run(rank: int) -> None:
+        shared = SharedWork(store, rank, size, check=lambda: None, leaving=lambda: leaving(rank))
+        try:
+            for item in shared.share(listing() if rank == 0 else iter(())):
+                drawn[rank].append(item)
+                work(rank, item)
+        except Exception as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return drawn, errors
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 10), (2, 0), (2, 1), (3, 101), (4, 1500)])
+def test_each_item_goes_to_one_rank(size: int, count: int):
+    drawn, errors = share_among(size, lambda: iter(items(count)))
+    assert not errors
+    together = [item for part in drawn for item in part]
+    assert sorted(together, key=lambda s: s["size"]) == items(count)
+    assert all(part == sorted(part, key=lambda s: s["size"]) for part in drawn)
+    assert all(drawn) or count < 4 * size  # a block each, drawn at one moment
+
+
+def test_small_folder_is_spread():
+    drawn, _ = share_among(4, lambda: iter(items(64)), lambda *_: time.sleep(0.002))
+    assert min(map(len, drawn)) >= 8
+
+
+def test_slow_rank_draws_less():
+    drawn, _ = share_among(
+        2, lambda: iter(items(600)), lambda rank, _: time.sleep(0.02 if rank else 0.001)
+    )
+    assert len(drawn[1]) < len(drawn[0]) / 2 and sum(map(len, drawn)) == 600
+
+
+def test_listing_error_surfaces_once_the_rest_is_drawn():
+    def listing() -> Iterator[Item]:
+        yield from items(9)
+        raise OSError("the disk is gone")
+
+    drawn, errors = share_among(2, listing)
+    assert isinstance(errors[0], OSError) and set(errors) == {0}
+    assert sum(map(len, drawn)) >= 8
+
+
+def test_interrupted_ranks_stop():
+    stopped = threading.Event()
+
+    def work(rank: int, item: Item) -> None:
+        if item["size"] == 40:
+            stopped.set()
+
+    drawn, errors = share_among(
+        2, lambda: iter(items(100_000)), work, leaving=lambda rank: stopped.is_set()
+    )
+    assert not errors and sum(map(len, drawn)) < 1000
+
+
+def test_gather_waits_and_gives_up_after_an_interrupt(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        waits.append(seconds)
+        now += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr("vitrt.parallel.shared_work.time", clock)
+    store = HashStore()
+    ranks = [
+        SharedWork(store, rank, 2, check=lambda: None, leaving=lambda: True) for rank in range(2)
+    ]
+    assert ranks[0].gather({"a": 1}) == [{"a": 1}]
+    assert sum(waits) >= shared_work._LEAVE_SECONDS
+    waits.clear()
+    assert ranks[0].gather("again") == ["again"]  # at once: the other one is not coming
+    assert waits == []
+    assert ranks[1].gather(2) == [{"a": 1}, 2]
+
+
+# Watching
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Faster watchdogs whose last resort is only noted."""
+    exits: list[int] = []
+    monkeypatch.setattr(watchdog_module, "_INTERVAL", 0.02)
+    monkeypatch.setattr(watchdog_module, "_GRACE", 0.2)
+    monkeypatch.setattr(watchdog_module, "_SILENT", 0.5)
+    monkeypatch.setattr(watchdog_module.os, "_exit", exits.append)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return exits
+
+
+def test_failure_reaches_the_others_with_its_message(quick: list[int]):
+    store, asked = HashStore(), threading.Event()
+    with (
+        pytest.raises(PeerFailedError, match="rank 1 failed: no more ink"),
+        Watchdog(store, 0, 2, on_failure=asked.set) as ours,
+    ):
+        with pytest.raises(ValueError, match="ink"), Watchdog(store, 1, 2, on_failure=print):
+            raise ValueError("no more ink")
+        assert asked.wait(5)
+        ours.check()
+    assert not quick
+    # The first failure stands: what followed from it does not replace it.
+    assert store.get("failed") == b"rank 1 failed: no more ink"
+
+
+def test_rank_that_does_not_end_is_ended(quick: list[int]):
+    store = HashStore()
+    store.set("failed", "rank 1 failed: it says")
+    with Watchdog(store, 0, 2, on_failure=lambda: None):
+        wait_for(lambda: quick == [1], 5)
+
+
+def test_silent_rank_is_noticed(quick: list[int]):
+    store, asked = HashStore(), threading.Event()
+    store.set("alive/1", "7")
+    with Watchdog(store, 0, 2, on_failure=asked.set) as watchdog:
+        assert asked.wait(5)
+        assert "rank 1 has shown no sign of life" in (watchdog.failure or "")
+
+
+def test_ranks_that_ended_are_not_missed(quick: list[int]):
+    store, asked = HashStore(), threading.Event()
+    with Watchdog(store, 1, 2, on_failure=print):
+        pass
+    with Watchdog(store, 0, 2, on_failure=asked.set) as watchdog:
+        assert not asked.wait(1)
+        watchdog.check()

@@ -1,0 +1,44 @@
+"""What is done to an item on its way through a pipeline: functions, so that it knows no image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from vitrt.features import ImageFeatures, join
+
+I = TypeVar("I")  # noqa: E741  an item
+J = TypeVar("J")  # an item of another kind
+
+
+class Prepared(Protocol):
+    """An image or clip, ready for the device."""
+
+    @property
+    def pixels(self) -> Any: ...  # uint8 [F, H, W, 3]
+    @property
+    def grid_thw(self) -> tuple[int, int, int]: ...
+    @property
+    def num_patches(self) -> int: ...
+    def split(self, most_patches: int) -> Sequence[Prepared]:
+        """Runs of its frames with at most so many patches each, or of one frame that has more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stages(Generic[I]):
+    """How an item becomes features."""
+
+    prepare: Callable[[I], Prepared]  # by several threads; raises what is wrong with the item
+    run: Callable[[Sequence[Any]], list[ImageFeatures]]  # a batch, on the device
+    max_batch_patches: int  # of one call of `run`
+    device: torch.device
+    # The features of a clip from those of its runs of frames.
+    join: Callable[[Sequence[ImageFeatures]], ImageFeatures] = join
+
+    def preparing(self, prepare: Callable[[J], Prepared]) -> Stages[J]:
+        """The same for other items."""
+        return Stages(prepare, self.run, self.max_batch_patches, self.device, self.join)

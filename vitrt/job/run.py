@@ -1,0 +1,156 @@
+"""Images from a listing to shards: decoding, the device and writing overlap, in bounded memory.
+
+    list (thread) -> pipeline -> host -> write (thread)
+
+For the same listing and budget the batches are the same in every run, so results are reproducible.
+A rank of several runs this over the part of the work it draws.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vitrt.engine.pipeline import Pipeline
+from vitrt.engine.stages import Prepared, Stages
+from vitrt.engine.workers import default_workers
+from vitrt.images.processor import ImageError
+from vitrt.job.listing import Listing
+from vitrt.job.progress import Progress
+from vitrt.job.stop import Stop
+from vitrt.job.to_host import OnHost, ToHost
+from vitrt.job.write_behind import Encoded, Skipped, WriteBehind
+from vitrt.sources.record import Record
+from vitrt.store.encoded_index import EncodedIndex
+from vitrt.store.writer import FeatureWriter
+
+logger = logging.getLogger(__name__)
+
+_AHEAD_PER_WORKER = 8
+_MIN_AHEAD = 64
+
+
+class SkippedImageError(ValueError):
+    """An image could not be encoded, and the run was to fail then."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended."""
+
+    # (id, shard) of changed images that could not be encoded again
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def encode_records(
+    stages: Stages[Record],
+    records: Iterable[Record],
+    writer: FeatureWriter,
+    encoded: EncodedIndex,
+    *,
+    progress: Progress,
+    stop: Stop,
+    workers: int | None = None,
+    on_error: Literal["skip", "fail"] = "skip",
+) -> Outcome:
+    """Encode every record that `encoded` does not hold in its present state.
+
+    On return everything encoded is durable; after an error everything that was encoded before it
+    is, where the disk permits. An error also requests `stop`: `records` that listen to it end.
+
+    Raises:
+        OutputError: the disk refused.
+        SkippedImageError: the first unusable image, with `on_error="fail"`.
+        InputError: from the listing.
+    """
+    outcome = Outcome()
+    behind = WriteBehind(writer, progress, encoded.shard_of_id, stop.request)
+    workers = workers or default_workers()
+    pipeline: Pipeline[Record, Record, OnHost] = Pipeline(
+        stages,
+        ToHost(stages.device),
+        workers=workers,
+        in_order=False,
+        ahead=max(_AHEAD_PER_WORKER * workers, _MIN_AHEAD),
+    )
+    # Not the pipeline: `stop` and `progress` outlive the encoder, and NCCL cannot be left while
+    # there are recorded graphs.
+    window = pipeline.window
+    listing = Listing(_not_encoded(records, encoded, progress, stop), window)
+    stop.then(window.stop)
+    progress.listing = lambda: (listing.listed, listing.all_listed)
+    progress.queues = lambda: (window.waiting, behind.waiting)
+    with listing, pipeline:
+        try:
+            for part in pipeline.parts():
+                for record, error in _write(part, behind):
+                    message = _skip(record, error, behind)
+                    old = encoded.shard_of_id(record.id)
+                    if old is not None and record.problem is None:
+                        outcome.dropped.append((record.id, old))
+                    if on_error == "fail":
+                        raise SkippedImageError(message)
+        except BaseException:
+            stop.request()
+            raise
+        finally:
+            # Also on the way out of an error, and before the listing has ended, which may take a
+            # slow disk a while: what was encoded is kept.
+            behind.finish()
+    outcome.interrupted = stop.requested
+    return outcome
+
+
+def prepare_with(prepare: Callable[..., Prepared]) -> Callable[[Record], Prepared]:
+    """What an image processor's `prepare` makes of a record."""
+
+    def prepare_record(record: Record) -> Prepared:
+        if record.problem is not None:
+            raise ImageError(f"{record.id}: {record.problem}")
+        return prepare(record.load(), name=record.id)
+
+    return prepare_record
+
+
+def _not_encoded(
+    records: Iterable[Record], encoded: EncodedIndex, progress: Progress, stop: Stop
+) -> Iterator[Record]:
+    for record in records:
+        if stop.requested:
+            return
+        if record.problem is None and encoded.holds(record):
+            progress.count_resumed()
+        else:
+            yield record
+
+
+def _write(
+    part: list[tuple[Record, OnHost | Exception]], behind: WriteBehind
+) -> list[tuple[Record, Exception]]:
+    """Hand on what was encoded; the others are left."""
+    records, features, failed = [], [], []
+    for record, result in part:
+        if isinstance(result, Exception):
+            failed.append((record, result))
+        else:
+            records.append(record)
+            features.append(result[0])
+            transfer = result[1]  # one for all of a part
+    if records:
+        behind.put(Encoded(records, features, transfer))
+    return failed
+
+
+def _skip(record: Record, error: Exception, behind: WriteBehind) -> str:
+    """Note the error, whatever a broken file made a decoder raise; its message."""
+    if not isinstance(error, ValueError):
+        logger.debug("unexpected error from %s", record.id, exc_info=error)
+    message = str(error) or type(error).__name__
+    if record.id not in message:
+        message = f"{record.id}: {message}"
+    logger.warning("skipped: %s", message)
+    behind.put(Skipped(record.id, type(error).__name__, message))
+    return message
