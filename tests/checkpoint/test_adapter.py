@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.checkpoints import reference_model, reference_tower, tiny_checkpoint
+from tests.support.checkpoints import reference_model, tiny_checkpoint
 from tests.support.commands import Vitrt, vitrt
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.checkpoint.extract import extract_tower
@@ -265,8 +266,9 @@ def test_no_adapter(base: Path, tmp_path: Path) -> None:
     refused(base, adapter, "holds no adapter_model.safetensors")
 
 
-# Beside PEFT itself
+# As PEFT itself merges
 
+RECORDED = Path(__file__).with_name("merged_by_peft.json")
 LINEAR = r".*visual.*\.(qkv|proj|linear_fc1|linear_fc2)"  # proj is the patch convolution's name too
 LORAS: dict[str, dict[str, Any]] = {
     "linear and convolution": {"target_modules": LINEAR},
@@ -278,50 +280,97 @@ LORAS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"blocks.0.attn.proj": 32, "qkv": 5},
     },
     "all biases": {"target_modules": LINEAR, "bias": "all"},
-    "its own biases": {"target_modules": ["qkv"], "bias": "lora_only"},
+    "its own biases": {"target_modules": r".*visual.*\.qkv", "bias": "lora_only"},
     "lora_bias": {"target_modules": r".*visual.*\.(qkv|linear_fc1)", "lora_bias": True},
-    "modules_to_save": {"target_modules": ["qkv"], "modules_to_save": ["merger", "pos_embed"]},
+    "modules_to_save": {
+        "target_modules": r".*visual.*\.qkv",
+        "modules_to_save": ["merger", "pos_embed"],
+    },
     "fan_in_fan_out": {"target_modules": r".*visual.*\.qkv", "fan_in_fan_out": True},
 }
+each_lora = pytest.mark.parametrize("case", LORAS)
+
+
+def waves(key: str, shape: Sequence[int]) -> Tensor:
+    """Numbers that need no generator of any library's version."""
+    steps = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (0.3 * torch.sin(steps * 0.7 + len(key))).float().view(*shape)
+
+
+def wavy_base(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    tiny_checkpoint(
+        "qwen3_vl", folder, dtype=dtype, shards=1, depth=2, deepstack_visual_indexes=[0]
+    )
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: waves(name, tensor.shape).to(dtype) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def wavy_adapter(folder: Path, keys: Mapping[str, Sequence[int]], case: str) -> Path:
+    config = {"r": 4, "lora_alpha": 6} | LORAS[case]
+    return write_adapter(folder, {key: waves(key, keys[key]) for key in keys}, **config)
+
+
+def some(tensor: Tensor) -> Tensor:
+    """Five values of a tensor, from all over it."""
+    return tensor.flatten()[torch.linspace(0, tensor.numel() - 1, 5).long()]
+
+
+@each_lora
+def test_as_peft_merged(tmp_path: Path, case: str) -> None:
+    """Against values that PEFT 0.21.2 gave."""
+    recorded = json.loads(RECORDED.read_text())[case]
+    base = wavy_base(tmp_path / "base")
+    found = tower(base, wavy_adapter(tmp_path / "lora", recorded["keys"], case))
+    plain = tower(base, None)
+    changed = {name for name in found if not torch.equal(found[name], plain[name])}
+    assert changed == recorded["changed"].keys()
+    for name, values in recorded["changed"].items():
+        assert torch.allclose(some(found[name]), torch.tensor(values), rtol=1e-6, atol=1e-6), name
+
+
+def merged_by_peft(base: Path, lora: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(reference_model(base, dtype), lora)
+    return model.merge_and_unload().model.visual.state_dict()
+
+
+def record(tmp_path: Path) -> None:
+    """Write `RECORDED`, with PEFT."""
+    peft = pytest.importorskip("peft")
+    base = wavy_base(tmp_path / "base")
+    plain = tower(base, None)
+    said = {}
+    for case, options in LORAS.items():
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | options)
+        peft.get_peft_model(reference_model(base), config).save_pretrained(tmp_path / "keys")
+        saved = load_file(tmp_path / "keys" / "adapter_model.safetensors")
+        keys = {key: list(tensor.shape) for key, tensor in saved.items() if "visual" in key}
+        lora = wavy_adapter(tmp_path / case, keys, case)
+        merged = merged_by_peft(base, lora, torch.float32)
+        changed = [name for name in merged if not torch.equal(merged[name], plain[name])]
+        values = {name: some(merged[name]).tolist() for name in changed}
+        said[case] = {"keys": keys, "changed": values}
+    lines = ",\n".join(f"{json.dumps(case)}: {json.dumps(each)}" for case, each in said.items())
+    RECORDED.write_text(f"{{\n{lines}\n}}\n")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", LORAS.values(), ids=LORAS.keys())
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_as_peft_merges(
-    tmp_path: Path, family: str, options: dict[str, Any], dtype: torch.dtype
-) -> None:
-    peft = pytest.importorskip("peft")
-    if family == "qwen2_5_vl" and "pos_embed" in str(options):
-        pytest.skip("has no such module")
-    folder = tiny_checkpoint(
-        family,
-        tmp_path / "base",
-        dtype=dtype,
-        depth=2,
-        shards=1,
-        **({} if family == "qwen2_5_vl" else {"deepstack_visual_indexes": [0]}),
-    )
-    options = {"r": 4, "lora_alpha": 6} | options
-    model = peft.get_peft_model(reference_model(folder, dtype), peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(tmp_path / "lora")
-    merged = peft.PeftModel.from_pretrained(reference_model(folder, dtype), tmp_path / "lora")
-    expected = merged.merge_and_unload().model.visual.state_dict()
-    found = tower(folder, tmp_path / "lora")
-    plain = reference_tower(folder, dtype).state_dict()
-    changed = [name for name in plain if not torch.equal(plain[name], expected[name])]
-    assert changed
-    for name, tensor in found.items():
-        ours = tensor.to(dtype).float()
+@each_lora
+def test_as_peft_merges(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    """All values, beside PEFT, where it is installed."""
+    pytest.importorskip("peft")
+    base = wavy_base(tmp_path / "base", dtype)
+    keys = json.loads(RECORDED.read_text())[case]["keys"]
+    lora = wavy_adapter(tmp_path / "lora", keys, case)
+    expected = merged_by_peft(base, lora, dtype)
+    plain = tower(base, None)
+    for name, tensor in tower(base, lora).items():
         # One rounding of either dtype apart where sums in float32 were ordered otherwise.
         size = expected[name].float().abs()
         if "embed" in name:  # what it adds to an embedding, PEFT rounds before it is added
             size = size + plain[name].float().abs()
         step = torch.finfo(dtype).eps * size + 1e-6
-        assert ((ours - expected[name].float()).abs() <= step).all(), name
-        assert not torch.equal(ours, plain[name].float()) or name not in changed, name
+        apart = (tensor.to(dtype).float() - expected[name].float()).abs()
+        assert (apart <= step).all(), name

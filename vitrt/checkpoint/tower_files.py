@@ -65,8 +65,11 @@ def taken_for(folder: Path) -> str:
 def prefixes(names: Iterable[str], own: Iterable[str]) -> dict[str, list[str]]:
     """What stands before a tower's `own` names in `names`, and the own names found behind it."""
     wanted = set(own)
+    parts = {f".{name.split('.')[0]}." for name in wanted}
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
+        if not any(part in f".{name}" for part in parts):  # most of 100,000 names
+            continue
         at = 0
         while name[at:] not in wanted and (at := name.find(".", at) + 1):
             pass
