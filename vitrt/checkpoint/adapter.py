@@ -101,9 +101,6 @@ class AdaptedTensor:
                 + ", ".join(f"{part} {list(info.shape)}" for part, info in change.parts.items())
             )
 
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
     def __getitem__(self, index: Any) -> Tensor:
         return self.base[index].float() + self._added[index]
 

@@ -117,9 +117,6 @@ class ScaledTensor:
         self.info = codes.info
         self.block = _block_of(codes, scales, quantization)  # rows and columns of one scale
 
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
     def __getitem__(self, index: Any) -> Tensor:
         part = self.codes[index].float()
         return part.mul_(self._expanded(index if isinstance(index, tuple) else (index,)))

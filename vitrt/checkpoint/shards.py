@@ -70,8 +70,6 @@ class LazyTensor(Protocol):
         """What it is made of, or most of it."""
         ...
 
-    def get_shape(self) -> list[int]: ...
-
     def __getitem__(self, index: Any) -> Tensor: ...
 
 
@@ -122,9 +120,6 @@ class StoredTensor:
         self.shape = info.shape
         self.dtype = DTYPES[info.dtype]
         self._files = files or OneOpenFile()
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
         index = index if isinstance(index, tuple) else (index,)
