@@ -108,9 +108,81 @@ def _check_vision(config: VisionConfig) -> None:
         )
 
 
+# How a clip's size is chosen, and what the processors of that name in transformers take where the
+# checkpoint's file says nothing.
+VideoRule = Literal["qwen2_vl", "qwen3_vl"]
+_VIDEO_RULES: dict[str, VideoRule] = {
+    "Qwen2VLVideoProcessor": "qwen2_vl",
+    "Qwen3VLVideoProcessor": "qwen3_vl",
+}
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
+        "image_mean": _CLIP_MEAN,
+        "image_std": _CLIP_STD,
+        "max_video_tokens": 128_000,
+    },
+    "qwen3_vl": {
+        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "max_video_tokens": 768,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VideoConfig:
+    """What a checkpoint's video processor says about the size and the levels of a clip's frames."""
+
+    rule: VideoRule
+    min_pixels: int  # areas: of a frame by the rule "qwen2_vl", of all frames by "qwen3_vl"
+    max_pixels: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 0  # what the cap goes by: of a clip, or by "qwen3_vl" of a frame
+
+    def __post_init__(self) -> None:
+        _check_limits(self.min_pixels, self.max_pixels)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], family_rule: VideoRule) -> VideoConfig:
+        """From a video processor's settings, or from the image processor's where there are none.
+
+        As transformers does it, the class that the settings name chooses the rule, else the model
+        family, and what they leave out is what that class has. Raises ValueError naming the key.
+        """
+        _check_steps(data)
+        rule = video_rule(data) or family_rule
+        values = dict(_VIDEO_DEFAULTS[rule])
+        values |= {key: value for key, value in data.items() if value is not None}
+        if rule == "qwen3_vl":  # its processor does not know the old names
+            values = {key: values[key] for key in values if key not in ("min_pixels", "max_pixels")}
+        return cls(
+            rule=rule,
+            min_pixels=_pixel_limit(values, "min_pixels", "shortest_edge"),
+            max_pixels=_pixel_limit(values, "max_pixels", "longest_edge"),
+            image_mean=_channels(values, "image_mean"),
+            image_std=_channels(values, "image_std"),
+            cap_pixels_per_frame=bool(values.get("cap_pixels_per_frame", False)),
+            max_video_tokens=positive_integer("max_video_tokens", values["max_video_tokens"]),
+        )
+
+
+def video_rule(data: Mapping[str, Any]) -> VideoRule | None:
+    """The rule of the processor class that the settings name; None where they name no known one."""
+    named = data.get("video_processor_type")
+    if named is None:  # transformers goes on to the image processor's name
+        named = str(data.get("image_processor_type")).replace("ImageProcessor", "VideoProcessor")
+    return _VIDEO_RULES.get(named)
+
+
 @dataclass(frozen=True, slots=True)
 class PreprocessorConfig:
-    """What a checkpoint's preprocessor_config.json says about turning images into patches."""
+    """What a checkpoint's processor files say about turning images and clips into patches."""
 
     min_pixels: int  # areas
     max_pixels: int
@@ -119,30 +191,26 @@ class PreprocessorConfig:
     patch_size: int
     temporal_patch_size: int
     merge_size: int
+    video: VideoConfig | None = None  # None: clips as images, frame by frame
 
     def __post_init__(self) -> None:
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}"
-            )
+        _check_limits(self.min_pixels, self.max_pixels)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PreprocessorConfig:
-        """From preprocessor_config.json, or the `image_processor` part of processor_config.json.
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        video: Mapping[str, Any] | None = None,
+        video_rule: VideoRule = "qwen2_vl",
+    ) -> PreprocessorConfig:
+        """From the settings of an image processor and of a video processor.
 
         The pixel limits are `min_pixels` / `max_pixels` where they are given, else
-        `size.shortest_edge` / `size.longest_edge`; they have no defaults. Raises ValueError naming
-        the key.
+        `size.shortest_edge` / `size.longest_edge`; those of images have no defaults. `video_rule`
+        is the model family's. Raises ValueError naming the key.
         """
         data = data.get("image_processor") or data
-        for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if data.get(switch) is False:
-                raise ValueError(f"{switch}=false is not supported")
-        rescale = data.get("rescale_factor", 1 / 255)
-        if not isinstance(rescale, int | float) or not math.isclose(rescale, 1 / 255, rel_tol=1e-6):
-            raise ValueError(f"rescale_factor must be 1/255, got {rescale!r}")
-        if data.get("resample", 3) != 3:
-            raise ValueError(f"resample must be 3 (bicubic), got {data['resample']!r}")
+        _check_steps(data)
         return cls(
             min_pixels=_pixel_limit(data, "min_pixels", "shortest_edge"),
             max_pixels=_pixel_limit(data, "max_pixels", "longest_edge"),
@@ -151,7 +219,25 @@ class PreprocessorConfig:
             patch_size=_required(data, "patch_size"),
             temporal_patch_size=_required(data, "temporal_patch_size"),
             merge_size=_required(data, "merge_size"),
+            video=None if video is None else VideoConfig.from_dict(video, video_rule),
         )
+
+
+def _check_limits(low: int, high: int) -> None:
+    if low > high:
+        raise ValueError(f"min_pixels {low} is larger than max_pixels {high}")
+
+
+def _check_steps(data: Mapping[str, Any]) -> None:
+    """ValueError for settings that leave out or change a step that is always done here."""
+    for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if data.get(switch) is False:
+            raise ValueError(f"{switch}=false is not supported")
+    rescale = data.get("rescale_factor", 1 / 255)
+    if not isinstance(rescale, int | float) or not math.isclose(rescale, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"rescale_factor must be 1/255, got {rescale!r}")
+    if data.get("resample", 3) != 3:
+        raise ValueError(f"resample must be 3 (bicubic), got {data['resample']!r}")
 
 
 def _required(data: Mapping[str, Any], name: str) -> int:
@@ -188,6 +274,10 @@ class RuntimeConfig:
     cuda_graphs: Literal["auto"] | bool = "auto"
     min_pixels: int | None = None  # None: what the checkpoint says
     max_pixels: int | None = None
+    video_min_pixels: int | None = (
+        None  # of a clip, counted as the checkpoint's video processor does
+    )
+    video_max_pixels: int | None = None
     max_batch_tokens: int | None = None  # patches of one forward; None: chosen from free memory
     resize: Literal["pillow", "torch"] = "pillow"  # or "torch": whose bicubic, bit for bit
     graph_memory_mib: float = 4096.0
@@ -205,17 +295,14 @@ class RuntimeConfig:
             raise ValueError(f"fp8_skip_blocks must not be negative, got {self.fp8_skip_blocks}")
         if self.resize not in ("pillow", "torch"):
             raise ValueError(f'resize must be "pillow" or "torch", got {self.resize!r}')
-        for name in ("min_pixels", "max_pixels", "max_batch_tokens"):
+        limits = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
+        for name in (*limits, "max_batch_tokens"):
             if (value := getattr(self, name)) is not None:
                 positive_integer(name, value)
-        if (
-            self.min_pixels is not None
-            and self.max_pixels is not None
-            and self.min_pixels > self.max_pixels
-        ):
-            raise ValueError(
-                f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}"
-            )
+        for low, high in (limits[:2], limits[2:]):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least} is larger than {high} {most}")
         if not self.graph_memory_mib >= 0:
             raise ValueError(
                 f"graph_memory_mib must not be negative, got {self.graph_memory_mib!r}"

@@ -30,7 +30,7 @@ from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_toget
 from vitrt.engine.stages import Stages
 from vitrt.features import EncoderOutput, ImageFeatures, join, join_pooled
 from vitrt.images.decode import ImageError, check_images
-from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
+from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_tables
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -53,11 +53,9 @@ class VisionEncoder:
         self.preprocessor = preprocessor
         self.name = name
         self.processor = ImageProcessor.from_configs(preprocessor, engine.runtime)
-        table = normalisation_table(
-            preprocessor.image_mean, preprocessor.image_std, self.processor.resize
-        )
-        # float32 [3, 256], the normalised levels
-        self.table = torch.from_numpy(table).to(engine.device)
+        tables = normalisation_tables(preprocessor, self.processor.resize)
+        # float32 [2, 3, 256]: the normalised levels of images, and of the frames of clips.
+        self.table = torch.from_numpy(tables).to(engine.device)
 
     # What the engine says of itself
 
@@ -101,6 +99,8 @@ class VisionEncoder:
         cuda_graphs: Literal["auto"] | bool = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        video_min_pixels: int | None = None,
+        video_max_pixels: int | None = None,
         max_batch_tokens: int | None = None,
         resize: Literal["pillow", "torch"] = "pillow",
         graph_memory_mib: float = RuntimeConfig().graph_memory_mib,
@@ -120,7 +120,11 @@ class VisionEncoder:
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
             attention: "auto", or a registered backend, which is an error where it cannot run.
             cuda_graphs: "auto" records graphs up to the size where they stop paying, True at any.
-            min_pixels, max_pixels: bounds of a resized image's area; None: the checkpoint's.
+            min_pixels, max_pixels: bounds of a resized image's area; None: the checkpoint's. They
+                bound a clip's frames, too, where the next two say nothing.
+            video_min_pixels, video_max_pixels: bounds of a clip, instead of the checkpoint's video
+                processor's: of a frame's area in Qwen2-VL and Qwen2.5-VL, of frames x height x
+                width in newer families.
             max_batch_tokens: patches per forward; None: chosen from free memory.
             resize: "pillow" or "torch": which of transformers' backends to be bit-equal to.
             graph_memory_mib: how much device memory recorded graphs may take.
@@ -142,6 +146,8 @@ class VisionEncoder:
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
         )
         runtime = RuntimeConfig(
             device=str(device),
@@ -150,6 +156,8 @@ class VisionEncoder:
             cuda_graphs=cuda_graphs,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            video_min_pixels=video_min_pixels,
+            video_max_pixels=video_max_pixels,
             max_batch_tokens=max_batch_tokens,
             resize=resize,
             graph_memory_mib=graph_memory_mib,

@@ -18,13 +18,14 @@ GRIDS = [(1, 3, 4), (4, 2, 3), (1, 5, 1)]
 def inputs(
     patch: int, temporal: int, device: str, dtype: torch.dtype, padded: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels, sources in a random order, table, and the expected patches."""
+    """Pixels, sources in a random order, the tables of stills and clips, the expected patches."""
     rng = np.random.default_rng()
-    table = rng.standard_normal((3, 256)).astype(np.float32)
+    tables = rng.standard_normal((2, 3, 256)).astype(np.float32)
     pieces, sources, expected = [], [], []
     start = 0
     for frames, rows, columns in GRIDS:
         image = rng.integers(0, 256, (frames, rows * patch, columns * patch, 3), dtype=np.uint8)
+        table = tables[int(frames > 1)]
         normalised = np.stack([table[c][image[..., c]] for c in range(3)])  # [C, F, H, W]
         if frames == 1:
             normalised = normalised.repeat(temporal, axis=1)
@@ -48,7 +49,7 @@ def inputs(
     return (
         torch.from_numpy(np.concatenate(pieces)).to(device),
         torch.tensor(sources, dtype=torch.int32)[order].contiguous().to(device),
-        torch.from_numpy(table).to(device),
+        torch.from_numpy(tables).to(device),
         torch.from_numpy(np.stack(expected)[order]).to(dtype),
     )
 
@@ -81,6 +82,13 @@ def test_cpu_path(dtype: torch.dtype, patch: int, temporal: int, padded: bool) -
     out = torch.full(expected.shape, torch.nan, dtype=dtype)
     assert patchify(pixels, sources, table, patch, temporal, dtype, out) is out
     assert torch.equal(out, expected)
+
+
+def test_one_table_for_stills_and_clips() -> None:
+    pixels, sources, tables, _ = inputs(4, 2, "cpu", torch.float32, False)
+    both = torch.stack([tables[0], tables[0]])
+    expected = patchify(pixels, sources, both, 4, 2, torch.float32)
+    assert torch.equal(patchify(pixels, sources, tables[0], 4, 2, torch.float32), expected)
 
 
 def test_no_patches_and_only_padding() -> None:

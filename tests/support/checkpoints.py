@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ def full_size_checkpoint(
     released = json.loads((CONFIGS / name / "config.json").read_text())
     preprocessor = json.loads((CONFIGS / name / "preprocessor_config.json").read_text())
     config = _config(released["model_type"], released["vision_config"] | vision)
-    return _save(config, preprocessor, folder, dtype, shards, seed)
+    _save(config, preprocessor, folder, dtype, shards, seed)
+    if (video := CONFIGS / name / "video_preprocessor_config.json").is_file():
+        shutil.copy(video, folder)
+    return folder
 
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from vitrt.checkpoint.opened import Checkpoint
+from vitrt.checkpoint.processor_files import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor
-from vitrt.checkpoint.tower_files import CONFIG, PREPROCESSOR, SINGLE
+from vitrt.checkpoint.tower_files import CONFIG, SINGLE
 from vitrt.models.families import family_of
 from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
 
-_FILES = (SINGLE, PREPROCESSOR, CONFIG)
+_FILES = (SINGLE, PREPROCESSOR, VIDEO_PREPROCESSOR, CONFIG)
 PIECE_BYTES = 4 << 20
 
 
 def extract_tower(
     checkpoint: Checkpoint, output_dir: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Path:
-    """Write the tower of `checkpoint` into `output_dir`: two configs, one safetensors file.
+    """Write the tower of `checkpoint` into `output_dir`: its configs, one safetensors file.
 
     Values and dtypes are those of the checkpoint, names lose the tower's prefix. Weights in fp8 are
     written dequantised, in the dtype that the config gives the model, and an adapter merged, in the
@@ -34,9 +35,10 @@ def extract_tower(
     Tensors are written one by one, and nothing stands under its final name before it is complete.
 
     Raises CheckpointError for an incomplete checkpoint, and for a folder that holds anything else
-    unless `overwrite` says to replace its three files.
+    unless `overwrite` says to replace these files.
     """
     output = Path(output_dir).expanduser()
+    processors = checkpoint.processors
     tensors = dict(checkpoint.tower_tensors())
     _check_output(checkpoint, output, overwrite)
     try:
@@ -47,7 +49,9 @@ def extract_tower(
         staging.mkdir()
         try:
             _write_json(staging / CONFIG, tower_config(checkpoint))
-            _write_json(staging / PREPROCESSOR, checkpoint.preprocessor)
+            _write_json(staging / PREPROCESSOR, processors.image)
+            if processors.video != processors.image:
+                _write_json(staging / VIDEO_PREPROCESSOR, processors.video)
             _write_tensors(staging / SINGLE, tensors, checkpoint)
             _publish(staging, output)
         finally:
@@ -60,8 +64,12 @@ def extract_tower(
 def _publish(staging: Path, output: Path) -> None:
     """Give the finished folder its name; in a folder that is in use, its files one by one."""
     if output.is_dir() and any(output.iterdir()):
+        (output / PROCESSOR).unlink(missing_ok=True)  # it would be read instead
         for name in _FILES:
-            (staging / name).replace(output / name)
+            if (staging / name).exists():
+                (staging / name).replace(output / name)
+            else:
+                (output / name).unlink(missing_ok=True)
         return
     if output.is_dir():
         output.rmdir()
@@ -121,7 +129,7 @@ def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None
         if (present := sorted(path.name for path in output.iterdir())) and not overwrite:
             raise CheckpointError(
                 f"{output}: is not empty ({', '.join(present[:5])}); overwrite=True (--overwrite) "
-                f"replaces {', '.join(_FILES)}"
+                f"replaces {', '.join(_FILES)} and removes {PROCESSOR}"
             )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,18 +18,17 @@ import torch
 
 from vitrt.checkpoint import scaled
 from vitrt.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter, read_adapter
+from vitrt.checkpoint.processor_files import PROCESSOR_FILES, ProcessorSettings, read_processors
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor, TensorInfo
 from vitrt.checkpoint.tower_files import (
     ADAPTER_CONFIG,
     CONFIG,
-    PREPROCESSOR,
-    PROCESSOR,
     TowerSearch,
     read_json,
     taken_for,
 )
 from vitrt.config import PreprocessorConfig, VisionConfig
-from vitrt.models.families import build_tower, read_vision_config
+from vitrt.models.families import build_tower, family_of, read_vision_config
 
 # cache_dir, token, local_files_only
 _HubOptions = tuple[str | os.PathLike[str] | None, str | bool | None, bool]
@@ -43,7 +42,7 @@ class Checkpoint:
     name: str  # as the user gave it
     folder: Path
     config: Mapping[str, Any]  # config.json
-    preprocessor: Mapping[str, Any]  # preprocessor_config.json or its like in processor_config.json
+    processors: ProcessorSettings
     # What is stored of the tower, by name in it: parameters, and scales of those in fp8.
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     adapter: Adapter | None = None
@@ -53,10 +52,15 @@ class Checkpoint:
         with _naming(f"{self.name}: {CONFIG}"):
             return read_vision_config(self.config)
 
+    @property
+    def preprocessor(self) -> Mapping[str, Any]:
+        """The settings of the image processor, as its file has them."""
+        return self.processors.image
+
     def preprocessor_config(self) -> PreprocessorConfig:
         """Raises CheckpointError naming the setting that is missing or not supported."""
-        with _naming(f"{self.name}: {PREPROCESSOR}"):
-            return PreprocessorConfig.from_dict(self.preprocessor)
+        with _naming(self.name):
+            return self.processors.preprocessor_config()
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -140,17 +144,21 @@ def open_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool | None = None,
     weights: bool = True,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
 ) -> Checkpoint:
     """Open a folder or a hub id: its configs, and the headers of the shards with vision tensors.
 
     A folder without weights opens with no tensors, which is enough to describe a tower.
-    `weights=False` does not look for them, nor download them. `adapter` is a PEFT LoRA
-    over the model, a folder or a hub id too; see `adapter.py`. The other options are the hub's own.
+    `weights=False` does not look for them, nor download them. `min_pixels` and `max_pixels` stand
+    in for limits of images that the files leave out. `adapter` is a PEFT LoRA over the model, a
+    folder or a hub id too; see `adapter.py`. The other options are the hub's own.
 
     Raises CheckpointError naming the file and what is wrong with it.
     """
     options = (cache_dir, token, bool(local_files_only))
-    checkpoint = _open(model, revision, options, weights)
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    checkpoint = _open(model, revision, options, limits, weights=weights)
     if adapter is None:
         return checkpoint
     name = os.fspath(adapter)
@@ -170,15 +178,20 @@ def open_checkpoint(
 
 
 def _open(
-    model: str | os.PathLike[str], revision: str | None, options: _HubOptions, weights: bool
+    model: str | os.PathLike[str],
+    revision: str | None,
+    options: _HubOptions,
+    limits: Mapping[str, int | None],
+    *,
+    weights: bool,
 ) -> Checkpoint:
     name = os.fspath(model)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(folder)}")
-        files = [file for file in (PREPROCESSOR, PROCESSOR) if (folder / file).is_file()]
-        checkpoint = describe(name, folder, files)
+        files = {file: folder / file for file in PROCESSOR_FILES if (folder / file).is_file()}
+        checkpoint = describe(name, folder, files, limits)
         if not weights:
             return checkpoint
         return replace(checkpoint, tensors=checkpoint.tower_search().in_folder(folder))
@@ -195,27 +208,26 @@ def _open(
     if config is None and (adapter := hub.fetch_optional(ADAPTER_CONFIG)):
         raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(adapter.parent)}")
     folder = (config or hub.fetch(CONFIG)).parent
-    found = next((file for file in (PREPROCESSOR, PROCESSOR) if hub.fetch_optional(file)), None)
-    checkpoint = describe(name, folder, [found] if found else [])
+    files = {file: path for file in PROCESSOR_FILES if (path := hub.fetch_optional(file))}
+    checkpoint = describe(name, folder, files, limits)
     if not weights:
         return checkpoint
     return replace(checkpoint, tensors=hub.fetch_tensors(checkpoint.tower_search()))
 
 
-def describe(name: str, folder: Path, processors: Iterable[str]) -> Checkpoint:
-    """A checkpoint without tensors, both configs checked: their errors come before a download."""
+def describe(
+    name: str, folder: Path, files: Mapping[str, Path], limits: Mapping[str, int | None]
+) -> Checkpoint:
+    """A checkpoint without tensors, all configs checked: their errors come before a download.
+
+    `files` are those of PROCESSOR_FILES that it has; `limits` stand in for absent pixel limits.
+    """
     config = read_json(folder / CONFIG)
-    for file in processors:
-        data = read_json(folder / file)
-        preprocessor = data.get("image_processor") if file == PROCESSOR else data
-        if isinstance(preprocessor, Mapping):
-            break
-    else:
-        raise CheckpointError(
-            f"{name}: holds no {PREPROCESSOR}, nor a {PROCESSOR} with an image_processor; the "
-            f"pixel limits in it have no defaults (looked in {folder})"
-        )
-    checkpoint = Checkpoint(name, folder, config, preprocessor)
+    with _naming(f"{name}: {CONFIG}"):
+        family, _ = family_of(config)
+    data = {file: read_json(path) for file, path in files.items()}
+    processors = read_processors(name, data, family.video_rule)
+    checkpoint = Checkpoint(name, folder, config, processors.with_limits(limits))
     vision, images = checkpoint.vision_config(), checkpoint.preprocessor_config()
     for ours, theirs in (
         ("patch_size", "patch_size"),
@@ -224,8 +236,14 @@ def describe(name: str, folder: Path, processors: Iterable[str]) -> Checkpoint:
     ):
         if getattr(vision, ours) != getattr(images, theirs):
             raise CheckpointError(
-                f"{name}: {CONFIG} says {ours} {getattr(vision, ours)}, {PREPROCESSOR} says "
-                f"{theirs} {getattr(images, theirs)}"
+                f"{name}: {CONFIG} says {ours} {getattr(vision, ours)}, "
+                f"{processors.image_file} says {theirs} {getattr(images, theirs)}"
+            )
+        stated = processors.video.get(theirs)
+        if stated not in (None, getattr(vision, ours)):
+            raise CheckpointError(
+                f"{name}: {CONFIG} says {ours} {getattr(vision, ours)}, of clips "
+                f"{processors.video_file} says {theirs} {stated}"
             )
     return checkpoint
 

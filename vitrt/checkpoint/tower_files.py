@@ -18,8 +18,6 @@ from vitrt.checkpoint.scaled import check_storage
 from vitrt.checkpoint.shards import CheckpointError, TensorInfo, read_header
 
 CONFIG = "config.json"
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"  # newer transformers nest the image processor in it
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT adapter, which is no checkpoint by itself

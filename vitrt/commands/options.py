@@ -119,4 +119,6 @@ def open_model(args: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
         cache_dir=args.cache_dir,
         local_files_only=args.local_files_only,
         weights=weights,
+        min_pixels=getattr(args, "min_pixels", None),
+        max_pixels=getattr(args, "max_pixels", None),
     )

@@ -106,7 +106,8 @@ class PixelBatch:
         grids: Sequence[tuple[int, int, int]],
         table: Tensor,
     ) -> None:
-        """F is 1 for a still; `table` float32 [3, 256] on the device, the normalised levels."""
+        """F is 1 for a still; `table` float32 [2, 3, 256] on the device, the normalised levels of
+        stills and of clips."""
         self.images = images
         self.grids = grids
         self.key = tuple(len(image) for image in images)

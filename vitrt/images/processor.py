@@ -7,13 +7,14 @@ one patch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from PIL import Image
 
-from vitrt.config import PreprocessorConfig, RuntimeConfig
+from vitrt.config import PreprocessorConfig, RuntimeConfig, VideoConfig
+from vitrt.images.clips import clip_size
 from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe, size_of
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
@@ -24,6 +25,7 @@ __all__ = [
     "ImageProcessor",
     "PreparedImage",
     "normalisation_table",
+    "normalisation_tables",
     "patches_reference",
     "smart_resize",
 ]
@@ -63,6 +65,9 @@ class ImageProcessor:
         patch_size, merge_size, temporal_patch_size: of the tower.
         min_pixels, max_pixels: bounds of the resized area, in pixels.
         resize: "pillow" or "torch", bit-equal to transformers' PIL or torchvision backend.
+        video: what the checkpoint says of clips, whose frames are then resized as its video
+            processor does it, by torch; None: frames are resized as images.
+        frame_min_pixels, frame_max_pixels: the user's bounds of a clip's frame, see `clip_size`.
 
     Raises:
         ValueError: a size below 1, limits that cross or cannot hold one merged token, an unknown
@@ -75,6 +80,9 @@ class ImageProcessor:
     min_pixels: int
     max_pixels: int
     resize: Resize = "pillow"
+    video: VideoConfig | None = None
+    frame_min_pixels: int | None = None
+    frame_max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge_size", "temporal_patch_size", "min_pixels"):
@@ -94,7 +102,18 @@ class ImageProcessor:
     def from_configs(
         cls, preprocessor: PreprocessorConfig, runtime: RuntimeConfig
     ) -> ImageProcessor:
-        """What the checkpoint says, under the pixel limits that the user chose, if any."""
+        """What the checkpoint says, under the pixel limits that the user chose, if any.
+
+        `video_min_pixels` and `video_max_pixels` take the place of the video processor's limits;
+        without them `min_pixels` and `max_pixels` bound a clip's frames as they bound images.
+        """
+        video = preprocessor.video
+        if video is not None:
+            video = replace(
+                video,
+                min_pixels=runtime.video_min_pixels or video.min_pixels,
+                max_pixels=runtime.video_max_pixels or video.max_pixels,
+            )
         return cls(
             patch_size=preprocessor.patch_size,
             merge_size=preprocessor.merge_size,
@@ -102,6 +121,9 @@ class ImageProcessor:
             min_pixels=runtime.min_pixels or preprocessor.min_pixels,
             max_pixels=runtime.max_pixels or preprocessor.max_pixels,
             resize=runtime.resize,
+            video=video,
+            frame_min_pixels=None if runtime.video_min_pixels else runtime.min_pixels,
+            frame_max_pixels=None if runtime.video_max_pixels else runtime.max_pixels,
         )
 
     @property
@@ -109,8 +131,19 @@ class ImageProcessor:
         """Pixels a side of one merged token: every resized side is a multiple of it."""
         return self.patch_size * self.merge_size
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) in pixels that an image of this size is resized to."""
+    def resized(self, height: int, width: int, frames: int = 1) -> tuple[int, int]:
+        """The (height, width) in pixels that an image, or a clip, of this size is resized to."""
+        if frames > 1 and self.video is not None:
+            return clip_size(
+                self.video,
+                frames,
+                height,
+                width,
+                factor=self.factor,
+                temporal_patch_size=self.temporal_patch_size,
+                min_pixels=self.frame_min_pixels,
+                max_pixels=self.frame_max_pixels,
+            )
         return smart_resize(
             height,
             width,
@@ -119,19 +152,19 @@ class ImageProcessor:
             max_pixels=self.max_pixels,
         )
 
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """The grid (1, h, w) in patches that an image of height x width pixels gets."""
-        height, width = self.resized(height, width)
-        return 1, height // self.patch_size, width // self.patch_size
+    def grid(self, height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
+        """The grid (t, h, w) in patches of an image, or a clip, of height x width pixels."""
+        height, width = self.resized(height, width, frames)
+        rows = -(-frames // self.temporal_patch_size)
+        return rows, height // self.patch_size, width // self.patch_size
 
     def grid_of(self, image: ImageInput) -> tuple[int, int, int]:
         """The grid that `prepare` will give an image or clip, without decoding it.
 
         Raises whatever an image that cannot be read makes its reader raise.
         """
-        _, h, w = self.grid(*size_of(image))
         frames = len(image) if isinstance(image, np.ndarray) and image.ndim == 4 else 1
-        return -(-frames // self.temporal_patch_size), h, w
+        return self.grid(*size_of(image), frames)
 
     def prepare(
         self,
@@ -142,7 +175,8 @@ class ImageProcessor:
     ) -> PreparedImage:
         """Decode and resize one image, or a clip given as an array [F, H, W, 3].
 
-        A clip whose frames do not fill the last temporal patch has its last frame repeated.
+        A clip whose frames do not fill the last temporal patch has its last frame repeated; one of
+        a single frame is an image.
 
         Args:
             image: a path, the bytes of an image file, a PIL image or a uint8 array.
@@ -154,45 +188,54 @@ class ImageProcessor:
             ImageError: the image cannot be read, decoded or resized.
         """
         name = describe(image) if name is None else name
-        frames: list[Image.Image | np.ndarray]
+        frames: Sequence[Image.Image | np.ndarray]
         if isinstance(image, np.ndarray):
             array = check_array(image, name)
-            is_clip = array.ndim == 4
-            frames = list(array) if is_clip else [array]
+            frames = array if array.ndim == 4 else [array]
             height, width = array.shape[-3:-1]
         else:
-            decoded = decode(image, name)
-            is_clip = False
-            frames = [decoded]
-            width, height = decoded.size
+            frames = [decode(image, name)]
+            width, height = frames[0].size
         try:
-            size = self.resized(height, width)
+            grid_t, grid_h, grid_w = self.grid(height, width, len(frames))
         except ValueError as error:
             raise ImageError(f"{name}: {error}") from error
-        if span is not None and is_clip:
-            start, stop = (edge * self.temporal_patch_size for edge in span)
-            frames = frames[start:stop]
-        grid_t = -(-len(frames) // self.temporal_patch_size)
-        rows = grid_t * self.temporal_patch_size if is_clip else 1
-        pixels = np.empty((rows, *size, 3), dtype=np.uint8)
-        for index, frame in enumerate(frames):
-            self._resize_frame(frame, pixels[index])
-        pixels[len(frames) :] = pixels[len(frames) - 1]
-        grid_thw = (grid_t, size[0] // self.patch_size, size[1] // self.patch_size)
-        return PreparedImage(pixels, grid_thw)
+        size = grid_h * self.patch_size, grid_w * self.patch_size
+        first, last = 0, 1
+        if is_clip := len(frames) > 1:
+            start, stop = span or (0, grid_t)
+            first, last = start * self.temporal_patch_size, stop * self.temporal_patch_size
+            grid_t = stop - start
+        resize = "torch" if is_clip and self.video is not None else self.resize
+        pixels = np.empty((last - first, *size, 3), dtype=np.uint8)
+        for index, target in enumerate(pixels, start=first):
+            if index < len(frames):
+                _resize_frame(frames[index], target, resize)
+            else:
+                target[...] = pixels[index - first - 1]
+        return PreparedImage(pixels, (grid_t, grid_h, grid_w))
 
-    def _resize_frame(self, frame: Image.Image | np.ndarray, out: np.ndarray) -> None:
-        """Write the frame into `out`, uint8 [H, W, 3], at the size of that."""
-        height, width = out.shape[:2]
-        if self.resize == "pillow":
-            image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
-            copy_pixels(resize_pillow(image, (height, width)), out)
-            return
-        if isinstance(frame, Image.Image):
-            array = np.empty((frame.height, frame.width, 3), dtype=np.uint8)
-            copy_pixels(frame, array)
-            frame = array
-        out[...] = resize_torch(frame, (height, width))
+
+def _resize_frame(frame: Image.Image | np.ndarray, out: np.ndarray, resize: Resize) -> None:
+    """Write the frame into `out`, uint8 [H, W, 3], at the size of that."""
+    height, width = out.shape[:2]
+    if resize == "pillow":
+        image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+        copy_pixels(resize_pillow(image, (height, width)), out)
+        return
+    if isinstance(frame, Image.Image):
+        array = np.empty((frame.height, frame.width, 3), dtype=np.uint8)
+        copy_pixels(frame, array)
+        frame = array
+    out[...] = resize_torch(frame, (height, width))
+
+
+def normalisation_tables(preprocessor: PreprocessorConfig, resize: Resize) -> np.ndarray:
+    """float32 [2, 3, 256]: the normalised levels of images, and those of a clip's frames."""
+    images = normalisation_table(preprocessor.image_mean, preprocessor.image_std, resize)
+    video = preprocessor.video
+    clips = normalisation_table(video.image_mean, video.image_std, "torch") if video else images
+    return np.stack([images, clips])
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Resize) -> np.ndarray:
@@ -227,7 +270,10 @@ def patches_reference(
 
     Patches are ordered t, h / merge, w / merge, merge row, merge column; the values of a patch by
     channel, frame, row, column. An image counts as its frame repeated `temporal_patch_size` times.
+    `table` is one for all, [3, 256], or that of images and that of clips, [2, 3, 256].
     """
+    if table.ndim == 3:
+        table = table[int(len(prepared.pixels) > 1)]
     grid_t, grid_h, grid_w = prepared.grid_thw
     pixels = np.moveaxis(prepared.pixels, -1, 1)  # [F, 3, H, W]
     values = table[np.arange(3)[None, :, None, None], pixels]

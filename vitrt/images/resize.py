@@ -20,12 +20,20 @@ MAX_ASPECT_RATIO = 200
 
 
 def smart_resize(
-    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+    height: int,
+    width: int,
+    *,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    frames: int = 1,
+    padded_frames: int = 1,
 ) -> tuple[int, int]:
     """The size (height, width) an image is resized to, as the Qwen2-VL image processors choose it.
 
     Both sides become multiples of `factor` (patch_size * merge_size) and the area comes to lie
-    between `min_pixels` and `max_pixels` where the aspect ratio allows it.
+    between `min_pixels` and `max_pixels` where the aspect ratio allows it. With `frames` it is the
+    area of so many, counted as `padded_frames` where the result is held against the limits.
 
     Raises:
         ValueError: a side is zero, or one side is over 200 times as long as the other.
@@ -42,12 +50,13 @@ def smart_resize(
     # branch for small areas then repairs.
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+    area = padded_frames * new_height * new_width
+    if area > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
         new_height = max(factor, math.floor(height / shrink / factor) * factor)
         new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif area < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width

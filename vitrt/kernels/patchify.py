@@ -22,13 +22,15 @@ def _patchify_kernel(
     tokens,
     P: tl.constexpr,
     FRAMES: tl.constexpr,
+    CLIPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK_T patches, a frame at a time, as tiles [patch, (channel, row, column)].
 
     Lanes follow the output, four times the input in bytes: its stores are wide, and the byte loads,
-    three apart, find their lines in the first-level cache. The table (3 KiB) lives there too.
+    three apart, find their lines in the first-level cache. The table (3 KiB) lives there too. What
+    has frames that differ is looked up CLIPS values further on.
     """
     patch = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     item = tl.arange(0, BLOCK)[None, :]
@@ -43,13 +45,14 @@ def _patchify_kernel(
     inside = (patch < tokens) & (item < 3 * P * P)
     live = inside & (offset >= 0)  # a negative offset marks padding
     level = tl.load(source, mask=live, other=0).to(tl.int32)
-    values = tl.load(table + channel * 256 + level, mask=live, other=0.0)
+    levels = table + channel * 256 + tl.where(frame_bytes != 0, CLIPS, 0)
+    values = tl.load(levels + level, mask=live, other=0.0)
     tl.store(target, values.to(out.dtype.element_ty), mask=inside)
     # The frames of an image are one and the same: read once, written FRAMES times.
     moves = live & (frame_bytes != 0)
     for frame in tl.static_range(1, FRAMES):
         level = tl.load(source + frame * frame_bytes, mask=moves, other=0).to(tl.int32)
-        other = tl.load(table + channel * 256 + level, mask=moves, other=0.0)
+        other = tl.load(levels + level, mask=moves, other=0.0)
         other = tl.where(moves, other, values)
         tl.store(target + frame * P * P, other.to(out.dtype.element_ty), mask=inside)
 
@@ -74,6 +77,7 @@ def _patchify_triton(
             tokens,
             patch_size,
             temporal_patch_size,
+            table[0].numel() if table.dim() == 3 else 0,
             rows,
             pow2_ceil(3 * patch_size * patch_size),
             num_warps=warps,
@@ -95,7 +99,8 @@ def patchify_ref(
 ) -> Tensor:
     """Patchify in PyTorch: gather the patches' pixel rows, 3 p bytes each; look the levels up."""
     p, row_length = patch_size, 3 * patch_size
-    levels = table.to(out.dtype)
+    # [3, 512]: a channel's levels in stills, then in clips.
+    levels = table.to(out.dtype).expand(2, 3, 256).transpose(0, 1).reshape(3, -1)
     # Row i of this view is the pixel row that starts at byte i.
     runs = pixels.as_strided((max(pixels.numel() - row_length + 1, 0), row_length), (1, 1))
     for start in range(0, sources.shape[0], _CPU_PATCHES):
@@ -107,12 +112,15 @@ def patchify_ref(
             patches[~real] = 0
             chunk = chunk[real]
         rows = chunk[:, :1] + torch.arange(p, device=chunk.device) * chunk[:, 1:2]
-        moves = bool(chunk[:, 2].any())
+        shifts = (chunk[:, 2:] != 0).int() * 256
+        moves = bool(shifts.any())
         frames = []
         for frame in range(temporal_patch_size if moves else 1):
             starts = (rows + frame * chunk[:, 2:]).flatten()
-            bytes_ = runs[starts].view(-1, p * p, 3)
-            channels = [levels[c][bytes_[..., c].int()] for c in range(3)]
+            bytes_ = runs[starts].view(-1, p * p, 3).int()
+            if moves:
+                bytes_ += shifts[:, None]
+            channels = [levels[c][bytes_[..., c]] for c in range(3)]
             frames.append(torch.stack(channels, 1).view(-1, 3, 1, p, p))
         values = (
             torch.cat(frames, 2) if moves else frames[0].expand(-1, -1, temporal_patch_size, p, p)
@@ -140,7 +148,8 @@ def patchify(
         sources: int32 [T, 3], for each patch the byte of its first pixel, the bytes of a pixel row
             of its image, and the bytes from a frame to the next (0: the frame is repeated). A
             negative first byte marks a row of padding, which is set to zero.
-        table: float32 [3, 256], every channel's levels normalised, which the result rounds once.
+        table: float32 [3, 256], every channel's levels normalised, which the result rounds once; or
+            [2, 3, 256], of stills and of what has frames that differ.
     """
     width = 3 * temporal_patch_size * patch_size * patch_size
     if out is None:

@@ -1,0 +1,130 @@
+"""transformers' own video processors, run apart: `run_video_processors` starts this file.
+
+They need torchvision, of which vitrt's environment has none. Where it is missing this process, and
+no other, has a module of its name with the five functions that the processors call; with it
+installed, they call the real one.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.machinery
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CLASSES = {"qwen2_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
+
+
+def run_video_processors(
+    cases: Sequence[dict[str, Any]], clips: Sequence[np.ndarray], folder: Path
+) -> list[dict[str, Any]]:
+    """What transformers makes of each clip, uint8 [F, H, W, 3].
+
+    A case holds `rule` and the `settings` of the processor. A result holds `grid`, `values`
+    (pixel_values, float32), and the `rule` and `size` of the processor.
+    """
+    np.savez(folder / "clips.npz", *clips)
+    (folder / "cases.json").write_text(json.dumps(list(cases)))
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = np.load(folder / "values.npz")
+    results = json.loads((folder / "results.json").read_text())
+    return [result | {"values": values[f"arr_{i}"]} for i, result in enumerate(results)]
+
+
+def _module(name: str, **attributes: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    module.__path__ = []
+    module.__dict__.update(attributes)
+    sys.modules[name] = module
+    return module
+
+
+class _Interpolation(enum.Enum):
+    NEAREST = "nearest"
+    NEAREST_EXACT = "nearest-exact"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    BOX = "box"
+    HAMMING = "hamming"
+    LANCZOS = "lanczos"
+
+
+def _stand_in_for_torchvision() -> None:
+    import torch
+
+    def resize(image, size, interpolation, antialias):
+        assert interpolation == _Interpolation.BICUBIC and antialias
+        frames = image.reshape(-1, *image.shape[-3:])
+        if frames.shape[-2:] != tuple(size):
+            frames = torch.nn.functional.interpolate(
+                frames, size=tuple(size), mode="bicubic", antialias=True
+            )
+        return frames.reshape(*image.shape[:-2], *size)
+
+    def normalize(image, mean, std, inplace=False):
+        mean, std = torch.as_tensor(mean), torch.as_tensor(std)
+        return image.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+
+    functional = _module(
+        "torchvision.transforms.v2.functional",
+        resize=resize,
+        normalize=normalize,
+        grayscale_to_rgb=lambda video: video,
+        InterpolationMode=_Interpolation,
+    )
+    v2 = _module("torchvision.transforms.v2", functional=functional)
+    old = _module("torchvision.transforms.functional", pil_to_tensor=None)
+    io = _module("torchvision.io", VideoReader=None)
+    transforms = _module(
+        "torchvision.transforms", v2=v2, functional=old, InterpolationMode=_Interpolation
+    )
+    _module("torchvision", transforms=transforms, io=io, __version__="0.20.0")
+
+
+def _processor(case: dict[str, Any]) -> Any:
+    import transformers
+
+    if "folder" in case:
+        return transformers.AutoVideoProcessor.from_pretrained(case["folder"])
+    return getattr(transformers, CLASSES[case["rule"]])(**case["settings"])
+
+
+def _run(folder: Path) -> None:
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        _stand_in_for_torchvision()
+    cases = json.loads((folder / "cases.json").read_text())
+    clips = np.load(folder / "clips.npz")
+    results, values = [], []
+    for index, case in enumerate(cases):
+        processor = _processor(case)
+        clip = clips[f"arr_{index}"]
+        features = processor(
+            videos=[clip],
+            do_sample_frames=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )
+        size = {key: processor.size[key] for key in ("shortest_edge", "longest_edge")}
+        rule = {name: rule for rule, name in CLASSES.items()}[type(processor).__name__]
+        grid = features["video_grid_thw"][0].tolist()
+        results.append({"grid": grid, "rule": rule, "size": size})
+        values.append(features["pixel_values_videos"].numpy())
+    np.savez(folder / "values.npz", *values)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _run(Path(sys.argv[1]))
