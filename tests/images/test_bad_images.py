@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import skimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from vitrt.images.decode import size_of
 from vitrt.images.processor import ImageError, ImageProcessor, normalisation_table
@@ -125,7 +127,82 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not a regular file"):
         size_of(tmp_path / "pipe.jpg")
     assert_refused(str(tmp_path / "nul\0.jpg"), "nul", "null")
-    assert_refused("https://example.com/cat.jpg", "https://example.com/cat.jpg", "No such file")
+
+
+def test_urls_that_nothing_is_read_from() -> None:
+    for url in ("https://example.com/cat.jpg", "s3://bucket/cat.jpg", "HTTP://example.com/cat.jpg"):
+        assert_refused(url, url, "URL is not fetched: download it")
+    assert_refused("file:///no/such/cat.jpg", "file:///no/such/cat.jpg", "No such file")
+    assert_refused("file://server/share/cat.jpg", "file://", "another machine, 'server'")
+    assert_refused("data:image/png;base64", "data:", "has a comma")
+    assert_refused("data:image/png;base64,AAAA%$", "data:", "its base64 content is broken")
+    assert_refused("data:image/png;base64,", "data:", "empty")
+    assert_refused("data:text/plain,hello", "data:text/plain,hello", "not an image")
+
+
+def test_what_a_message_shows_is_cut() -> None:
+    long = "data:image/png;base64," + "A" * 3_000_000
+    for image in (long, Path("x" * 100_000), "y" * 100_000, "https://example.com/" + "z" * 100_000):
+        with pytest.raises(ImageError) as caught:
+            PROCESSOR.prepare(image)
+        assert len(str(caught.value)) < 700
+        assert f"({len(str(image))} characters)" in str(caught.value)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "PPM"])
+def test_a_pil_image_closed_by_its_with(tmp_path: Path, file_format: str) -> None:
+    photo().save(tmp_path / "photo", file_format)
+    with Image.open(tmp_path / "photo") as image:
+        pass
+    assert_refused(image, str(tmp_path / "photo"), "it was closed before it was loaded")
+    with Image.open(tmp_path / "photo") as image:
+        image.load()
+    PROCESSOR.prepare(image)
+
+
+def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
+    values = np.full((60, 80), 100, np.float32)
+    values[3, 4:6] = np.nan
+    Image.fromarray(values).save(tmp_path / "depth.tif")
+    assert_refused(tmp_path / "depth.tif", "depth.tif", "2 of its 4800 values are NaN")
+    masked = np.ma.masked_less(np.asarray(photo()), 50)
+    assert_refused(masked, "array", "masked values; array.filled(level)")
+    unmasked = np.ma.array(np.asarray(photo()))
+    expected = PROCESSOR.prepare(np.asarray(photo())).pixels
+    np.testing.assert_array_equal(PROCESSOR.prepare(unmasked).pixels, expected)
+
+
+HEIC = b"\0\0\0\x20ftypheic" + bytes(100)
+
+
+def test_heic_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.heic").write_bytes(HEIC)
+    assert_refused(tmp_path / "photo.heic", "photo.heic", "pip install pillow-heif")
+    assert_refused(HEIC, "bytes", "pip install pillow-heif")
+
+
+def test_heic_with_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for pillow-heif, whose `register_heif_opener` teaches Pillow the format."""
+
+    class Reader(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._mode, self._size = "RGB", (80, 60)
+
+        def load(self):
+            self.im = photo().im
+            return Image.Image.load(self)
+
+    def register() -> None:
+        Image.register_open("HEIF", Reader, lambda start: start[4:12] == b"ftypheic")
+
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    module = types.SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    np.testing.assert_array_equal(PROCESSOR.prepare(HEIC).pixels, PROCESSOR.prepare(photo()).pixels)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

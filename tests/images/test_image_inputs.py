@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
+import textwrap
 import threading
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +49,18 @@ def test_path_string_bytes_pil_and_array_agree(tmp_path: Path, resize: str) -> N
     path = tmp_path / "photo ü.png"
     photo().save(path)
     expected = pixels(np.asarray(photo()), resize)
-    for same in (path, str(path), path.read_bytes(), photo(), Image.open(path)):
+    content = path.read_bytes()
+    base64_content = base64.b64encode(content).decode()
+    lines = "%0A".join(textwrap.wrap(base64_content, 76))
+    urls = [
+        path.as_uri(),  # with an escaped umlaut and a space
+        f"file:{path}",
+        f"FILE://localhost{path}",
+        f"data:image/png;base64,{base64_content}",
+        f"data:;BASE64,{lines.replace('+', '%2B')}",
+        "data:image/png," + urllib.parse.quote_from_bytes(content),
+    ]
+    for same in (path, str(path), content, photo(), Image.open(path), *urls):
         np.testing.assert_array_equal(pixels(same, resize), expected)
 
 
@@ -89,22 +103,42 @@ def test_jpeg_is_decoded_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(pixels(content), pixels(np.asarray(whole)))
 
 
-def test_transparency_is_dropped_and_the_colours_under_it_stay() -> None:
-    rgba = photo().convert("RGBA")
-    rgba.putalpha(0)
-    np.testing.assert_array_equal(pixels(rgba), pixels(photo()))
-    np.testing.assert_array_equal(pixels(encoded(rgba)), pixels(photo()))
+def over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return np.round(rgb * share + 255 * (1 - share))
+
+
+def test_transparency_is_laid_onto_white() -> None:
+    size = 84, 112  # of whole tokens: nothing is resized
+    rgba = photo(*size).convert("RGBA")
+    alpha = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
+    alpha[0] = 0
+    rgba.putalpha(Image.fromarray(alpha))
+    for image in (rgba, encoded(rgba), rgba.convert("LA")):
+        plain = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        colours = np.asarray(plain.convert("RGBA"))
+        result = pixels(image)[0].astype(int)
+        assert np.abs(result - over_white(colours[..., :3], alpha)).max() <= 1
+        assert (result[0] == 255).all()
+    opaque = photo(*size).convert("RGBA")
+    np.testing.assert_array_equal(pixels(opaque), pixels(photo(*size)))
 
 
 @pytest.mark.filterwarnings("error")
-def test_palette_transparency_is_dropped_without_warnings() -> None:
-    palette = photo().quantize(16)
-    opaque = palette.convert("RGB")
-    palette.info["transparency"] = bytes(range(16))
-    content = encoded(palette, transparency=bytes(range(16)))
-    np.testing.assert_array_equal(pixels(palette), pixels(opaque))
-    np.testing.assert_array_equal(pixels(content), pixels(palette))
-    assert palette.info["transparency"] == bytes(range(16))
+def test_transparent_levels_and_colours_are_white() -> None:
+    palette = photo(84, 112).quantize(16)
+    index = np.asarray(palette)
+    palette.info["transparency"] = bytes([0] * 8 + [255] * 8)
+    content = encoded(palette, transparency=palette.info["transparency"])
+    expected = np.where((index < 8)[..., None], 255, np.asarray(palette.convert("RGBA"))[..., :3])
+    np.testing.assert_array_equal(pixels(palette)[0], expected)
+    np.testing.assert_array_equal(pixels(content)[0], expected)
+    assert palette.info["transparency"] == bytes([0] * 8 + [255] * 8)  # left as it was
+    grey = photo(84, 112).convert("L")
+    level = grey.getpixel((5, 5))
+    levels = np.asarray(grey)
+    expected = np.repeat(np.where(levels == level, 255, levels)[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(pixels(encoded(grey, transparency=level))[0], expected)
 
 
 @pytest.mark.parametrize(

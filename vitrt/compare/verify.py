@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, product
 
-import numpy as np
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import Image
+from PIL.Image import open as open_image
+from PIL.ImageOps import exif_transpose
 from torch import Tensor
 
 from vitrt.attention import AutoBackend, resolve, usable, window
@@ -121,7 +123,6 @@ def _samples(
 ) -> list[_Sample]:
     """Every image twice: by `encoder`'s processor, and by transformers' own from its own files."""
     from transformers import AutoImageProcessor
-    from transformers.image_utils import load_image
 
     theirs = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
     ours, config = encoder.processor, encoder.config
@@ -130,9 +131,8 @@ def _samples(
     samples = []
     for image in images:
         prepared = ours.prepare(image)
-        # The colours alone: its processor would blend what is transparent onto white.
-        colours = fromarray(np.asarray(load_image(image)))
-        inputs = theirs(images=[colours], return_tensors="pt", size=limits)
+        with nullcontext(image) if isinstance(image, Image) else open_image(image) as opened:
+            inputs = theirs(images=[exif_transpose(opened)], return_tensors="pt", size=limits)
         grid = tuple(inputs["image_grid_thw"][0].tolist())
         if grid != prepared.grid_thw:
             raise ValueError(

@@ -1,23 +1,24 @@
-"""Paths, file contents, PIL images and arrays -> upright RGB, or an error that names the image.
+"""Paths, URLs, file contents, PIL images, arrays -> upright RGB, or an error that names the image.
 
-Files are decoded by Pillow, turned upright by their EXIF orientation and converted to RGB with
-`convert("RGB")`, which is what transformers' `load_image` does. That conversion drops transparency
-(the colours under it stay) and clips 16-bit and float modes to 0..255 instead of scaling them; the
-second is logged as a warning, because little can be seen in such an image.
+Files are decoded by Pillow, turned upright by their EXIF orientation and brought to RGB as
+transformers' image processors do it: what is transparent is laid onto white, and 16-bit and float
+modes are clipped to 0..255 instead of scaled, which is logged as a warning, because little can be
+seen in such an image.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import stat
 import threading
 from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from vitrt.images.heif import is_heif, register_heif
+from vitrt.images.inputs import content_of, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ class ImageError(ValueError):
 def describe(image: object) -> str:
     """What error messages call an image that has no other name."""
     if isinstance(image, str | os.PathLike):
-        return os.fsdecode(image)
+        return shorten(os.fsdecode(image))
     if isinstance(image, Image.Image):
-        origin = getattr(image, "filename", "") or "PIL image"
+        origin = shorten(os.fsdecode(getattr(image, "filename", "") or "PIL image"))
         return f"{origin} ({image.mode}, {image.width} x {image.height})"
     if isinstance(image, np.ndarray):
         return "array"
@@ -71,6 +72,10 @@ def check_images(images: Iterable[ImageInput]) -> None:
 def check_array(array: np.ndarray, name: str) -> np.ndarray:
     """The array as uint8 [H, W, 3] or [F, H, W, 3]; what is neither is refused, never guessed."""
     found = f"{name}: {array.dtype} in the shape {list(array.shape)}"
+    if np.ma.is_masked(array):
+        raise ImageError(
+            f"{found} with masked values; array.filled(level) says what they are to be"
+        )
     if array.dtype != np.uint8:
         raise ImageError(f"{found}; expected {_ARRAYS}: scale it to 0..255 and cast it")
     if array.ndim == 2:
@@ -114,7 +119,7 @@ def decode(image: object, name: str) -> Image.Image:
     except Exception as error:
         # Broken files make Pillow's plugins raise nearly anything (SyntaxError, struct.error, ...).
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name}: cannot be read as an image: {reason}") from error
+        raise ImageError(f"{name}: cannot be read as an image: {shorten(reason)}") from error
 
 
 def size_of(image: ImageInput) -> tuple[int, int]:
@@ -138,24 +143,22 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     """A file or its content as Pillow opens it, not yet loaded. Refuses what is no regular file."""
-    source = io.BytesIO(image) if isinstance(image, bytes) else os.fsdecode(image)
-    length = len(image) if isinstance(image, bytes) else _file_length(os.fsdecode(image))
-    if length == 0:
-        raise ValueError("empty (0 bytes)")
-    return Image.open(source)
-
-
-def _file_length(path: str) -> int:
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError("it is a directory")
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("it is not a regular file")  # opening a pipe would wait for ever
-    return status.st_size
+    content = content_of(image)
+    try:
+        return Image.open(content)
+    except UnidentifiedImageError:
+        if not is_heif(content):
+            raise
+        register_heif()
+        return Image.open(content)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     with _LOAD_LOCKS[id(image) // 64 % len(_LOAD_LOCKS)]:
+        if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is None:
+            raise ValueError(
+                "it was closed before it was loaded: call its load() before, or pass the path"
+            )
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation in _UPRIGHT:
@@ -163,18 +166,21 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        _warn_if_clipped(image, name)
-    if "transparency" in image.info:
-        # Pillow would look for its RGB colour, with warnings and errors; nobody reads it here.
-        image = image.copy()
-        del image.info["transparency"]
+        _check_range(image, name)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
-def _warn_if_clipped(image: Image.Image, name: str) -> None:
+def _check_range(image: Image.Image, name: str) -> None:
+    """Log what 8 bits cannot hold. ValueError for what is no number: it would turn into some."""
     values = np.asarray(image)
     if values.size == 0:
         return
+    if image.mode == "F" and np.isnan(values).any():
+        raise ValueError(f"{int(np.isnan(values).sum())} of its {values.size} values are NaN")
     low, high = values.min(), values.max()
     if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
         logger.warning(

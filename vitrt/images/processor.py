@@ -188,14 +188,15 @@ class ImageProcessor:
             ImageError: the image cannot be read, decoded or resized.
         """
         name = describe(image) if name is None else name
-        frames: Sequence[Image.Image | np.ndarray]
+        frames: list[Image.Image | np.ndarray]
         if isinstance(image, np.ndarray):
             array = check_array(image, name)
-            frames = array if array.ndim == 4 else [array]
+            frames = list(array) if array.ndim == 4 else [array]
             height, width = array.shape[-3:-1]
         else:
-            frames = [decode(image, name)]
-            width, height = frames[0].size
+            decoded = decode(image, name)
+            frames = [decoded]
+            width, height = decoded.size
         try:
             grid_t, grid_h, grid_w = self.grid(height, width, len(frames))
         except ValueError as error:
