@@ -108,23 +108,22 @@ def _check_vision(config: VisionConfig) -> None:
         )
 
 
-# How a clip's size is chosen, and what the processors of that name in transformers take where the
-# checkpoint's file says nothing.
-VideoRule = Literal["qwen2_vl", "qwen3_vl"]
+# What a video's pixel limits bound, each frame or the clip as one; by transformers' processors.
+VideoRule = Literal["frame", "clip"]
 _VIDEO_RULES: dict[str, VideoRule] = {
-    "Qwen2VLVideoProcessor": "qwen2_vl",
-    "Qwen3VLVideoProcessor": "qwen3_vl",
+    "Qwen2VLVideoProcessor": "frame",
+    "Qwen3VLVideoProcessor": "clip",
 }
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {
+_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {  # where the checkpoint's file says nothing
+    "frame": {
         "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
         "image_mean": _CLIP_MEAN,
         "image_std": _CLIP_STD,
         "max_video_tokens": 128_000,
     },
-    "qwen3_vl": {
+    "clip": {
         "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.5, 0.5, 0.5),
@@ -138,12 +137,12 @@ class VideoConfig:
     """What a checkpoint's video processor says about the size and the levels of a clip's frames."""
 
     rule: VideoRule
-    min_pixels: int  # areas: of a frame by the rule "qwen2_vl", of all frames by "qwen3_vl"
+    min_pixels: int  # areas: of a frame, or of all frames together, as `rule` says
     max_pixels: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     cap_pixels_per_frame: bool = False
-    max_video_tokens: int = 0  # what the cap goes by: of a clip, or by "qwen3_vl" of a frame
+    max_video_tokens: int = 0  # what the cap goes by: of the clip, or by the rule "clip" of a frame
 
     def __post_init__(self) -> None:
         _check_limits(self.min_pixels, self.max_pixels)
@@ -159,7 +158,7 @@ class VideoConfig:
         rule = video_rule(data) or family_rule
         values = dict(_VIDEO_DEFAULTS[rule])
         values |= {key: value for key, value in data.items() if value is not None}
-        if rule == "qwen3_vl":  # its processor does not know the old names
+        if rule == "clip":  # its processor does not know the old names
             values = {key: values[key] for key in values if key not in ("min_pixels", "max_pixels")}
         return cls(
             rule=rule,
@@ -201,7 +200,7 @@ class PreprocessorConfig:
         cls,
         data: Mapping[str, Any],
         video: Mapping[str, Any] | None = None,
-        video_rule: VideoRule = "qwen2_vl",
+        video_rule: VideoRule = "frame",
     ) -> PreprocessorConfig:
         """From the settings of an image processor and of a video processor.
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,9 +54,12 @@ class VisionEncoder:
         self.preprocessor = preprocessor
         self.name = name
         self.processor = ImageProcessor.from_configs(preprocessor, engine.runtime)
-        tables = normalisation_tables(preprocessor, self.processor.resize)
+        mean, std = preprocessor.image_mean, preprocessor.image_std
+        images = clips = normalisation_table(mean, std, self.processor.resize)
+        if video := preprocessor.video:
+            clips = normalisation_table(video.image_mean, video.image_std, "torch")
         # float32 [2, 3, 256]: the normalised levels of images, and of the frames of clips.
-        self.table = torch.from_numpy(tables).to(engine.device)
+        self.table = torch.from_numpy(np.stack([images, clips])).to(engine.device)
 
     # What the engine says of itself
 

@@ -151,14 +151,14 @@ def test_files_that_differ_are_named(source: Path, caplog: pytest.LogCaptureFixt
     alike[VIDEO] = alike[BOTH]["video_processor"]
     assert not differing(source, caplog, alike)
     (odd,) = differing(source, caplog, alike | LAYOUTS["another family's clips"] | {BOTH: {}})
-    assert f"{VIDEO} names a processor" in odd and "qwen2_vl" in odd and "qwen3_vl" in odd
+    assert f"{VIDEO} names a processor" in odd and "bound a frame" in odd and "bound a clip" in odd
 
 
 def test_no_file_on_clips_at_all(source: Path) -> None:
     """transformers refuses clips then; what its class takes for granted is the nearest to right."""
     write(source, {BOTH: {"image_processor": settings(FAST, 50000)}})
     video = open_checkpoint(source).preprocessor_config().video
-    assert (video.rule, video.min_pixels, video.max_pixels) == ("qwen3_vl", 131072, 786432)
+    assert (video.rule, video.min_pixels, video.max_pixels) == ("clip", 131072, 786432)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-CLASSES = {"qwen2_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
+CLASSES = {"frame": "Qwen2VLVideoProcessor", "clip": "Qwen3VLVideoProcessor"}
 
 
 def run_video_processors(

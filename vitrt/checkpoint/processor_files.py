@@ -85,8 +85,8 @@ def read_processors(
     named = video_rule(settings.video) or family_rule
     if named != family_rule:
         logger.warning(
-            "%s: %s names a processor whose clips are sized by the rule of %s, its model family by "
-            "that of %s; the first is followed, as transformers does",
+            "%s: %s names a processor whose pixel limits bound a %s, its model family's bound a %s; "
+            "the first is followed, as transformers does",
             name,
             video_file,
             named,

@@ -24,7 +24,7 @@ def clip_size(
 ) -> tuple[int, int]:
     """The (height, width) that `frames` frames of this size are resized to.
 
-    As transformers' video processor of the rule's name chooses it, where the last two are None.
+    As transformers' Qwen2-VL and Qwen3-VL video processors choose it, where the last two are None.
 
     Args:
         frames: of the clip, before the last one is repeated to fill a patch.
@@ -35,7 +35,7 @@ def clip_size(
     Raises:
         ValueError: a side is zero, or one side is over 200 times as long as the other.
     """
-    if video.rule == "qwen2_vl":
+    if video.rule == "frame":
         low, high = min_pixels or video.min_pixels, max_pixels or video.max_pixels
         if video.cap_pixels_per_frame:
             budget = int(video.max_video_tokens * factor * factor * 0.9)

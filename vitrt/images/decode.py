@@ -163,15 +163,13 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
-    if image.mode == "RGB":
-        return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         _check_range(image, name)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_range(image: Image.Image, name: str) -> None:

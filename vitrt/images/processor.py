@@ -25,7 +25,6 @@ __all__ = [
     "ImageProcessor",
     "PreparedImage",
     "normalisation_table",
-    "normalisation_tables",
     "patches_reference",
     "smart_resize",
 ]
@@ -229,14 +228,6 @@ def _resize_frame(frame: Image.Image | np.ndarray, out: np.ndarray, resize: Resi
         copy_pixels(frame, array)
         frame = array
     out[...] = resize_torch(frame, (height, width))
-
-
-def normalisation_tables(preprocessor: PreprocessorConfig, resize: Resize) -> np.ndarray:
-    """float32 [2, 3, 256]: the normalised levels of images, and those of a clip's frames."""
-    images = normalisation_table(preprocessor.image_mean, preprocessor.image_std, resize)
-    video = preprocessor.video
-    clips = normalisation_table(video.image_mean, video.image_std, "torch") if video else images
-    return np.stack([images, clips])
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Resize) -> np.ndarray:

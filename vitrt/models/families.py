@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from vitrt.config import ROPE_THETA, VisionConfig, positive_integer
+from vitrt.config import ROPE_THETA, VideoRule, VisionConfig, positive_integer
 from vitrt.models.qwen2_5_vl import Qwen25VLVisionTower
 from vitrt.models.qwen3_vl import Qwen3VLVisionTower
 from vitrt.models.tower import VisionTower
@@ -32,7 +32,7 @@ class Family:
     # files that hold only what differs from its own defaults, so these are part of the format.
     defaults: Mapping[str, Any]
     prefix: str  # of the tower's weights as released
-    video_rule: Literal["clip", "frame"]  # what the pixel limits of a video bound
+    video_rule: VideoRule  # what the pixel limits of a video bound
     clip_tokens: Literal["run", "frames"]  # of a clip in a prompt: one run, or one for each frame
     spellings: Mapping[str, str] = field(default_factory=dict)  # its key -> field of VisionConfig
 
