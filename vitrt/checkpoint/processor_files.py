@@ -85,7 +85,7 @@ def read_processors(
     named = video_rule(settings.video) or family_rule
     if named != family_rule:
         logger.warning(
-            "%s: %s names a processor whose pixel limits bound a %s, its model family's bound a %s; "
+            "%s: %s names a processor whose limits bound a %s, its model family's bound a %s; "
             "the first is followed, as transformers does",
             name,
             video_file,
