@@ -31,7 +31,7 @@ from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_toget
 from vitrt.engine.stages import Stages
 from vitrt.features import EncoderOutput, ImageFeatures, join, join_pooled
 from vitrt.images.decode import ImageError, check_images
-from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_tables
+from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
