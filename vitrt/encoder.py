@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.engine import Engine
 from vitrt.engine.group import Run, in_group
 from vitrt.engine.loader import load_tower
+from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.per_image import split_by_image
 from vitrt.engine.pipeline import features_of, raise_it, stream_features
 from vitrt.engine.request import TOKENS, Request
@@ -60,6 +61,9 @@ class VisionEncoder:
             clips = normalisation_table(video.image_mean, video.image_std, "torch")
         # float32 [2, 3, 256]: the normalised levels of images, and of the frames of clips.
         self.table = torch.from_numpy(np.stack([images, clips])).to(engine.device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VisionEncoder, (self.engine, self.preprocessor, self.name)
 
     # What the engine says of itself
 
@@ -197,6 +201,7 @@ class VisionEncoder:
 
     # Encoding
 
+    @outside_compiler
     def encode(
         self, images: Iterable[ImageInput], *, layers: Iterable[int] = (), merged: bool = True
     ) -> list[ImageFeatures]:
@@ -210,7 +215,8 @@ class VisionEncoder:
         Args:
             layers: also give the hidden states after these layers, counted from 0 or, as -1, from
                 the last: [layers, t, h, w, hidden_size], patches in raster order. ValueError for
-                one that the tower does not have. Such forwards do not use CUDA graphs.
+                one that the tower does not have. Only those of the last layer, if alone, go through
+                CUDA graphs.
             merged: False gives the hidden states alone: embeddings are [0, out_hidden], deepstack
                 is None, and no layer past the last one asked for runs.
 
@@ -285,6 +291,7 @@ class VisionEncoder:
             workers=workers,
         )
 
+    @outside_compiler
     def encode_prepared(
         self, images: Sequence[PreparedImage], *, layers: Iterable[int] = (), merged: bool = True
     ) -> list[ImageFeatures]:
@@ -332,6 +339,7 @@ class VisionEncoder:
 
         return self.stages().preparing(prepare), [grid_of(image) for image in images]
 
+    @outside_compiler
     def __call__(
         self,
         pixel_values: Tensor,

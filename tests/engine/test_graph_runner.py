@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +16,14 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.graphs import FakePool
 from vitrt import VisionEncoder
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.graph_runner import GraphKey, GraphRunner, _Recording, default_buckets
 from vitrt.engine.recording import _Recorder
+from vitrt.engine.request import Request
 from vitrt.models.packed_plan import PlanLayout, pack_plan, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.parallel.context import ParallelContext
@@ -315,17 +316,6 @@ def test_a_forward_never_waits_for_the_device(folder: Path):
 # The cache of recordings, with a pool that records nothing and replays by running the forward
 
 
-class FakePool:
-    nbytes = 10
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None: ...
-
-    def record(self, record: partial[Any]) -> tuple[Any, int, int]:
-        forward, choice = record.args
-        pieces = SimpleNamespace(splits=[], replay=lambda plan: forward(choice))
-        return pieces, self.nbytes, 30
-
-
 @pytest.fixture
 def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
     """Room for two recordings; the largest bucket, which is recorded first, is out of the way."""
@@ -426,3 +416,52 @@ def test_another_ranks_failure_is_this_ones(runner: GraphRunner, monkeypatch: py
     forward(runner, 12)
     with pytest.raises(RuntimeError, match="a rank of this group failed in a forward of 192"):
         forward(runner, 12)
+
+
+def test_hidden_states_of_the_last_layer_go_through_graphs(
+    runner: GraphRunner, monkeypatch: pytest.MonkeyPatch
+):
+    """Beside the merged tokens, as transformers' towers give them; grids of one class share."""
+    load, live = runner._load, []
+
+    def loading(plan: ForwardPlan, *rest: Any) -> None:
+        live[:] = [plan]
+        load(plan, *rest)
+
+    # Attention here reads lengths on the host, which a replay takes from its own batch.
+    monkeypatch.setattr(runner, "_load", loading)
+    monkeypatch.setattr(
+        "vitrt.engine.graph_runner.view_plan",
+        lambda buffer, layout, plan, padded: view_plan(buffer, layout, live[0], padded=padded),
+    )
+    eager = EagerRunner(runner.tower, runner.attention, runner.device, runner.dtype)
+    depth = runner.tower.config.depth
+    last = Request((depth - 1,))
+    for grids in ([(1, 4, 16)], [(1, 8, 8)], [(2, 4, 6)], [(1, 6, 10)]):
+        plan = runner.tower.plan(grids)
+        pixels = torch.randn(plan.num_patches, runner.tower.config.patch_dim)
+        batch = PixelValues(pixels, grids)
+        got, want = runner.run(plan, batch, last), eager.run(plan, batch, last)
+        for ours, exact in zip(got.hidden, want.hidden, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.embeddings, want.embeddings, rtol=1e-5, atol=1e-5)
+        assert not runner.run(plan, batch).hidden
+        assert not runner.run(plan, batch, Request((0, depth - 1))).hidden[0].isnan().any()
+        runner.run(plan, batch, Request((depth - 1,), merged=False))
+    assert runner.stats.hits[64] == 3 + 3
+    assert runner.stats.eager == {"first of its bucket": 2, "hidden states asked for": 8}
+
+
+@pytest.mark.gpu
+def test_recorded_hidden_states_follow_their_batch(folder: Path):
+    """Their way back from window order is computed inside the graph, from each batch's plan."""
+    graphs = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=True)
+    eager = VisionEncoder.from_pretrained(folder, device="cuda", cuda_graphs=False)
+    for grids in ([(1, 16, 16)], [(1, 8, 32)], [(1, 12, 20)], [(4, 8, 8)], [(1, 16, 16)]) * 2:
+        patches = sum(t * h * w for t, h, w in grids)
+        values = torch.randn(patches, graphs.config.patch_dim, device="cuda")
+        got = graphs(values, grids, return_hidden=True)
+        want = eager(values, grids, return_hidden=True)
+        for ours, exact in ((got.hidden, want.hidden), (got.embeddings, want.embeddings)):
+            assert (ours - exact).float().norm() <= 1e-2 * exact.float().norm()
+    assert graphs.stats().hits.total() >= 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from tests.support.checkpoints import full_size_checkpoint, reference_model, tiny_checkpoint
+from tests.support.graphs import FakePool
+from vitrt.engine.graph_runner import GraphRunner
 from vitrt.features import ImageFeatures
 from vitrt.integrations.transformers import (
     accelerate,
@@ -226,12 +229,13 @@ def test_on_a_gpu(
         for t, h, w in [(1, 10, 6), (1, 6, 10), (3, 4, 6), (1, 10, 6)]
     ]
     wanted = [model.model.visual(*batch).pooler_output for batch in batches]
-    accelerate(model, cuda_graphs=graphs, last_hidden_state=False)
+    accelerate(model, cuda_graphs=graphs)
     # Three rounds, so that graphs are recorded and replayed; what came first must not change.
     rounds = [[model.model.visual(*batch).pooler_output for batch in batches] for _ in range(3)]
     for outputs in rounds:
         for got, want in zip(outputs, wanted, strict=True):
             close(got, want)
+    assert (model.model.visual.engine.stats().hits.total() > 0) == graphs
 
 
 def test_a_quantised_tower_is_refused(model: Any) -> None:
@@ -268,6 +272,50 @@ def test_placeholders_may_come_as_a_tokenizer_gives_them(model: Any) -> None:
     for batch in (torch.tensor([ids]), [ids], torch.tensor([1.0])):
         with pytest.raises(ValueError, match="token ids of one prompt"):
             placeholder_inputs(model.config, batch)
+
+
+def test_generate_replays_graphs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is by default: the last hidden states come out of them, too."""
+    monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
+    text, pixels = prompt(model, "one image")
+    want = model.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+    accelerate(model)
+    try:
+        engine = model.model.visual.engine
+        engine.runner = GraphRunner(
+            engine.tower, engine.attention, engine.device, engine.dtype, limit_bytes=1 << 30
+        )
+        for _ in range(3):
+            generated(model, text | pixels)
+        stats = engine.stats()
+        assert stats.hits.total() == 2 and stats.eager == {"first of its bucket": 1}
+        got = model.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+        assert stats.hits.total() == 3
+    finally:
+        restore(model)
+    close(got.pooler_output, want.pooler_output)
+    close(got.last_hidden_state, want.last_hidden_state)
+
+
+def test_a_compiled_caller_works_at_every_grid(model: Any) -> None:
+    accelerate(model)
+    torch._dynamo.reset()
+    visual = model.model.visual
+    scaled = torch.compile(
+        lambda p, g: visual(p, grid_thw=g).pooler_output * 2, backend="eager", dynamic=False
+    )
+    try:
+        width = visual.engine.config.patch_dim
+        for side in (4, 6, 8, 10, 12, 14, 16, 18, 20, 22):
+            grid = torch.tensor([(1, 4, side)])
+            pixels = torch.randn(4 * side, width)
+            want = visual(pixels, grid_thw=grid).pooler_output * 2
+            assert torch.equal(scaled(pixels, grid), want)
+            for whole in (torch.compile(visual, backend="eager"), copy.deepcopy(visual)):
+                assert torch.equal(whole(pixels, grid_thw=grid).pooler_output * 2, want)
+    finally:
+        restore(model)
+    assert not torch._dynamo.utils.counters["recompile_limit"]
 
 
 def test_last_hidden_state_can_be_left_out(model: Any) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "group",
     "loader",
     "memory",
+    "outside_compiler",
     "per_image",
     "pipeline",
     "request",

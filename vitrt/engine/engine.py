@@ -5,8 +5,10 @@ Shapes: T patches.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +19,30 @@ from vitrt.engine.batch import Batch, PixelBatch
 from vitrt.engine.device import budget_from_memory, values_per_patch
 from vitrt.engine.eager_runner import EagerRunner, RunnerStats
 from vitrt.engine.graph_runner import AUTO_MAX_PATCHES, GraphRunner
+from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.upload import PixelUploader
 from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.models.tower import TowerOutput, VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
+_forks = 0  # that this process came out of
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
 
 class Engine:
     """Runs a filled tower where its weights are, as `runtime` says.
 
     Threads may share one: forwards are launched one after the other. Another engine on the same
-    tower, to run it in another way, costs no weights.
+    tower, to run it in another way, costs no weights. A deep copy has a tower of its own; pickled,
+    an engine takes its weights along, and makes anew what else it needs.
     """
 
     def __init__(
@@ -54,17 +68,22 @@ class Engine:
         budget = runtime.max_batch_tokens or budget_from_memory(tower, self.device, self.dtype)
         # Ranks that share a tower must pack the same batches, whatever memory each has free.
         self.max_batch_patches: int = parallel.agree_min(budget)
+        self._forks = _forks
 
     @property
     def attention(self) -> AttentionChoice:
         """The backends of full and of window attention."""
         return self.runner.attention
 
+    @outside_compiler
     def run(self, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         """What `request` asks for of the batch, in tensors of its own on the device.
 
-        ValueError for grids that no tower takes, and for patches that are not theirs.
+        ValueError for grids that no tower takes, and for patches that are not theirs. RuntimeError
+        in a process that was forked from the one that made this engine, where it would hang.
         """
+        if self._forks != _forks:
+            self._check_fork()
         with self._own_settings():
             plan = self.tower.plan(batch.grids)
             batch.send(plan, self.config, self._uploader)
@@ -110,6 +129,26 @@ class Engine:
     def stats(self) -> RunnerStats:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
         return self.runner.stats
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        ranks = self.parallel.tp_size * self.parallel.dp_size
+        if ranks > 1:
+            raise TypeError(
+                f"an encoder that is one of {ranks} ranks is bound to their connections and is "
+                "neither copied nor pickled: load one in each process, with its own `parallel`"
+            )
+        return Engine, (self.tower, self.runtime)
+
+    def _check_fork(self) -> None:
+        """A child of a fork has neither the GPU nor the threads that its parent computed with."""
+        if self.device.type == "cpu" and torch.get_num_threads() == 1:
+            return  # as in the workers of a DataLoader: nothing is missing
+        raise RuntimeError(
+            f"this encoder on {self.device} was made before the process was forked, and what it "
+            "computes with does not survive that: make it in the child, start the child by spawn "
+            '(multiprocessing.get_context("spawn"), DataLoader(..., '
+            'multiprocessing_context="spawn")), or encode in the parent'
+        )
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:

@@ -68,6 +68,7 @@ class GraphKey:
     bucket: int  # patches
     segments: int  # room for so many; some kernels launch blocks for each, used or not
     attention: Hashable  # what the backends say that a recording cannot change
+    request: Request = TOKENS  # its outputs
 
 
 @dataclass(slots=True)
@@ -96,6 +97,8 @@ class GraphRunner(EagerRunner):
         self.parallel = parallel
         self.buckets = tuple(sorted(buckets)) if buckets else default_buckets(max_patches)
         self.limit_bytes = limit_bytes
+        # What transformers' towers give beside merged tokens; other layers' states run eagerly.
+        self._with_last = Request((tower.config.depth - 1,))
         self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
         self._sightings: Counter[GraphKey] = Counter()
         self._evicted: Counter[GraphKey] = Counter()  # times, of each class
@@ -112,7 +115,7 @@ class GraphRunner(EagerRunner):
             if reason is not None:
                 return self.run_eager(plan, batch, reason, request)
             attention = self.attention_for(plan)
-            key = self._key(plan, attention)
+            key = self._key(plan, attention, request)
             recording = self._recordings.get(key)
             if recording is None and key not in self._refused:
                 self._sightings[key] += 1
@@ -120,10 +123,10 @@ class GraphRunner(EagerRunner):
                 # was evicted must come twice as often each time before it is recorded again.
                 if self._sightings[key] < _SIGHTINGS << self._evicted[key]:
                     reason = "evicted before" if self._evicted[key] else "first of its bucket"
-                    return self.run_eager(plan, batch, reason)
+                    return self.run_eager(plan, batch, reason, request)
                 recording = self._record(key, plan, attention, batch)
             if recording is None:
-                return self.run_eager(plan, batch, "not recorded: memory")
+                return self.run_eager(plan, batch, "not recorded: memory", request)
             return self._replay(key, recording, plan, attention, batch)
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
@@ -146,7 +149,7 @@ class GraphRunner(EagerRunner):
     # What fits
 
     def _ineligible(self, plan: ForwardPlan, request: Request) -> str | None:
-        if request.layers:
+        if request.layers and request != self._with_last:
             return "hidden states asked for"
         if plan.num_patches > self.buckets[-1]:
             return "over the largest bucket"
@@ -164,13 +167,15 @@ class GraphRunner(EagerRunner):
             )
         return next(bucket for bucket in self.buckets if bucket >= patches)
 
-    def _key(self, plan: ForwardPlan, attention: BatchAttention) -> GraphKey:
+    def _key(
+        self, plan: ForwardPlan, attention: BatchAttention, request: Request = TOKENS
+    ) -> GraphKey:
         bucket = self._bucket_of(plan.num_patches)
         most = most_segments(bucket)
         segments = min(_FEW_SEGMENTS, most)
         while segments < min(len(plan.segments) - 1, most):
             segments = min(segments * 8, most)
-        return GraphKey(bucket, segments, attention.key)
+        return GraphKey(bucket, segments, attention.key, request)
 
     def _layout(self, plan: ForwardPlan, key: GraphKey, attention: BatchAttention) -> PlanLayout:
         return PlanLayout.bucket(plan, key.bucket, key.segments).scheduled(attention.schedule)
@@ -213,10 +218,11 @@ class GraphRunner(EagerRunner):
         patches, buffer = self._static(key.bucket)
         layout = self._layout(plan, key, attention)
         self._load(plan, layout, attention, batch, patches, buffer)
-        views = view_plan(buffer, layout, plan, padded=True)
 
         def forward(choice: AttentionChoice) -> TowerOutput:
-            return self.forward(patches, views, choice)
+            # Views of its own: what is computed from them once would else not be recorded.
+            views = view_plan(buffer, layout, plan, padded=True)
+            return self.forward(patches, views, choice, key.request)
 
         taken = self._try_to_record(pool, forward, attention.choice, key.bucket)
         if taken is None:
@@ -369,4 +375,5 @@ class GraphRunner(EagerRunner):
         return TowerOutput(
             output.embeddings[:tokens].clone(),
             None if deepstack is None else deepstack[:, :tokens].clone(),
+            tuple(states[: plan.num_patches].clone() for states in output.hidden),
         )

@@ -158,6 +158,8 @@ def record_pieces(
     torch.cuda.current_stream().wait_stream(stream)
     deepstack = output.deepstack
     output = TowerOutput(
-        borrowed(output.embeddings), None if deepstack is None else borrowed(deepstack)
+        borrowed(output.embeddings),
+        None if deepstack is None else borrowed(deepstack),
+        tuple(map(borrowed, output.hidden)),
     )
     return Pieces(recorder.graphs, recorder.splits, output)

@@ -9,7 +9,7 @@
     model.generate(**inputs, **feature_inputs(images=[features, ...]))
     restore(model)
 
-Both put a stand-in where the model has its `visual`. For inference only: neither trains nor saves
+Both replace the model's `visual`. For inference only: neither trains nor saves
 a tower.
 """
 
@@ -26,7 +26,7 @@ from vitrt.engine.device import dtype_name
 from vitrt.engine.engine import Engine
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
 from vitrt.integrations.sharing import SharedWeights, share_weights
-from vitrt.integrations.stand_ins import FeatureTower, StandIn, VitrtTower
+from vitrt.integrations.visual_modules import FeatureVisual, ReplacementVisual, VitrtVisual
 from vitrt.models.families import read_vision_config
 
 __all__ = ["accelerate", "accept_features", "feature_inputs", "placeholder_inputs", "restore"]
@@ -49,8 +49,11 @@ def accelerate(
     Args:
         model: loaded, on its device, in its dtype; or a module that holds such a model.
         attention, cuda_graphs: as in `VisionEncoder.from_pretrained`.
-        last_hidden_state: `generate` never reads it, and CUDA graphs do not keep it: False gives
-            None in its place and lets them run.
+        last_hidden_state: `generate` never reads it: False gives None in its place, and saves a
+            copy [patches, hidden_size] a forward.
+
+    `model.model.visual.engine.stats()` says what ran how. A compiled model breaks its graph at
+    `visual`, which runs as it does without a compiler.
 
     Returns which tensors are shared with the model and which had to be laid out anew. The model
     keeps its own tower for `restore`.
@@ -70,7 +73,7 @@ def accelerate(
         attention=attention,
         cuda_graphs=cuda_graphs,
     )
-    owner.visual = VitrtTower(original, Engine(tower, runtime), last_hidden_state)
+    owner.visual = VitrtVisual(original, Engine(tower, runtime), last_hidden_state)
     logger.info(
         "%d tensors shared, %d laid out anew in %.1f MiB: %s",
         len(weights.shared),
@@ -88,13 +91,13 @@ def accept_features(model: nn.Module) -> None:
     """
     owner = _owner(model)
     device, dtype = _placement(dict(owner.visual.named_parameters()))
-    owner.visual = FeatureTower(owner.visual, dtype, device)
+    owner.visual = FeatureVisual(owner.visual, dtype, device)
 
 
 def restore(model: nn.Module) -> None:
     """Give `model` its own visual tower back. ValueError if it has it."""
     for owner in _owners(model):
-        if isinstance(owner.visual, StandIn):
+        if isinstance(owner.visual, ReplacementVisual):
             owner.visual = owner.visual.original
             return
     raise ValueError(f"{type(model).__name__} has its own visual tower: nothing to restore")
@@ -114,7 +117,7 @@ def _owner(model: nn.Module) -> Any:
         raise ValueError(
             f"{type(model).__name__} has no visual tower; it must be a Qwen2.5-VL or Qwen3-VL model"
         )
-    if isinstance(owners[0].visual, StandIn):
+    if isinstance(owners[0].visual, ReplacementVisual):
         raise ValueError(f"{type(model).__name__} was changed already: restore(model) first")
     return owners[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
@@ -30,6 +30,9 @@ class ByteCache(Generic[K, V]):
         self.misses = 0
         self._values: OrderedDict[K, V] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ByteCache, (self.max_bytes,)  # a copy, or what is pickled, starts empty
 
     def __len__(self) -> int:
         return len(self._values)

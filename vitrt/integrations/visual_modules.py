@@ -1,4 +1,4 @@
-"""What takes the place of a transformers model's `visual`: vitrt's tower, or features as they are.
+"""Modules that replace a transformers model's `visual`: vitrt's tower, or features as they are.
 
 Shapes: T patches, M merged tokens, O output width, L deepstack levels.
 """
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.engine import Engine
+from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.request import Request
 
 
-class StandIn(nn.Module):
+class ReplacementVisual(nn.Module):
     """In the place of a model's `visual`, whose module it keeps aside, unregistered."""
 
     def __init__(self, original: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -61,7 +62,7 @@ class StandIn(nn.Module):
         raise ValueError("the visual tower is vitrt's: restore(model) before saving the model")
 
 
-class VitrtTower(StandIn):
+class VitrtVisual(ReplacementVisual):
     """Pixels in, vitrt's features out."""
 
     def __init__(self, original: Any, engine: Engine, last_hidden_state: bool) -> None:
@@ -69,6 +70,7 @@ class VitrtTower(StandIn):
         self.engine = engine
         self.request = Request((engine.config.depth - 1,) if last_hidden_state else ())
 
+    @outside_compiler
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """pixel_values [T, P], grid_thw [images, 3] -> [M, O] and [M, O] a deepstack level."""
         batch = PixelValues(hidden_states, grid_thw)
@@ -85,7 +87,7 @@ class VitrtTower(StandIn):
         )
 
 
-class FeatureTower(StandIn):
+class FeatureVisual(ReplacementVisual):
     """Carried features in, the same features out."""
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
