@@ -47,7 +47,7 @@ class Operands:
     """What a product reads; weights rotate over more than the L2 cache, as from layer to layer."""
 
     def __init__(self, product: Product, m: int, device: torch.device) -> None:
-        kind, n, k = product
+        kind, n, k = product.kind, product.n, product.k
         self.kind = kind
         copies = min(20, max(2, math.ceil(96e6 / (2 * n * k))))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from gemm_products import LAYERS, SHOWN
 
+from vitrt.kernels.gemm_table import Product
+
 WAYS = ("addmm", "mm", "quack")
 
 
@@ -78,7 +80,7 @@ def summary(products: list[dict[str, Any]]) -> None:
     print(f"{'product':28}{'kind':10}{'M':>7}{'addmm':>8}{'mm':>8}{'quack':>8}  use")
     for entry in products:
         kind, n, k = entry["kind"], entry["n"], entry["k"]
-        layer = named[kind, n, k]
+        layer = named[Product(kind, n, k)]
         shown = {patches // layer.merge for patches in SHOWN}
         for row in entry["rows"]:
             if row["m"] not in shown:

@@ -13,5 +13,6 @@ __all__ = [
     "rope",
     "segments",
     "tail_attention",
+    "to_e4m3",
     "window_attention",
 ]

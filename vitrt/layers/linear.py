@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vitrt.kernels.gemm import Activation, fuses_residual, linear, prepare
 from vitrt.kernels.gemm_fp8 import E4M3, linear_fp8
 from vitrt.kernels.gemm_fp8 import prepare as prepare_fp8
-from vitrt.layers.float8 import Float8Weight
+from vitrt.kernels.to_e4m3 import to_e4m3
+from vitrt.layers.float8 import FEWEST_ROWS, Float8Weight
 from vitrt.layers.norm import Norm
 from vitrt.layers.weights import TensorSlice, WeightTarget, whole
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -245,7 +246,9 @@ class RowParallelLinear(Linear):
         The residual rides in the product's epilogue where that is measured faster, else in the
         norm's one pass. The norm takes `spare` [T, N] where given, which may be `x`.
         """
-        if x.dtype == E4M3:
+        if self.float8 is not None and len(x) >= FEWEST_ROWS:
+            if x.dtype != E4M3:
+                x = to_e4m3(x, self.float8.in_scale)
             self._linear_float8(x, residual=residual, out=residual)
             return norm(residual, spare)
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):

@@ -19,7 +19,7 @@ from vitrt.config import VisionConfig
 from vitrt.kernels.segments import Rotary, Segments
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
-from vitrt.layers.float8 import Float8Norm, Float8Weight, gelu_scale
+from vitrt.layers.float8 import Float8Norm, Float8Weight, product_bound, scale_for
 from vitrt.layers.linear import Linear
 from vitrt.layers.merger import PatchMerger
 from vitrt.layers.mlp import MLP
@@ -101,18 +101,22 @@ class VisionBlock(nn.Module):
         return out
 
     def use_float8(self) -> None:
-        """Let the products that norms feed run in e4m3, and the one behind a GELU."""
-        norm1, norm2, mlp = self.norm1, self.norm2, self.mlp
-        for norm, layer in ((norm1, self.attn.qkv), (norm2, mlp.up)):
-            norm.float8 = Float8Norm.of(norm.weight, norm.bias)
-            layer.float8 = Float8Weight.of(layer.weight, layer.bias, norm.float8.scale)
-        if mlp.activation == "gelu_tanh":
-            assert norm2.float8 is not None and mlp.up.bias is not None
-            out_scale = gelu_scale(norm2.weight, norm2.bias, mlp.up.weight, mlp.up.bias)
-            mlp.up.float8 = Float8Weight.of(
-                mlp.up.weight, mlp.up.bias, norm2.float8.scale, out_scale
-            )
-            mlp.down.float8 = Float8Weight.of(mlp.down.weight, mlp.down.bias, out_scale)
+        """Let the four products run on e4m3 operands, by bounds on what each is given."""
+        qkv, proj, up, down = self.attn.qkv, self.attn.proj, self.mlp.up, self.mlp.down
+        norm1 = Float8Norm.of(self.norm1.weight, self.norm1.bias)
+        norm2 = Float8Norm.of(self.norm2.weight, self.norm2.bias)
+        # Attention leaves averages of v, the last third of qkv; GELU shrinks.
+        v = product_bound(self.norm1, qkv.weight, qkv.bias)[-proj.in_features :]
+        inner = product_bound(self.norm2, up.weight, up.bias)
+        gated = self.mlp.activation == "swiglu"
+        if gated:
+            inner = inner.view(-1, 2).prod(dim=1)  # silu(gate) is at most the gate
+        attended, activated = scale_for(v), scale_for(inner)
+        self.norm1.float8, self.norm2.float8 = norm1, norm2
+        qkv.float8 = Float8Weight.of(qkv.weight, qkv.bias, norm1.scale)
+        proj.float8 = Float8Weight.of(proj.weight, proj.bias, attended)
+        up.float8 = Float8Weight.of(up.weight, up.bias, norm2.scale, None if gated else activated)
+        down.float8 = Float8Weight.of(down.weight, down.bias, activated)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield from self.norm1.weight_targets(f"{prefix}norm1.")
