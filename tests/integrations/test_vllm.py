@@ -21,6 +21,10 @@ from torch import Tensor, nn
 
 from tests.integrations import engine_sources
 from tests.support.checkpoints import reference_model, tiny_checkpoint
+from vitrt.config import RuntimeConfig
+from vitrt.engine.batch import PixelValues
+from vitrt.engine.engine import Engine
+from vitrt.engine.loader import load_tower
 from vitrt.features import ImageFeatures
 from vitrt.integrations import vllm, vllm_models
 from vitrt.integrations.engine_tower import EngineTower, split_batch
@@ -244,6 +248,37 @@ def test_features_are_transformers(family: str, folder: Path, registry: Registry
     model.visual._engine.max_batch_patches = 64  # room for one image at a time
     torch.testing.assert_close(
         model.visual(pixels, [list(grid) for grid in GRIDS]), output, rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.inference_mode()
+def test_defaults_of_an_engine_that_loads_change_nothing(
+    family: str, folder: Path, registry: Registry
+) -> None:
+    """vLLM loads a model with its dtype as PyTorch's default."""
+    weights = weights_of(folder)
+    config = settings(folder)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = build(family, config)
+        model.load_weights(weights.items())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    visual = model.visual
+    assert {parameter.dtype for parameter in visual.parameters()} == {visual.dtype}
+    assert visual.dtype == torch.bfloat16
+    tower = load_tower(
+        visual.config,
+        ((name.removeprefix("visual."), tensor) for name, tensor in weights.items()),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+    )
+    pixels = torch.randn(60, visual.config.patch_dim, generator=torch.Generator().manual_seed(3))
+    expected = Engine(tower, RuntimeConfig(max_batch_tokens=64)).run(
+        PixelValues(pixels, [(1, 10, 6)])
+    )
+    assert torch.equal(
+        visual(pixels, [[1, 10, 6]])[:, : expected.embeddings.shape[1]], expected.embeddings
     )
 
 

@@ -6,7 +6,8 @@ Shapes: T patches, P values of one patch, M merged tokens, O output width, L dee
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Literal
 
@@ -68,10 +69,11 @@ class EngineTower(nn.Module):
         self.out_hidden_size = config.out_hidden_size * (1 + len(config.deepstack_visual_indexes))
         self.dtype = dtype
         self.device = device
-        with torch.device("meta"):
-            self.tower = build_tower(config)
-        # Zeros: of a padded width nothing but the true columns is ever written.
-        self.tower.place(lambda meta: torch.zeros(meta.shape, dtype=dtype, device=device))
+        with _own_defaults():
+            with torch.device("meta"):
+                self.tower = build_tower(config)
+            # Zeros: of a padded width nothing but the true columns is ever written.
+            self.tower.place(lambda meta: torch.zeros(meta.shape, dtype=dtype, device=device))
         self._filling = TowerFilling(self.tower)
         self._engine: Engine | None = None
 
@@ -105,13 +107,14 @@ class EngineTower(nn.Module):
         return self._parameter_names()
 
     def _start(self) -> Engine:
-        self.tower.prepare()
         self.tower.eval().requires_grad_(False)
-        engine = Engine(self.tower, self.runtime)
-        if self.device.type == "cuda":
-            # Now, where the engine counts this memory as the model's: later it has given it away.
-            engine.load_kernels()
-            engine.warmup()
+        with _own_defaults():
+            self.tower.prepare()
+            engine = Engine(self.tower, self.runtime)
+            if self.device.type == "cuda":
+                # Now, where the engine counts this memory as the model's; later it is given away.
+                engine.load_kernels()
+                engine.warmup()
         logger.info(
             "vitrt runs the vision tower of %s, attention %s for full layers",
             self.config.model_type,
@@ -139,6 +142,18 @@ class EngineTower(nn.Module):
         if first != len(x):
             raise ValueError(f"pixel_values has {len(x)} patches, its grids have {first}")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@contextmanager
+def _own_defaults() -> Iterator[None]:
+    """PyTorch's own default dtype and device: while an engine loads a model, they are its own."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def split_batch(grids: Sequence[Sequence[int]], most: int) -> list[list[Sequence[int]]]:
