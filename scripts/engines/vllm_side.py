@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ TOWER_LOADS = {
 def start(folder: Path, **options: Any) -> Any:
     from vllm import LLM
 
+    with suppress(ImportError):
+        # Where CuTe is installed, vLLM compiles router products of other models for minutes.
+        from vllm.model_executor.kernels.linear.cute_dsl import ll_bf16
+
+        ll_bf16._cutedsl_available = False
     return LLM(
         str(folder),
         dtype="bfloat16" if CUDA else "float32",
