@@ -5,7 +5,6 @@ Shapes: T patches, P values of one patch, M merged tokens, O output width, L dee
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -21,8 +20,6 @@ from vitrt.engine.engine import Engine
 from vitrt.engine.loader import TowerFilling
 from vitrt.models.families import build_tower
 from vitrt.models.tower import TowerOutput
-
-logger = logging.getLogger(__name__)
 
 # An engine gives what is free to its key-value cache, so what a tower may take is fixed beforehand.
 MAX_PATCHES = 32768
@@ -115,11 +112,6 @@ class EngineTower(nn.Module):
                 # Now, where the engine counts this memory as the model's; later it is given away.
                 engine.load_kernels()
                 engine.warmup()
-        logger.info(
-            "vitrt runs the vision tower of %s, attention %s for full layers",
-            self.config.model_type,
-            engine.attention.full.name,
-        )
         self._engine = engine
         return engine
 

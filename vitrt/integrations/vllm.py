@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ ARCHITECTURES = {
     "Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen3_VisionTransformer"),
     "Qwen3_5MoeForConditionalGeneration": ("qwen3_5", "Qwen3_VisionTransformer"),
 }
-TRIED = ("0.26.0", "0.32.0")
+TRIED = "0.26.0"  # run
+READ = ((0, 26), (0, 33))  # its sources were read from the one to the other
 
 # Below vLLM's own logger, or its settings would not show what is said here.
 logger = logging.getLogger("vllm.plugins.vitrt")
@@ -36,9 +38,15 @@ logger = logging.getLogger("vllm.plugins.vitrt")
 def register() -> None:
     """Put vitrt's tower into every Qwen-VL model that this vLLM has. May run twice."""
     version = str(getattr(importlib.import_module("vllm"), "__version__", "of no version"))
-    if not _like_tried(version):
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or not READ[0] <= (int(found[1]), int(found[2])) <= READ[1]:
+        first, last = (".".join(map(str, release)) for release in READ)
         logger.warning(
-            "vitrt's plugin was tried with vLLM %s; this is %s", " and ".join(TRIED), version
+            "vitrt's plugin ran with vLLM %s and was written for %s to %s; this is %s",
+            TRIED,
+            first,
+            last,
+            version,
         )
     registry = importlib.import_module("vllm.model_executor.models.registry").ModelRegistry
     known = set(registry.get_supported_archs())
@@ -46,16 +54,6 @@ def register() -> None:
         if architecture in known:
             # By name: importing a model here could start CUDA in a process that forks later.
             registry.register_model(architecture, f"vitrt.integrations.vllm_models:{architecture}")
-
-
-def _like_tried(version: str) -> bool:
-    """Whether the major version is a tried one; before 1.0, the minor counts as one.
-
-    Between the two tried minors nothing that is used here changed.
-    """
-    release = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
-    first, last = (tuple(int(part) for part in tried.split(".")[:2]) for tried in TRIED)
-    return first <= release <= last
 
 
 def fill_ec_cache(folder: str | Path, features: dict[str, ImageFeatures]) -> None:

@@ -100,7 +100,9 @@ def _tower_replaced(module: ModuleType, name: str, vllm_config: Any) -> Iterator
         reason: object = _reason_for_own(lambda: own(*args, **kwargs), vllm_config, kwargs)
         if reason is None:
             try:
-                return _make_tower(options, kwargs, *args)
+                tower = _make_tower(options, kwargs, *args)
+                logger.info("vitrt runs the vision tower, of %s", tower.config.model_type)
+                return tower
             except ValueError as error:
                 reason = error
         logger.warning("vLLM's own vision tower runs, not vitrt's: %s", reason)
