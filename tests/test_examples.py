@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.support.checkpoints import reference_model, tiny_checkpoint
 from vitrt import VisionEncoder
+from vitrt.cli import main
 from vitrt.images.processor import patches_reference
 from vitrt.integrations.transformers import placeholder_inputs
 
@@ -25,6 +26,7 @@ TESTED = {
     "dense_features",
     "feed_transformers",
     "precompute_for_vllm",
+    "search_lancedb",
     "search_photos",
     "torchrun",
 }
@@ -67,6 +69,20 @@ def test_search_photos(
     load("search_photos").main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert [Path(line.split()[1]).name for line in lines] == ["b1.jpg", "b2.jpg"]
+    assert float(lines[0].split()[0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_search_lancedb(
+    tiny_qwen2_5_vl: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lancedb")
+    output = tmp_path / "features"
+    command = ["encode", str(tiny_qwen2_5_vl), str(photos), "--output", str(output)]
+    assert main([*command, "--pool", "mean"]) == 0
+    capsys.readouterr()
+    load("search_lancedb").main([str(output), "b1.jpg", "--top", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["b1.jpg", "more/b2.jpg"]
     assert float(lines[0].split()[0]) == pytest.approx(1, abs=1e-3)
 
 

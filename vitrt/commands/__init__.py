@@ -3,10 +3,22 @@
 A module here imports nothing heavy before its `run` is called, so that `--help` comes at once.
 """
 
-__all__ = ["COMMANDS", "bench", "check", "console", "encode", "extract", "info", "show", "verify"]
+__all__ = [
+    "COMMANDS",
+    "bench",
+    "check",
+    "console",
+    "encode",
+    "export",
+    "extract",
+    "info",
+    "show",
+    "verify",
+]
 
 COMMANDS = {
     "encode": "images -> features",
+    "export": "features as a table for vector databases",
     "extract": "a vision-only checkpoint",
     "info": "size, cost by image size, and what can run here",
     "check": "read an output folder back and verify it",

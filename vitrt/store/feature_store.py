@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,42 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         Only of a run with `--pool mean`: ValueError where the folder holds whole features.
         """
         yield from self._tables(self._entries, again=True)
+
+    def to_arrow(self) -> Any:
+        """A pyarrow.Table of `id` and `vector`: pooled features, a list of out_hidden float32.
+
+        All in memory: `arrow_batches` gives it in parts.
+        """
+        import pyarrow as pa
+
+        return pa.Table.from_batches(self.arrow_batches())
+
+    def arrow_batches(self) -> Iterator[Any]:
+        """The same as a pyarrow.RecordBatch for each shard. Whole features are pooled as they come.
+
+        The schema's metadata are the shard's: model, dtype, pixel limits. ValueError where the
+        folder holds no image.
+        """
+        import pyarrow as pa
+
+        if not self._entries:
+            raise ValueError(f"{self.folder} holds no image")
+        metadata = self.metadata_of(next(iter(self._entries.values())).shard)
+        for ids, vectors in self._vectors(pooled=metadata.get("pool") == "mean"):
+            column = pa.FixedSizeListArray.from_arrays(
+                pa.array(vectors.contiguous().view(-1).numpy()), vectors.shape[1]
+            )
+            batch = pa.record_batch([pa.array(ids, pa.string()), column], ["id", "vector"])
+            yield batch.replace_schema_metadata(metadata)
+
+    def _vectors(self, *, pooled: bool) -> Iterator[tuple[list[str], Tensor]]:
+        """Each shard's ids and pooled vectors [images, out_hidden], float32."""
+        if pooled:
+            yield from self.pooled_tables()
+            return
+        for _, entries in groupby(list(self._entries.values()), key=lambda entry: entry.shard):
+            ids = [entry.id for entry in entries]
+            yield ids, torch.stack([self[image_id].pooled() for image_id in ids])
 
     def _tables(
         self, entries: Mapping[str, Entry], *, again: bool

@@ -1,0 +1,31 @@
+"""`vitrt export`: an output folder as a table of ids and vectors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitrt.commands.console import OK
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run` reads."""
+    parser.description = (
+        "Write the ids and the pooled features of an output folder as one table, with a column "
+        "`id` and a column `vector` of fixed-size lists of float32."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--to", choices=("parquet", "lance"), required=True)
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="default: DIR.parquet, DIR.lance"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the table and say where."""
+    from vitrt.store.export import export_vectors
+
+    path, rows = export_vectors(args.folder, args.to, args.output, overwrite=args.overwrite)
+    print(f"{rows} vectors in {path}")
+    return OK
