@@ -24,7 +24,7 @@ from vitrt.checkpoint.extract import extract_tower
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.cli import main
 from vitrt.commands.console import FAILED, OK
-from vitrt.compare.errors import Errors
+from vitrt.compare.errors import Errors, cosines
 from vitrt.compare.sample_images import SIZES, sample_image, sample_images
 from vitrt.compare.verify import choose_images, verify
 from vitrt.compare.verify_table import Row, table_lines
@@ -202,6 +202,40 @@ def test_a_backend_whose_windows_are_too_small_is_left_out(
     assert "1 of 1 ways to run it within their bounds" in out
     assert main(["info", *command]) == OK
     assert f"narrow   no: {reason}" in capsys.readouterr().out
+
+
+def test_fp8_is_measured_image_by_image_and_has_no_bound(
+    folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--device", "cpu", "--precision", "fp8", "--fp8-skip-blocks", "0"]
+    options += ["--min-pixels", "400000", "--max-pixels", "500000"]  # enough rows to pay
+    assert main(["verify", str(folder), str(photos), *options]) == OK
+    out = capsys.readouterr().out
+    rows = {row.split()[0]: row.split() for row in out.splitlines() if " off " in row}
+    assert rows["bfloat16"][-1] == "ok" and rows["fp8"][-1] == "none"
+    assert float(rows["fp8"][3]) > 2 * float(rows["bfloat16"][3])  # fewer bits
+    head, first, second, worst = out[out.index("cosine with") :].splitlines()[1:5]
+    assert head.split() == ["bfloat16", "transformers", "bfloat16", "sdpa", "fp8", "sdpa"]
+    assert first.endswith("a.png") and second.endswith("b.jpg") and worst.endswith("the worst")
+    table = np.array(
+        [[float(cell) for cell in line.split()[:3]] for line in (first, second, worst)]
+    )
+    np.testing.assert_array_equal(table[:2].min(axis=0), table[2])
+    assert (table[:, 2] < table[:, 1]).all() and (table > 0.9).all()
+
+
+def test_fp8_needs_a_dtype_for_the_rest(tiny_qwen3_vl: Path):
+    runtime = RuntimeConfig(device="cpu", dtype="float32", precision="fp8")
+    with pytest.raises(ValueError, match="needs dtype bfloat16"):
+        verify(open_checkpoint(tiny_qwen3_vl), runtime, sample_images()[:1])
+
+
+def test_cosines_are_those_of_each_image():
+    exact = torch.randn(5, 8, dtype=torch.float64)
+    other = exact.clone()
+    other[3:] = torch.nan
+    other[:3] *= 2
+    assert cosines((other, ()), (exact, ()), [3, 2]) == (pytest.approx(1.0), -1.0)
 
 
 def test_rounding_more_than_transformers_does_not_pass(

@@ -18,6 +18,8 @@ TOWER = {
     "device": "default: cuda where there is one",
     "dtype": "default: bfloat16 on cuda, else float32",
     "attention": "vitrt's backend",
+    "precision": "of vitrt's blocks: auto or fp8",
+    "fp8_skip_blocks": "first blocks that fp8 leaves in the dtype",
     "cuda_graphs": "at every size or at none (default: as the encoder decides)",
 }
 CONTEST = {

@@ -51,6 +51,19 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
+def cosines(out: Output, reference: Output, sizes: Sequence[int]) -> tuple[float, ...]:
+    """Cosine between the embeddings of each image and the reference's; `sizes` are their tokens.
+
+    NaN gives -1: it may not look like an agreement.
+    """
+    pairs = zip(out[0].split(list(sizes)), reference[0].split(list(sizes)), strict=True)
+    found = [
+        torch.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), dim=0)
+        for ours, theirs in pairs
+    ]
+    return tuple(float(value) if torch.isfinite(value) else -1.0 for value in found)
+
+
 def compare(out: Output, reference: Output) -> Errors:
     embeddings, levels = out
     ref_embeddings, ref_levels = reference

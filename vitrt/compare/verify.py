@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vitrt.attention import AutoBackend, resolve, usable, window
 from vitrt.checkpoint.opened import Checkpoint
-from vitrt.compare.errors import Errors, Output, compare, full_precision
+from vitrt.compare.errors import Errors, Output, compare, cosines, full_precision
 from vitrt.compare.reference import NamedModel, build_tower
 from vitrt.compare.sample_images import sample_images
 from vitrt.compare.verify_table import Row, Verification
@@ -30,7 +30,7 @@ from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.batch import PixelBatch
 from vitrt.engine.batcher import pack
-from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
+from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.engine import Engine
 from vitrt.images.decode import decode, describe
 from vitrt.images.processor import PreparedImage, patches_reference
@@ -58,8 +58,9 @@ def verify(
 ) -> Verification:
     """Run `images` (paths or PIL images) in every way that this machine has.
 
-    `runtime` gives device, pixel limits and dtype, where "auto" is float32 and bfloat16. Raises
-    ValueError where transformers is not installed, ImageError for an image that cannot be used.
+    `runtime` gives device, pixel limits and dtype, where "auto" is float32 and bfloat16; its
+    precision "fp8" adds rows, and every image's cosine. Raises ValueError where transformers is not
+    installed or fp8 cannot run, ImageError for an image that cannot be used.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(
@@ -68,22 +69,38 @@ def verify(
         )
     device = resolve_device(runtime.device)
     dtypes = _dtypes(runtime.dtype, device)
+    check_precision(runtime.precision, device, dtypes[-1])
+    plain, has_fp8 = replace(runtime, precision="auto"), runtime.precision == "fp8"
     with full_precision(), torch.inference_mode():
-        encoder = VisionEncoder.from_checkpoint(checkpoint, replace(runtime, dtype="float32"))
+        encoder = VisionEncoder.from_checkpoint(checkpoint, replace(plain, dtype="float32"))
         samples = _samples(checkpoint, encoder, images)
         sizes = [sample.prepared.num_patches for sample in samples]
         batches = [[samples[n] for n in part] for part in pack(sizes, encoder.max_batch_tokens)]
         del encoder
         differing = [sample.name for sample in samples if not sample.equal]
         result = Verification(checkpoint.name, device, len(samples), sum(sizes), differing)
+        tokens: list[int] = []
+        if has_fp8:
+            inside = [sample for batch in batches for sample in batch]
+            result.names = [sample.name for sample in inside]
+            unit = checkpoint.vision_config().merge_unit
+            tokens = [sample.prepared.num_patches // unit for sample in inside]
         exact = _transformers(checkpoint, batches, device, torch.float32)
         for dtype in dtypes:
             peer = None
             if dtype != torch.float32:
-                peer = compare(_transformers(checkpoint, batches, device, dtype), exact)
-                result.rows.append(Row(dtype, "transformers", False, peer, peer, ours=False))
-            here = replace(runtime, dtype=dtype_name(dtype))
-            _measure(result, VisionEncoder.from_checkpoint(checkpoint, here), batches, exact, peer)
+                theirs = _transformers(checkpoint, batches, device, dtype)
+                peer = compare(theirs, exact)
+                row = Row(dtype, "transformers", False, peer, peer, ours=False)
+                result.rows.append(_with_cosines(row, theirs, exact, tokens))
+            here = replace(plain, dtype=dtype_name(dtype))
+            runtimes = [here]
+            if has_fp8 and dtype == torch.bfloat16:
+                runtimes.append(replace(here, precision="fp8"))
+            for each in runtimes:
+                encoder = VisionEncoder.from_checkpoint(checkpoint, each)
+                _measure(result, encoder, batches, exact, peer, tokens)
+                del encoder
     return result
 
 
@@ -172,22 +189,31 @@ def _measure(
     batches: Sequence[Sequence[_Sample]],
     exact: Output,
     peer: Errors | None,
+    tokens: Sequence[int],
 ) -> None:
     """A row for each backend and mode that `encoder`'s tower can run with."""
-    dtype = encoder.dtype
+    dtype, precision = encoder.dtype, encoder.runtime.precision
     modes = (False, True) if encoder.device.type == "cuda" else (False,)
     for name, graphs in product(_backends(result, encoder), modes):
-        logger.info("vitrt in %s, %s%s", dtype_name(dtype), name, ", CUDA graphs" * graphs)
-        row = Row(dtype, name, graphs, None, peer)
+        row = Row(dtype, name, graphs, None, peer, precision=precision)
+        logger.info("vitrt in %s, %s%s", row.label, name, ", CUDA graphs" * graphs)
         runtime = replace(encoder.runtime, attention=name, cuda_graphs=graphs)
         try:
             output, note = _run(encoder, runtime, batches)
             row = replace(row, errors=compare(output, exact), note=note)
+            row = _with_cosines(row, output, exact, tokens)
         except Exception as error:  # a backend's failure is its result
             logger.debug("", exc_info=True)
             lines = str(error).strip().splitlines() or [type(error).__name__]
             row = replace(row, note=f"failed: {lines[0]}")
         result.rows.append(row)
+
+
+def _with_cosines(row: Row, output: Output, exact: Output, tokens: Sequence[int]) -> Row:
+    """Beside fp8, in 16 bits: float32's are 1."""
+    if not tokens or row.dtype == torch.float32:
+        return row
+    return replace(row, cosines=cosines(output, exact, tokens))
 
 
 def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
@@ -197,7 +223,8 @@ def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
     names = []
     for name, reason in usable(device, dtype, head_dim, window_patches):
         if reason is not None:
-            result.unusable.setdefault((name, reason), []).append(dtype)
+            dtypes = result.unusable.setdefault((name, reason), [])
+            dtypes += [dtype] if dtype not in dtypes else []  # fp8 comes by again
         elif name != window.SPEC.name:  # a part of "auto"
             names.append(name)
     choice = resolve(
