@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 import types
@@ -17,10 +19,12 @@ from vitrt.bench import vllm_peer
 from vitrt.bench.clocks import Clocks, ClockSampler, reader_for
 from vitrt.bench.contenders import UnavailableError, Vitrt
 from vitrt.bench.model_bench import TURNS
-from vitrt.bench.peers import build_peer
+from vitrt.bench.results import Row
 from vitrt.bench.timing import Samples, Turn
+from vitrt.bench.timm_peer import Timm
 from vitrt.bench.transformers_peers import Eager
-from vitrt.compare.errors import compare, float32_reference
+from vitrt.bench.workloads import Workload
+from vitrt.compare.errors import Errors, compare, float32_reference
 from vitrt.compare.reference import build_tower, find_model
 
 CPU = torch.device("cpu")
@@ -250,10 +254,9 @@ def test_a_peer_that_is_not_installed_says_so(name: str, monkeypatch: pytest.Mon
     found = find_model("qwen3-vl-8b", tiny=True)
     tower = build_tower(found, device=CPU, dtype=torch.float32)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UnavailableError, match="cannot be imported|CUDA device"):
-        build_peer(name, tower, found.config)
-    with pytest.raises(UnavailableError, match="vLLM cannot be imported"):
-        monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UnavailableError, match="cannot be imported"):
+        if name == "timm":
+            Timm(tower, found.config)
         vllm_peer.build_settings(tower, found.config, CPU, torch.float32)
 
 
@@ -286,7 +289,7 @@ def fake_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_timm_runs_the_same_widths_on_images_of_one_size(fake_timm: None) -> None:
     found = find_model("qwen3-vl-8b")
     tower = nn.Linear(1, 1)
-    peer = build_peer("timm", tower, found.config)
+    peer = Timm(tower, found.config)
     assert not peer.same_tower
     output, _ = peer.forward_for(((1, 4, 6),) * 3)(torch.empty(0))
     assert output.shape == (72, 1152)
@@ -298,7 +301,32 @@ def test_timm_runs_the_same_widths_on_images_of_one_size(fake_timm: None) -> Non
         with pytest.raises(UnavailableError, match="one size"):
             peer.forward_for(grids)
     with pytest.raises(UnavailableError, match="no windows"):
-        build_peer("timm", tower, find_model("qwen2.5-vl-7b").config)
+        Timm(tower, find_model("qwen2.5-vl-7b").config)
+
+
+def test_fp8_is_a_contender_beside_bfloat16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.json"
+    options = ("--workloads", "32x560", "--peers", "fp8", "--json", str(file))
+    assert bench("qwen3-vl-8b", *options, "--dtype", "bfloat16") in (0, 1)
+    (row,) = json.loads(file.read_text())["models"][0]["workloads"]
+    assert row["timings"]["fp8"]["over_vitrt"]["rate"] > 0 and row["errors"]["fp8"]
+    out = capsys.readouterr().out
+    assert "fp8: vitrt, precision fp8; " in out and "  error against float32 " in out
+    assert bench("qwen3-vl-8b", *options) == 0
+    assert "not run: fp8: precision 'fp8' needs dtype bfloat16" in capsys.readouterr().out
+
+
+def test_fp8_has_no_bound_but_has_to_be_finite() -> None:
+    row = Row(Workload("any", GRIDS), 1, promised=False)
+    row.errors["vitrt"] = row.reference_errors = Errors(0.01, ())
+    row.errors["vitrt"] = Errors(0.5, ())
+    assert row.agrees
+    row.promised = True
+    assert not row.agrees
+    row.promised, row.errors["vitrt"] = False, Errors(math.inf, ())
+    assert not row.agrees
 
 
 def test_the_table_says_ratios_first(

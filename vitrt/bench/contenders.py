@@ -39,11 +39,11 @@ class Contender(Protocol):
 class Vitrt:
     """The encoder as a user calls it: grids on the host, plans and graphs as it sees fit."""
 
-    name = label = "vitrt"
     same_tower = True
 
-    def __init__(self, encoder: VisionEncoder) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: VisionEncoder, name: str = "vitrt") -> None:
+        self.encoder, self.name = encoder, name
+        self.label = f"vitrt, precision {encoder.runtime.precision}"
 
     def forward_for(self, grids: tuple[Grid, ...]) -> Forward:
         grid_thw = torch.tensor(grids)

@@ -23,7 +23,7 @@ from vitrt.bench.ablate import ablate
 from vitrt.bench.clocks import ClockSampler
 from vitrt.bench.contenders import Contender, UnavailableError, Vitrt
 from vitrt.bench.options import BenchConfig
-from vitrt.bench.peers import COMPILED, build_peer
+from vitrt.bench.peers import COMPILED, Subject, build_peer
 from vitrt.bench.profiling import profile_call
 from vitrt.bench.results import ModelResult, Row
 from vitrt.bench.timing import Clock, Samples
@@ -37,6 +37,7 @@ from vitrt.models.work import count_flops
 
 logger = logging.getLogger(__name__)
 
+OURS = "vitrt"
 INPUT_SETS = 3  # pixels that calls take in turn, so that none of them times a warm cache
 TURNS = 6
 ABLATED = ("1x560", "32x560")  # one bound by launches, one by arithmetic
@@ -70,16 +71,17 @@ class ModelBench:
         with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
             tower = build_tower(model, device=self.device, dtype=self.dtype)
             reference = float32_copy(tower, model.config) if config.check else None
-            checkpoint = save_checkpoint(tower, model, Path(folder))
-            encoder = VisionEncoder.from_checkpoint(open_checkpoint(checkpoint), config.runtime)
+            checkpoint = open_checkpoint(save_checkpoint(tower, model, Path(folder)))
+            encoder = VisionEncoder.from_checkpoint(checkpoint, config.runtime)
             self._say(f"loaded after {self.setting.clock.spent:.0f} s")
             workloads = build_workloads(
                 model.config.patch_size, config.workloads, tiny=config.scale == "tiny"
             )
-            rows = [Row(w, count_flops(model.config, w.grids).total) for w in workloads]
+            promised = config.runtime.precision == "auto"
+            rows = [Row(w, count_flops(model.config, w.grids).total, promised) for w in workloads]
             result = ModelResult(model, _attention_label(encoder), rows, encoder.stats(), {})
             models.append(result)
-            self._build_peers(tower, result)
+            self._build_peers(Subject(tower, checkpoint, config.runtime), result)
             for row in rows:
                 peers = [peer for peer in self.peers if peer.name != COMPILED]
                 self._contest([Vitrt(encoder), *peers], row, tower, reference)
@@ -88,10 +90,10 @@ class ModelBench:
             if any(peer.name == COMPILED for peer in self.peers):
                 self._compiled(encoder, tower, reference, rows)
 
-    def _build_peers(self, tower: nn.Module, result: ModelResult) -> None:
+    def _build_peers(self, subject: Subject, result: ModelResult) -> None:
         for name in self.config.peers or ():
             try:
-                peer = build_peer(name, tower, self.model.config)
+                peer = build_peer(name, subject)
             except UnavailableError as error:
                 result.unavailable[name] = str(error)
             else:
@@ -143,8 +145,8 @@ class ModelBench:
             timing = mine.timing()
             row.timings.setdefault(name, timing)  # of vitrt beside a compiled peer, the first one
             text = f"{row.workload.name} {name}: {timing.rate_ms:.3f} ms"
-            if name != Vitrt.name and Vitrt.name in samples:
-                row.ratios[name] = mine.ratio_to(samples[Vitrt.name])
+            if name != OURS and OURS in samples:
+                row.ratios[name] = mine.ratio_to(samples[OURS])
                 text += f" ({row.ratios[name].rate:.3f} of vitrt's)"
             text += f" +-{timing.spread:.1%} of {timing.calls}"
             self._say(f"{text}, {self.setting.clock.spent:.0f} s")
@@ -163,7 +165,7 @@ class ModelBench:
                 row.failures[COMPILED] = "left out: the time limit"
                 continue
             start = time.monotonic()
-            vitrt = [] if Vitrt.name in row.failures else [Vitrt(encoder)]
+            vitrt = [] if OURS in row.failures else [Vitrt(encoder)]
             self._contest([*vitrt, contender], row, tower, reference)
             row.compile_seconds = time.monotonic() - start
             longest = max(longest, row.compile_seconds)
@@ -182,7 +184,7 @@ class ModelBench:
 
     def _extras(self, encoder: VisionEncoder, row: Row) -> None:
         config, workload = self.config, row.workload
-        if Vitrt.name in row.failures:
+        if OURS in row.failures:
             return
         inputs = self._inputs(workload)
         if workload.single:

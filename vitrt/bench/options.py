@@ -8,7 +8,7 @@ from typing import Literal
 from vitrt.bench.workloads import WORKLOAD_NAMES
 from vitrt.config import RuntimeConfig
 
-PEER_NAMES = ("sdpa", "fa3", "compile", "timm", "vllm")
+PEER_NAMES = ("fp8", "sdpa", "fa3", "compile", "timm", "vllm")
 
 
 @dataclass(frozen=True, slots=True)

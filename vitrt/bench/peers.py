@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from torch import nn
 
-from vitrt.bench.contenders import Contender
+from vitrt.bench.contenders import Contender, UnavailableError, Vitrt
 from vitrt.bench.options import PEER_NAMES
 from vitrt.bench.timm_peer import Timm
 from vitrt.bench.transformers_peers import Compiled, Eager, best_attention, load_fa3
 from vitrt.bench.vllm_peer import Vllm
-from vitrt.config import VisionConfig
+from vitrt.checkpoint.opened import Checkpoint
+from vitrt.config import RuntimeConfig
+from vitrt.encoder import VisionEncoder
 
 COMPILED = "compile"  # for every shape anew, which may use up the time limit
 
 
-def build_peer(name: str, tower: nn.Module, config: VisionConfig) -> Contender:
-    """A peer with the weights of transformers' `tower`.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The tower that all contenders run: transformers' own, and the same weights on disk."""
 
-    Raises UnavailableError where it cannot run, ValueError for an unknown name.
-    """
+    tower: nn.Module
+    checkpoint: Checkpoint
+    runtime: RuntimeConfig  # of vitrt
+
+
+def build_peer(name: str, subject: Subject) -> Contender:
+    """Raises UnavailableError for a peer that cannot run, ValueError for an unknown name."""
+    tower, config = subject.tower, subject.checkpoint.vision_config()
+    if name == "fp8":
+        return _fp8(subject)
     if name == "sdpa":
         return Eager(tower, "sdpa")
     if name == "fa3":
@@ -31,3 +44,14 @@ def build_peer(name: str, tower: nn.Module, config: VisionConfig) -> Contender:
     if name == "vllm":
         return Vllm(tower, config)
     raise ValueError(f"peer {name!r} does not exist; there are {', '.join(PEER_NAMES)}")
+
+
+def _fp8(subject: Subject) -> Vitrt:
+    """vitrt itself in its other precision, beside vitrt as it was asked for."""
+    if subject.runtime.precision == "fp8":
+        raise UnavailableError("vitrt runs in fp8 already")
+    runtime = replace(subject.runtime, precision="fp8")
+    try:
+        return Vitrt(VisionEncoder.from_checkpoint(subject.checkpoint, runtime), "fp8")
+    except ValueError as error:
+        raise UnavailableError(str(error)) from error

@@ -44,6 +44,7 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     options = {
         "attention": config.runtime.attention,
         "cuda_graphs": config.runtime.cuda_graphs,
+        "precision": config.runtime.precision,
         "tiny": config.scale == "tiny",
         "seconds": config.seconds,
         "time_limit": config.time_limit,
@@ -178,6 +179,9 @@ def _peer_lines(model: ModelResult) -> Iterator[str]:
                 f"{name}: {label}; vitrt is {min(ratios):.2f}x to {max(ratios):.2f}x as fast,"
                 f" geometric mean {mean:.2f}x of {len(ratios)} workloads"
             )
+        errors = [row.errors[name].worst for row in model.rows if name in row.errors]
+        if errors:
+            yield f"  error against float32 {min(errors):.2e} to {max(errors):.2e}"
         settings: dict[str, list[str]] = {}
         for row in model.rows:
             if name in row.settings:
