@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tests.support.commands import Vitrt, vitrt
 from tests.support.folders import photo
+from tests.support.shards import write_parquet, write_remote, write_tar
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.commands import COMMANDS, encode
 from vitrt.commands.console import Parser, graceful_interrupts
@@ -126,6 +127,29 @@ def test_files_that_are_left_out_are_named(
     done = vitrt(*command, "--all-files")
     assert done.code == 0 and "3 images (" in done.out and "left out" not in done.out + done.err
     assert sorted(FeatureStore(tmp_path / "out")) == sorted([*IDS, "IMG_1", "x.psd", "y.psd"])
+
+
+def test_inputs_of_every_kind_together(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    images = {name: (photos / name).read_bytes() for name in IDS}
+    tar, table = tmp_path / "a.tar", tmp_path / "b.parquet"
+    write_tar(images, tar)
+    write_parquet(images, table)
+    url = write_remote(images, "memory://photos")
+    command = ["encode", tiny_qwen3_vl, tar, table, url, "--output", tmp_path / "out"]
+    done = vitrt(*command)
+    assert done.code == 0 and f"{3 * len(IDS)} images (" in done.out
+    store = FeatureStore(tmp_path / "out")
+    for name in IDS:
+        wanted = store[name].embeddings
+        for image_id in (f"a.tar/{name.rpartition('.')[0]}", f"b.parquet/{IDS.index(name)}"):
+            error = (store[image_id].embeddings - wanted).norm() / wanted.norm()
+            assert error <= TOLERANCE, image_id
+    assert vitrt("check", tmp_path / "out").code == 0
+    assert f"{3 * len(IDS)} were there already" in vitrt(*command).out
+    command[2:5] = [table, "--id-column", "name"]
+    assert "6 of them again" in vitrt(*command).out  # of the names at the URL, from elsewhere
 
 
 def test_changed_files_are_counted(

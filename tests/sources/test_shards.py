@@ -95,14 +95,14 @@ def test_every_source_gives_the_same_features(kind: str, folder: Path, tmp_path:
         zip(ids_of(kind, list(images)), images.values(), strict=True)
     )
     output = tmp_path / "out"
-    encode(folder, output, sources=inputs)
+    encode(folder, output, records=inputs)
     named = dict(zip(ids_of(kind, list(images)), wanted.values(), strict=True))
     assert_holds(output, named)
     encoder = FakeEncoder()
-    encode(folder, output, sources=Inputs([source]), encoder=encoder)
+    encode(folder, output, records=Inputs([source]), encoder=encoder)
     assert encoder.batches == []  # all was there
     (output / "manifest-00000.jsonl").write_bytes(b"")
-    encode(folder, output, sources=Inputs([source]))
+    encode(folder, output, records=Inputs([source]))
     assert_holds(output, named)
 
 
@@ -122,10 +122,10 @@ def test_records_are_loaded_by_other_processes(
 @pytest.mark.parametrize("kind", MAKERS)
 def test_what_changed_is_encoded_again(kind: str, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    encode(folder, output, sources=Inputs([MAKERS[kind](files(folder), tmp_path)]))
+    encode(folder, output, records=Inputs([MAKERS[kind](files(folder), tmp_path)]))
     photo(folder / "000.png", 99, 35, 45)
     source = MAKERS[kind](files(folder), tmp_path)
-    encode(folder, output, sources=Inputs([source]))
+    encode(folder, output, records=Inputs([source]))
     wanted = expected(folder)
     assert_holds(output, dict(zip(ids_of(kind, list(files(folder))), wanted.values(), strict=True)))
 
@@ -205,7 +205,7 @@ def test_bad_images_are_skipped_and_named_in_every_source(
     good = len(images) - 1
     for kind in MAKERS:
         output = tmp_path / f"out {kind}"
-        encode(folder, output, sources=Inputs([MAKERS[kind](images, tmp_path)]))  # type: ignore[arg-type]
+        encode(folder, output, records=Inputs([MAKERS[kind](images, tmp_path)]))  # type: ignore[arg-type]
         assert check_folder(output).problems == [] and len(FeatureStore(output)) == good
         (error,) = map(json.loads, (output / "errors-00000.jsonl").read_text().splitlines())
         assert error["id"] == ids_of(kind, list(images))[-1]
@@ -213,13 +213,13 @@ def test_bad_images_are_skipped_and_named_in_every_source(
         shutil.rmtree(output)
         with monkeypatch.context() as patch:
             patch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 600)  # of a bomb twice as many
-            encode(folder, output, sources=Inputs([MAKERS[kind](images, tmp_path)]))  # type: ignore[arg-type]
+            encode(folder, output, records=Inputs([MAKERS[kind](images, tmp_path)]))  # type: ignore[arg-type]
         lines = (output / "errors-00000.jsonl").read_text().splitlines()
         assert any("--max-image-pixels" in line for line in lines)
         assert len(lines) + len(FeatureStore(output)) == len(images)
     write_parquet({**images, "null.png": None}, tmp_path / "null.parquet")
     output = tmp_path / "out null"
-    encode(folder, output, sources=Inputs([tmp_path / "null.parquet"]))
+    encode(folder, output, records=Inputs([tmp_path / "null.parquet"]))
     assert len(FeatureStore(output)) == good
     assert "column image is null" in (output / "errors-00000.jsonl").read_text()
 
@@ -404,3 +404,19 @@ def test_the_tail_of_a_remote_tar_is_read_once(
         monkeypatch.setattr(module, "AHEAD", small)
     assert [record.load() for record in list(Inputs([source]))] == list(images.values())
     assert parts and small._bytes <= 2000
+
+
+def test_a_list_may_name_urls(folder: Path, tmp_path: Path) -> None:
+    images = files(folder)
+    write_remote(images, "memory://bucket/in")
+    lines = [f"memory://bucket/in/{name}" for name in images]
+    lines += [(folder / "000.png").as_uri(), "memory://bucket/none.png", "nosuch://x/y.png"]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, lines[0]]))
+    inputs = Inputs([f"@{tmp_path / 'list.txt'}"])
+    found = problems(inputs)
+    assert list(found) == ["bucket/none.png", "x/y.png"]
+    assert "cannot be read" in found["bucket/none.png"] and "nosuch" in found["x/y.png"]
+    good = {record.id: record for record in inputs if record.problem is None}
+    assert list(good) == [*(f"bucket/in/{name}" for name in images), "in/000.png"]
+    assert [good[f"bucket/in/{name}"].load() for name in images] == list(images.values())
+    assert all(record.size > 0 and record.mtime > 0 for record in good.values())

@@ -2,7 +2,8 @@
 
 A line is taken relative to the list's own folder; its id is the path relative to that folder where
 it lies inside, else the whole path without its leading "/"; ".." in it means what it means to the
-system, also behind a link. A byte order mark of UTF-8 and blank lines are no part of a list.
+system, also behind a link. Of a URL the id is what follows its "://". A byte order mark of UTF-8
+and blank lines are no part of a list.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 from vitrt.sources.folder import id_from, named, printable
-from vitrt.sources.record import InputError, Record
+from vitrt.sources.location import filesystem, is_url, local_path, reason_of
+from vitrt.sources.record import InputError, Record, remote_record
 
 logger = logging.getLogger(__name__)
 
+_BLOCK = 64  # lines looked up together
+_ASKED_AT_ONCE = 16  # URLs
 PEEK = 50_000  # images looked through for two with one id before anything is written
 
 
@@ -52,15 +57,23 @@ class ListFile:
             ) from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            lines = self._once()
+            while block := list(islice(lines, _BLOCK)):
+                remote = any(is_url(path) for _, path in block)
+                for record in pool.map(_record, block) if remote else map(_record, block):
+                    if should_stop():
+                        return
+                    yield record
+
+    def _once(self) -> Iterator[tuple[str, str]]:
         for image_id, path, is_repeated in self._lines():
-            if should_stop():
-                return
             if is_repeated:
                 logger.warning(
                     "%s names %s more than once; it is encoded once", self.path, image_id
                 )
             else:
-                yield named(image_id, path)
+                yield image_id, path
 
     def path_of(self, image_id: str) -> str | None:
         if self._paths is None:
@@ -100,13 +113,26 @@ class ListFile:
                         f"INPUT list {printable(self.path)} holds a NUL byte in line {number}; "
                         "expected UTF-8 text, one path a line"
                     )
-                name = os.fsdecode(line.rstrip(b"\r\n"))
-                if name.strip():
+                name = local_path(os.fsdecode(line.rstrip(b"\r\n")))
+                if is_url(name):
+                    yield id_from(name.partition("://")[2]), name, name
+                elif name.strip():
                     written = os.path.join(self._folder, name)
                     path = _without_dots(written)
                     inside = os.path.relpath(path, self._folder)
                     outside = inside.split(os.sep, 1)[0] == os.pardir
                     yield id_from(path.lstrip(os.sep) if outside else inside), path, written
+
+
+def _record(line: tuple[str, str]) -> Record:
+    image_id, path = line
+    if not is_url(path):
+        return named(image_id, path)
+    try:
+        system, remote_path = filesystem(path)
+        return remote_record(image_id, path, system.info(remote_path))
+    except Exception as error:  # whatever a server, or its library, raises
+        return Record(image_id, path, problem=f"cannot be read: {reason_of(error)}")
 
 
 def _without_dots(path: str) -> str:

@@ -117,7 +117,6 @@ def walk_remote(
     """
     system, root = filesystem(url)
     system.invalidate_cache()
-    protocol = url.split("://")[0]
     folders = [root]
     while folders and not should_stop():
         inner = []
@@ -129,8 +128,13 @@ def walk_remote(
             if info["type"] == "directory":
                 inner.append(path)
             else:
-                yield name, f"{protocol}://{path.lstrip('/')}", info
+                yield name, system.unstrip_protocol(path), info
         folders += reversed(inner)
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be read, for people."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class ReadAhead:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from vitrt.sources.location import read_part, read_whole
+from vitrt.sources.location import read_part, read_whole, remote_state
 from vitrt.sources.row_reader import load_row
 
 
@@ -42,3 +43,9 @@ class Record:
         run, row, column = where
         state = self.size, self.mtime
         return load_row(str(location), int(run), int(row), str(column), state)
+
+
+def remote_record(image_id: str, url: str, info: Mapping[str, Any]) -> Record:
+    """An image at a URL, by what its file system says of it."""
+    size, mtime = remote_state(info)
+    return Record(image_id, url, size, mtime, place=("url", url))

@@ -17,11 +17,11 @@ from vitrt.sources.location import (
     filesystem,
     is_url,
     open_location,
-    remote_state,
+    reason_of,
     walk_remote,
 )
 from vitrt.sources.options import SourceOptions
-from vitrt.sources.record import InputError, Record
+from vitrt.sources.record import InputError, Record, remote_record
 from vitrt.sources.rows import image_column, row_records
 from vitrt.sources.tar import check_tar, tar_records
 
@@ -50,7 +50,7 @@ class Shards:
             else:
                 image_column(location, options)
         except Exception as error:  # of many kinds: a server's, pyarrow's
-            raise InputError(f"INPUT {location} cannot be used: {_reason(error)}") from error
+            raise InputError(f"INPUT {location} cannot be used: {reason_of(error)}") from error
 
     @property
     def has_rows(self) -> bool:
@@ -67,7 +67,7 @@ class Shards:
                 else:
                     yield from row_records(location, prefix, self._options, should_stop)
             except Exception as error:
-                problem = f"the file cannot be read: {_reason(error)}"
+                problem = f"the file cannot be read: {reason_of(error)}"
                 yield Record(id_from(prefix), location, problem=problem)
 
     def path_of(self, image_id: str) -> str | None:
@@ -96,12 +96,12 @@ class RemoteFolder:
         try:
             for name, url, info in walk_remote(self.path, should_stop):
                 if self._choice.takes(name):
-                    record = _remote(id_from(name), url, info)
+                    record = remote_record(id_from(name), url, info)
                     if self._ids is not None:
                         self._ids.add(hash(record.id))
                     yield record
         except Exception as error:
-            yield Record(".", self.path, problem=f"a folder cannot be listed: {_reason(error)}")
+            yield Record(".", self.path, problem=f"a folder cannot be listed: {reason_of(error)}")
 
     def path_of(self, image_id: str) -> str | None:
         return f"{self.path}/{image_id}" if hash(image_id) in (self._ids or ()) else None
@@ -116,7 +116,7 @@ class RemoteFile:
         self._info = info
 
     def record(self) -> Record:
-        return _remote(self.id, self.path, self._info)
+        return remote_record(self.id, self.path, self._info)
 
 
 def remote_part(
@@ -137,7 +137,7 @@ def remote_part(
     except FileNotFoundError:
         raise InputError(f"INPUT {url} does not exist") from None
     except Exception as error:
-        raise InputError(f"INPUT {url} cannot be opened: {_reason(error)}") from error
+        raise InputError(f"INPUT {url} cannot be opened: {reason_of(error)}") from error
     return Shards(url, shards, options, choice) if shards else RemoteFolder(url, choice)
 
 
@@ -188,8 +188,7 @@ def _dataset_files(folder: str) -> list[Shard]:
 
 def _matching(url: str) -> list[Shard]:
     system, path = filesystem(url)
-    protocol = url.split("://")[0]
-    found = [f"{protocol}://{name.lstrip('/')}" for name in sorted(system.glob(path))]
+    found = map(system.unstrip_protocol, sorted(system.glob(path)))
     shards = [shard for match in found for shard in find_shards(match, is_folder=False)]
     if not shards:
         raise InputError(f"INPUT {url} matches no .tar or .parquet file")
@@ -225,12 +224,3 @@ def _files_below(folder: str) -> Iterator[Shard]:
 def _read(location: str) -> bytes:
     with open_location(location) as file:
         return file.read()
-
-
-def _remote(image_id: str, url: str, info: Any) -> Record:
-    size, mtime = remote_state(info)
-    return Record(image_id, url, size, mtime, place=("url", url))
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
