@@ -19,7 +19,7 @@ from tests.support.kernel_cases import (
 from vitrt.kernels import activation
 
 SHAPES = [(3, 6840), (1, 4304), (7, 130), (2, 66), (3, 2), (0, 64)]
-KINDS = ["gelu", "gelu_tanh"]
+KINDS = ["gelu", "gelu_tanh", "quick_gelu"]
 # Quotients near the end of the float32 range may be flushed to zero.
 UNDERFLOW = 1e-35
 # exp(-x) overflows to infinity where the activation is zero; only the interpreter's numpy says so.
@@ -49,6 +49,9 @@ def check_gelu(actual: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Non
     if kind == "gelu":
         exact = F.gelu(values)
         slack = 4 * EPS32 * values.abs()  # 1 + erf cancels in the left tail
+    elif kind == "quick_gelu":
+        exact = values * torch.sigmoid(1.702 * values)
+        slack = EPS32 * (8 + 4 * values.abs()) * exact.abs() + UNDERFLOW
     else:
         # As a sigmoid: 1 + tanh cancels in the left tail, in float64 too.
         exponent = 2 * math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)
@@ -126,5 +129,5 @@ def test_cpu_path(dtype: torch.dtype, tokens: int, width: int, biased: bool) -> 
 
 
 def test_unknown_activations_are_refused() -> None:
-    with pytest.raises(ValueError, match="'relu' is not an activation"):
+    with pytest.raises(ValueError, match="'relu' is none of gelu, gelu_tanh, quick_gelu"):
         activation.bias_act(torch.zeros(1, 8), None, "relu")  # type: ignore[arg-type]

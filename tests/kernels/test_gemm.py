@@ -101,6 +101,8 @@ def test_the_oracle_is_the_formula(kind: Kind) -> None:
             formula = pre * torch.special.ndtr(pre)
         case "gelu_tanh":
             formula = pre * torch.sigmoid((8 / torch.pi) ** 0.5 * (pre + 0.044715 * pre**3))
+        case "quick_gelu":
+            formula = pre * torch.sigmoid(1.702 * pre)
         case "swiglu":
             formula = pre[:, 0::2] * torch.sigmoid(pre[:, 0::2]) * pre[:, 1::2]
     assert relative_error(expected(kind, x, weight, bias, residual), formula) < 1e-14
@@ -135,7 +137,7 @@ def test_no_rows() -> None:
     assert linear(x[:0], weight, bias).shape == (0, N)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu", "bias", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_product_then_kernel_equals_float64(kind: Kind) -> None:
     """The path of devices without epilogues, its kernels in Triton's interpreter or in PyTorch."""
     x, weight, bias, residual = problem(kind)

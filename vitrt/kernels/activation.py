@@ -1,4 +1,4 @@
-"""SwiGLU and GELU for where no matrix product carries them in its epilogue.
+"""SwiGLU and the GELUs for where no matrix product carries them in its epilogue.
 
 All is float32 inside and rounded once.
 
@@ -7,7 +7,7 @@ Shapes: T patches (or merged tokens), F width after SwiGLU, N width of a plain a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitrt.kernels.dispatch import ceil_div, jit, tl, use_triton
 
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 # Four warps whose lanes hold one 16-byte load of bf16 each.
 _BLOCK = 1024
@@ -68,7 +68,7 @@ def _bias_act_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     BIASED: tl.constexpr,
-    TANH: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
@@ -76,7 +76,9 @@ def _bias_act_kernel(
     values = tl.load(x + start + index, mask=mask, other=0.0).to(tl.float32)
     if BIASED:
         values += _bias(bias, start, index, mask, N, ALIGN)
-    if TANH:
+    if KIND == "quick_gelu":
+        values = values / (1.0 + tl.exp(-1.702 * values))
+    elif KIND == "gelu_tanh":
         # 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3)
         twice = 1.5957691216057308 * (values + 0.044715 * values * values * values)
         values = values / (1.0 + tl.exp(-twice))
@@ -135,7 +137,7 @@ def _bias_act_triton(
             min(width & -width, 16),
             block,
             bias is not None,
-            kind == "gelu_tanh",
+            kind,
             num_warps=warps,
         )
     return out
@@ -152,6 +154,8 @@ def swiglu_ref(gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
 def bias_act_ref(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
     """The activation as the kernel does it: float32 inside, one rounding."""
     values = x.float() if bias is None else x.float() + bias.float()
+    if kind == "quick_gelu":
+        return (values * torch.sigmoid(1.702 * values)).to(x.dtype)
     return F.gelu(values, approximate="tanh" if kind == "gelu_tanh" else "none").to(x.dtype)
 
 
@@ -166,9 +170,12 @@ def swiglu(gate_up: Tensor, bias: Tensor | None = None, *, out: Tensor | None = 
 def bias_act(
     x: Tensor, bias: Tensor | None, kind: Activation, *, out: Tensor | None = None
 ) -> Tensor:
-    """GELU of x [T, N] + bias [N], exact (erf) or by tanh; returns [T, N], in `out` (may be x)."""
-    if kind not in ("gelu", "gelu_tanh"):
-        raise ValueError(f"kind {kind!r} is not an activation: use 'gelu' or 'gelu_tanh'")
+    """GELU of x [T, N] + bias [N]: exact (erf), by tanh, or "quick", x * sigmoid(1.702 x).
+
+    Returns [T, N], in `out` (may be x).
+    """
+    if kind not in get_args(Activation):
+        raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Activation))}")
     if use_triton(x):
         return _bias_act_triton(x, bias, kind, out)
     result = bias_act_ref(x, bias, kind)

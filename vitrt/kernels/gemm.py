@@ -19,13 +19,14 @@ from torch import Tensor
 from vitrt.kernels import gemm_aten, gemm_quack
 from vitrt.kernels.gemm_table import Choice, Kind, Product, Table, table_for
 
-Activation: TypeAlias = Literal["gelu_tanh", "gelu", "swiglu"] | None
+Activation: TypeAlias = Literal["gelu_tanh", "gelu", "quick_gelu", "swiglu"] | None
 
 # How cuBLAS carries each kind, where no table says otherwise.
 _CUBLAS: dict[Kind, Choice] = {
     "bias": Choice("addmm"),
     "gelu_tanh": Choice("addmm"),
     "gelu": Choice("mm"),
+    "quick_gelu": Choice("mm"),
     "swiglu": Choice("mm"),
     "residual": Choice("mm"),
 }
@@ -49,7 +50,8 @@ def linear(
         x: [M, K], rows contiguous.
         weight: [N, K]; for swiglu its rows are interleaved, gate 0, up 0, gate 1, up 1, ...
         bias: [N], in the order of the weight's rows.
-        activation: None, "gelu_tanh", "gelu" (erf) or "swiglu"; not together with `residual`.
+        activation: None, "gelu_tanh", "gelu" (erf), "quick_gelu" (x * sigmoid(1.702 x)) or
+            "swiglu"; not together with `residual`.
         residual: [M, N], float32 or of x's dtype, left as it is unless it is `out`.
         out: where the result goes, [M, N] ([M, N / 2] for swiglu), rows contiguous.
 
@@ -164,6 +166,8 @@ def linear_ref(
     if activation == "swiglu":
         gate, up = result.unflatten(-1, (-1, 2)).unbind(-1)
         result = F.silu(gate) * up
+    elif activation == "quick_gelu":
+        result = result * torch.sigmoid(1.702 * result)
     elif activation is not None:
         result = F.gelu(result, approximate="tanh" if activation == "gelu_tanh" else "none")
     if residual is None:

@@ -53,7 +53,7 @@ def product_then_kernel(
         out = x @ weight.t()
     else:
         torch.mm(x, weight.t(), out=out)
-    if kind in ("gelu", "gelu_tanh"):
+    if kind in ("gelu", "gelu_tanh", "quick_gelu"):
         return bias_act(out, bias, kind, out=out)
     return out if bias is None else out.add_(bias)
 
@@ -77,6 +77,8 @@ def on_cpu(
         result = F.linear(x, weight, bias)
         if kind in ("gelu", "gelu_tanh"):
             torch.ops.aten.gelu_(result, approximate="tanh" if kind == "gelu_tanh" else "none")
+        elif kind == "quick_gelu":
+            result.mul_(torch.sigmoid(1.702 * result))
         if residual is not None:
             return torch.add(residual, result, out=out)
     return result if out is None else out.copy_(result)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from quack.activation import gelu_erf, gelu_tanh_approx
+from quack.activation import quick_gelu as silu_1702
 from quack.activation import swiglu as silu_mul
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.math import unpack
@@ -39,6 +40,11 @@ def gelu(acc: Any, bias: Any) -> dict[str, Any]:
 @gemm_epilogue(ops=_BIAS)
 def gelu_tanh(acc: Any, bias: Any) -> dict[str, Any]:
     return {"D": gelu_tanh_approx(acc + bias)}
+
+
+@gemm_epilogue(ops=_BIAS)
+def quick_gelu(acc: Any, bias: Any) -> dict[str, Any]:
+    return {"D": silu_1702(acc + bias)}
 
 
 @gemm_epilogue(outputs=("out",), mode="acc_pair", ops=_BIAS)
@@ -85,5 +91,6 @@ EPILOGUES = {
     "residual": add_bias_residual,
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "swiglu": swiglu,
 }

@@ -17,7 +17,8 @@ from importlib import resources
 from math import log
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-Kind: TypeAlias = Literal["bias", "gelu", "gelu_tanh", "swiglu", "residual"]  # all add a bias first
+# All add a bias first.
+Kind: TypeAlias = Literal["bias", "gelu", "gelu_tanh", "quick_gelu", "swiglu", "residual"]
 Implementation: TypeAlias = Literal["addmm", "mm", "quack"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
