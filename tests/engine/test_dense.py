@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.checkpoints import reference_tower, tiny_checkpoint
+from tests.support.checkpoints import FAMILIES, reference_tower, tiny_checkpoint
 from tests.support.ranks import run_ranks
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.cli import main
@@ -141,7 +141,7 @@ def reference_hidden(
     return results
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(request.param, tmp_path_factory.mktemp("dense") / request.param)
 

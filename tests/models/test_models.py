@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.checkpoints import full_size_checkpoint, reference_tower, tiny_checkpoint
+from tests.support.checkpoints import (
+    FAMILIES,
+    full_size_checkpoint,
+    reference_tower,
+    tiny_checkpoint,
+)
 from vitrt import VisionEncoder
 
 TOLERANCE = 1e-5  # relative L2, NUMERICS
@@ -87,7 +92,7 @@ def assert_equal_to_reference(encoder: VisionEncoder, reference, grids, pixel_va
     assert relative_l2(actual.hidden, hidden) <= TOLERANCE
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")

@@ -64,3 +64,11 @@ class VisionAttention(nn.Module):
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield from self.qkv.weight_targets(f"{prefix}qkv.")
         yield from self.proj.weight_targets(f"{prefix}proj.")
+
+
+class SeparateQKVAttention(VisionAttention):
+    """The same attention of checkpoints that hold q, k and v apart."""
+
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from self.qkv.separate_targets(prefix)
+        yield from self.proj.weight_targets(f"{prefix}proj.")

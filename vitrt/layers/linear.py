@@ -164,6 +164,16 @@ class FusedQKVLinear(Linear):
             identical = target if target.shape == shape else None
             yield WeightTarget(f"{prefix}{name}", shape, self._heads_into(target), identical)
 
+    def separate_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        """The same from checkpoints that hold q, k and v apart."""
+        for index, projection in enumerate("qkv"):
+            for name, target in (("weight", self.weight), ("bias", self.bias)):
+                assert target is not None
+                block = target.view(3, -1, *target.shape[1:])[index]
+                store = _rows_into(block, self.part)
+                shape = (self.width, *target.shape[1:])
+                yield WeightTarget(f"{prefix}{projection}.{name}", shape, store)
+
     def _heads_into(self, target: Tensor) -> Callable[[TensorSlice], None]:
         def store(source: TensorSlice) -> None:
             for index, block in enumerate(target.view(3, -1, *target.shape[1:])):

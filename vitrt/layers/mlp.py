@@ -66,6 +66,13 @@ class GeluTanhMLP(MLP):
     up_name, down_name = "linear_fc1.", "linear_fc2."
 
 
+class QuickGeluMLP(MLP):
+    """fc2(quick_gelu(fc1(x)))."""
+
+    activation: Activation = "quick_gelu"
+    up_name, down_name = "fc1.", "fc2."
+
+
 class SwiGLU(MLP):
     """down(silu(gate(x)) * up(x))."""
 

@@ -13,7 +13,10 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from vitrt.config import ROPE_THETA, VideoRule, VisionConfig, positive_integer
+from vitrt.models.qwen2_5_omni import Qwen25OmniVisionTower
 from vitrt.models.qwen2_5_vl import Qwen25VLVisionTower
+from vitrt.models.qwen2_vl import Qwen2VLVisionTower
+from vitrt.models.qwen3_omni_moe import Qwen3OmniVisionTower
 from vitrt.models.qwen3_vl import Qwen3VLVisionTower
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -34,6 +37,7 @@ class Family:
     prefix: str  # of the tower's weights as released
     video_rule: VideoRule  # what the pixel limits of a video bound
     clip_tokens: Literal["run", "frames"]  # of a clip in a prompt: one run, or one for each frame
+    token_types: bool = True  # whether its language model takes mm_token_type_ids
     spellings: Mapping[str, str] = field(default_factory=dict)  # its key -> field of VisionConfig
 
     @property
@@ -85,10 +89,48 @@ QWEN3_VL = Family(
     video_rule="clip",
     clip_tokens="frames",
 )
+QWEN3_5 = replace(
+    QWEN3_VL,
+    name="qwen3_5",
+    reference="Qwen3_5VisionModel",
+    defaults={**QWEN3_VL.defaults, "deepstack_visual_indexes": ()},
+)
 FAMILIES = (
+    Family(
+        name="qwen2_vl",
+        tower=Qwen2VLVisionTower,
+        reference="Qwen2VisionTransformerPretrainedModel",
+        defaults=_COMMON
+        | {"embed_dim": 1280, "mlp_ratio": 4, "hidden_act": "quick_gelu", "hidden_size": 3584},
+        prefix="visual.",
+        video_rule="frame",
+        clip_tokens="run",
+        spellings={"embed_dim": "hidden_size", "hidden_size": "out_hidden_size"},
+    ),
     QWEN2_5_VL,
+    replace(
+        QWEN2_5_VL,
+        name="qwen2_5_omni",
+        tower=Qwen25OmniVisionTower,
+        reference="Qwen2_5OmniVisionEncoder",
+        prefix="thinker.visual.",
+        token_types=False,
+    ),
     QWEN3_VL,
     replace(QWEN3_VL, name="qwen3_vl_moe", reference="Qwen3VLMoeVisionModel"),
+    replace(
+        QWEN3_VL,
+        name="qwen3_omni_moe",
+        tower=Qwen3OmniVisionTower,
+        reference="Qwen3OmniMoeVisionEncoder",
+        prefix="thinker.visual.",
+        token_types=False,
+        video_rule="frame",
+        clip_tokens="run",
+    ),
+    QWEN3_5,
+    replace(QWEN3_5, name="qwen3_5_moe", reference="Qwen3_5MoeVisionModel"),
+    replace(QWEN3_5, name="qwen4_exp", reference="Qwen4ExpVisionModel"),
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
 _VISION_SUFFIXES = ("_vision", "_vision_encoder")
@@ -123,6 +165,16 @@ def _named(model_type: object) -> Family | None:
     for suffix in _VISION_SUFFIXES:
         name = name.removesuffix(suffix)
     return _BY_NAME.get(name)
+
+
+def family_names() -> tuple[str, ...]:
+    """The families there are."""
+    return tuple(_BY_NAME)
+
+
+def is_tower_type(model_type: object) -> bool:
+    """Whether a vision_config of this `model_type` is of a family that there is."""
+    return _named(model_type) is not None
 
 
 def family_of(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
