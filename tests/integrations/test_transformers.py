@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.checkpoints import full_size_checkpoint, reference_model, tiny_checkpoint
+from tests.support.checkpoints import (
+    FAMILIES,
+    full_size_checkpoint,
+    reference_model,
+    tiny_checkpoint,
+    visual_of,
+)
 from tests.support.graphs import FakePool
 from vitrt.engine.graph_runner import GraphRunner
 from vitrt.features import ImageFeatures
@@ -22,7 +28,6 @@ from vitrt.integrations.transformers import (
     restore,
 )
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Odd windows, a single row, and sizes that differ: (t, h, w) in patches.
 PROMPTS: dict[str, tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]] = {
     "one image": ([(1, 10, 6)], []),
@@ -48,7 +53,8 @@ def prompt(model: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(text inputs, pixel inputs) of one sequence, as a processor would make them."""
     images, videos = PROMPTS[name]
     config = model.config
-    frames = (lambda t: 1) if config.model_type == "qwen2_5_vl" else (lambda t: t)
+    runs = config.model_type.startswith("qwen2") or "omni" in config.model_type
+    frames = (lambda t: 1) if runs else (lambda t: t)
     ids = [7, 8]
     for _ in images:
         ids += [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, 9]
@@ -58,6 +64,8 @@ def prompt(model: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             ids += [config.vision_end_token_id]
     ids += [11, 12, 13]
     text = placeholder_inputs(config, ids, [blank(g) for g in images], [blank(g) for g in videos])
+    if "omni" in config.model_type and videos:
+        text["video_second_per_grid"] = torch.ones(len(videos))
     generator = torch.Generator().manual_seed(5)
     vision = config.vision_config
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -85,7 +93,7 @@ def precomputed(model: Any, pixels: dict[str, Any], values: str, grids: str) -> 
     """Features of every image by the tower that the model has now."""
     if values not in pixels:
         return []
-    out = model.model.visual(pixels[values], grid_thw=pixels[grids])
+    out = visual_of(model)(pixels[values], grid_thw=pixels[grids])
     counts = (pixels[grids].prod(-1) // 4).tolist()
     rows = out.pooler_output.split(counts)
     levels = getattr(out, "deepstack_features", None)
@@ -103,15 +111,15 @@ def test_generate_gives_the_same_tokens(model: Any, name: str) -> None:
         key: value + 0.5 if value.is_floating_point() else value for key, value in pixels.items()
     }
     assert generated(model, text | other) != wanted, "the pixels must matter"
-    original = model.model.visual
+    original = visual_of(model)
     accelerate(model)
     try:
-        assert model.model.visual is not original
+        assert visual_of(model) is not original
         assert generated(model, text | pixels) == wanted
         assert generated(model, text | pixels, num_beams=2) == beams
     finally:
         restore(model)
-    assert model.model.visual is original
+    assert visual_of(model) is original
     assert generated(model, text | pixels) == wanted
 
 
@@ -139,12 +147,12 @@ def test_the_same_outputs(model: Any, grids: list[tuple[int, int, int]]) -> None
     vision = model.config.vision_config
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.randn(int(grid_thw.prod(-1).sum()), width)
-    want = model.model.visual(pixels, grid_thw=grid_thw)
-    pair = model.model.visual(pixels, grid_thw=grid_thw, return_dict=False)
+    want = visual_of(model)(pixels, grid_thw=grid_thw)
+    pair = visual_of(model)(pixels, grid_thw=grid_thw, return_dict=False)
     accelerate(model)
     try:
-        got = model.model.visual(pixels, grid_thw=grid_thw)
-        got_pair = model.model.visual(pixels, grid_thw=grid_thw, return_dict=False)
+        got = visual_of(model)(pixels, grid_thw=grid_thw)
+        got_pair = visual_of(model)(pixels, grid_thw=grid_thw, return_dict=False)
     finally:
         restore(model)
     assert type(got) is type(want)
@@ -168,18 +176,22 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def test_memory_is_shared_where_the_layout_is_the_same(model: Any) -> None:
-    loaded = dict(model.model.visual.named_parameters())
+    loaded = dict(visual_of(model).named_parameters())
     weights = accelerate(model)
     try:
-        tower = model.model.visual.engine.tower
+        tower = visual_of(model).engine.tower
         storages = {p.untyped_storage().data_ptr() for p in loaded.values()}
         own = [p for p in tower.parameters() if p.untyped_storage().data_ptr() not in storages]
     finally:
         restore(model)
     assert sum(p.nbytes for p in own) == weights.added_bytes
     assert set(weights.shared) | set(weights.copied) == set(loaded)
-    # Only MLPs change: gate and up are interleaved (Qwen2.5-VL), odd widths are padded.
-    assert all(".mlp." in name and name.startswith("blocks.") for name in weights.copied)
+    # Gate and up are interleaved (Qwen2.5-VL), odd widths padded, and what is apart is joined.
+    apart = (
+        (".attn.q.", ".attn.k.", ".attn.v.") if model.config.model_type[:8] == "qwen2_5_" else ()
+    )
+    for name in weights.copied:
+        assert name.startswith("blocks.") and any(part in name for part in (".mlp.", *apart)), name
     padded = sum(weights.copied.values())
     assert padded <= weights.added_bytes <= 1.5 * padded  # narrow layers: 200 or 220 to 256
 
@@ -228,18 +240,18 @@ def test_on_a_gpu(
         (torch.randn(t * h * w, width, device="cuda"), torch.tensor([[t, h, w]], device="cuda"))
         for t, h, w in [(1, 10, 6), (1, 6, 10), (3, 4, 6), (1, 10, 6)]
     ]
-    wanted = [model.model.visual(*batch).pooler_output for batch in batches]
+    wanted = [visual_of(model)(*batch).pooler_output for batch in batches]
     accelerate(model, cuda_graphs=graphs)
     # Three rounds, so that graphs are recorded and replayed; what came first must not change.
-    rounds = [[model.model.visual(*batch).pooler_output for batch in batches] for _ in range(3)]
+    rounds = [[visual_of(model)(*batch).pooler_output for batch in batches] for _ in range(3)]
     for outputs in rounds:
         for got, want in zip(outputs, wanted, strict=True):
             close(got, want)
-    assert (model.model.visual.engine.stats().hits.total() > 0) == graphs
+    assert (visual_of(model).engine.stats().hits.total() > 0) == graphs
 
 
 def test_a_quantised_tower_is_refused(model: Any) -> None:
-    norm = model.model.visual.blocks[0].norm1
+    norm = visual_of(model).blocks[0].norm1
     weight = norm.weight
     norm.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     try:
@@ -250,7 +262,7 @@ def test_a_quantised_tower_is_refused(model: Any) -> None:
 
 
 def test_a_model_without_a_tower_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear has no visual tower"):
+    with pytest.raises(ValueError, match="Linear holds no visual tower of qwen2_vl, qwen2_5_vl"):
         accelerate(torch.nn.Linear(2, 2))
 
 
@@ -260,7 +272,8 @@ def test_placeholders_are_counted(model: Any) -> None:
         placeholder_inputs(model.config, [1, token, 2], [blank((1, 4, 4)), blank((1, 2, 2))])
     text = placeholder_inputs(model.config, [1, token, 2], [blank((1, 4, 4))])
     assert text["input_ids"].tolist() == [[1, token, token, token, token, 2]]
-    assert text["mm_token_type_ids"].tolist() == [[0, 1, 1, 1, 1, 0]]
+    if "omni" not in model.config.model_type:
+        assert text["mm_token_type_ids"].tolist() == [[0, 1, 1, 1, 1, 0]]
 
 
 def test_placeholders_may_come_as_a_tokenizer_gives_them(model: Any) -> None:
@@ -278,10 +291,10 @@ def test_generate_replays_graphs(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     """As it is by default: the last hidden states come out of them, too."""
     monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
     text, pixels = prompt(model, "one image")
-    want = model.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+    want = visual_of(model)(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
     accelerate(model)
     try:
-        engine = model.model.visual.engine
+        engine = visual_of(model).engine
         engine.runner = GraphRunner(
             engine.tower, engine.attention, engine.device, engine.dtype, limit_bytes=1 << 30
         )
@@ -289,7 +302,7 @@ def test_generate_replays_graphs(model: Any, monkeypatch: pytest.MonkeyPatch) ->
             generated(model, text | pixels)
         stats = engine.stats()
         assert stats.hits.total() == 2 and stats.eager == {"first of its bucket": 1}
-        got = model.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+        got = visual_of(model)(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
         assert stats.hits.total() == 3
     finally:
         restore(model)
@@ -300,7 +313,7 @@ def test_generate_replays_graphs(model: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_compiled_caller_works_at_every_grid(model: Any) -> None:
     accelerate(model)
     torch._dynamo.reset()
-    visual = model.model.visual
+    visual = visual_of(model)
     scaled = torch.compile(
         lambda p, g: visual(p, grid_thw=g).pooler_output * 2, backend="eager", dynamic=False
     )
@@ -321,8 +334,8 @@ def test_a_compiled_caller_works_at_every_grid(model: Any) -> None:
 def test_last_hidden_state_can_be_left_out(model: Any) -> None:
     accelerate(model, last_hidden_state=False)
     try:
-        width = model.model.visual.engine.config.patch_dim
-        out = model.model.visual(torch.randn(16, width), grid_thw=torch.tensor([[1, 4, 4]]))
+        width = visual_of(model).engine.config.patch_dim
+        out = visual_of(model)(torch.randn(16, width), grid_thw=torch.tensor([[1, 4, 4]]))
     finally:
         restore(model)
     assert out.last_hidden_state is None

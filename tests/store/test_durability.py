@@ -256,16 +256,12 @@ def test_death_at_every_call(mode: str, tmp_path: Path) -> None:
     assert "calls survived" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("source", "kills"), [("folder", 20), ("tar", 3), ("parquet", 3), ("memory", 3)]
-)
-def test_random_kills(source: str, kills: int, tmp_path: Path, tiny_qwen3_vl: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/stress/kill.py"), "--kills", str(kills)]
+def test_random_kills(tmp_path: Path, tiny_qwen3_vl: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/stress/kill.py"), "--kills", "20"]
     command += ["--images", "60", "--folder", str(tmp_path), "--checkpoint", str(tiny_qwen3_vl)]
-    command += ["--sources", source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{source}: {kills} kills" in done.stdout
+    assert "20 kills" in done.stdout
 
 
 def test_two_jobs_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:

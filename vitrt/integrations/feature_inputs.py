@@ -38,16 +38,20 @@ def placeholder_inputs(
     images: Sequence[ImageFeatures] = (),
     videos: Sequence[ImageFeatures] = (),
 ) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `mm_token_type_ids` [1, n]: a processor's part of the text.
+    """A processor's part of the text: `input_ids`, `attention_mask`, `mm_token_type_ids`, [1, n].
+
+    The last one only where the model takes it: Omni models do not.
 
     `input_ids` holds one image token for each image, which becomes as many as the image has merged
-    tokens. For a video it holds one video token (Qwen2.5-VL), or one for each frame of its grid,
-    with the timestamps between them (Qwen3-VL). `config` is the model's.
+    tokens. For a video it holds one video token (Qwen2-VL, Qwen2.5-VL, both Omni), or one for each
+    frame of its grid, with the timestamps between them (Qwen3-VL and later). `config` is the
+    model's.
 
     Raises ValueError where placeholders and features differ in number, and for a batch of prompts.
     """
     given = token_ids(input_ids)
-    by_frame = family_of(config.to_dict())[0].clip_tokens == "frames"
+    family, _ = family_of(config.to_dict())
+    by_frame = family.clip_tokens == "frames"
     counts = {
         int(config.image_token_id): [len(image.embeddings) for image in images],
         int(config.video_token_id): [
@@ -75,11 +79,10 @@ def placeholder_inputs(
         ids += [token] * repeats
         types += [kinds.get(token, 0)] * repeats
     tokens = torch.tensor([ids], device="cpu")
-    return {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "mm_token_type_ids": torch.tensor([types], device="cpu"),
-    }
+    text = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if family.token_types:
+        text["mm_token_type_ids"] = torch.tensor([types], device="cpu")
+    return text
 
 
 def token_ids(input_ids: Sequence[int] | Tensor) -> list[int]:

@@ -9,13 +9,14 @@
     model.generate(**inputs, **feature_inputs(images=[features, ...]))
     restore(model)
 
-Both replace the model's `visual`. For inference only: neither trains nor saves
-a tower.
+Both replace the model's tower, which may lie deep inside what is given (a SentenceTransformer, a
+retrieval model). For inference only: neither trains nor saves a tower.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from vitrt.engine.engine import Engine
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
 from vitrt.integrations.sharing import SharedWeights, share_weights
 from vitrt.integrations.visual_modules import FeatureVisual, ReplacementVisual, VitrtVisual
-from vitrt.models.families import read_vision_config
+from vitrt.models.families import family_names, is_tower_type, read_vision_config
 
 __all__ = ["accelerate", "accept_features", "feature_inputs", "placeholder_inputs", "restore"]
 
@@ -41,10 +42,11 @@ def accelerate(
     cuda_graphs: Literal["auto"] | bool = "auto",
     last_hidden_state: bool = True,
 ) -> SharedWeights:
-    """Replace the visual tower of a loaded Qwen2.5-VL or Qwen3-VL model by vitrt, on its weights.
+    """Replace the visual tower of a loaded Qwen-VL model by vitrt, on its weights.
 
-    The model's `visual` gives the same outputs: pooler_output, deepstack_features and
-    last_hidden_state. `hidden_states` and `attentions` of the tower are never recorded.
+    It is found wherever it lies in `model`. What takes its place gives the same outputs:
+    pooler_output, deepstack_features and last_hidden_state. `hidden_states` and `attentions` of the
+    tower are never recorded.
 
     Args:
         model: loaded, on its device, in its dtype; or a module that holds such a model.
@@ -61,8 +63,8 @@ def accelerate(
     Raises ValueError for a model without such a tower, spread over devices, quantised, or already
     changed.
     """
-    owner = _owner(model)
-    original = owner.visual
+    place = _find(model)
+    original = place.tower
     loaded = dict(original.named_parameters())
     device, dtype = _placement(loaded)
     config = read_vision_config(original.config.to_dict())
@@ -73,7 +75,7 @@ def accelerate(
         attention=attention,
         cuda_graphs=cuda_graphs,
     )
-    owner.visual = VitrtVisual(original, Engine(tower, runtime), last_hidden_state)
+    place.put(VitrtVisual(original, Engine(tower, runtime), last_hidden_state))
     logger.info(
         "%d tensors shared, %d laid out anew in %.1f MiB: %s",
         len(weights.shared),
@@ -89,16 +91,16 @@ def accept_features(model: nn.Module) -> None:
 
     Raises ValueError for a model without a visual tower, or already changed.
     """
-    owner = _owner(model)
-    device, dtype = _placement(dict(owner.visual.named_parameters()))
-    owner.visual = FeatureVisual(owner.visual, dtype, device)
+    place = _find(model)
+    device, dtype = _placement(dict(place.tower.named_parameters()))
+    place.put(FeatureVisual(place.tower, dtype, device))
 
 
 def restore(model: nn.Module) -> None:
     """Give `model` its own visual tower back. ValueError if it has it."""
-    for owner in _owners(model):
-        if isinstance(owner.visual, ReplacementVisual):
-            owner.visual = owner.visual.original
+    for place in _places(model):
+        if isinstance(place.tower, ReplacementVisual):
+            place.put(place.tower.original)
             return
     raise ValueError(f"{type(model).__name__} has its own visual tower: nothing to restore")
 
@@ -106,20 +108,50 @@ def restore(model: nn.Module) -> None:
 # Where the tower is
 
 
-def _owners(model: nn.Module) -> list[Any]:
-    """The modules that have a visual tower as a child of their own: one, in a loaded model."""
-    return [module for module in model.modules() if "visual" in dict(module.named_children())]
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in a model a visual tower, or what stands in for one, lies."""
+
+    parent: nn.Module
+    path: str
+
+    @property
+    def tower(self) -> Any:
+        return getattr(self.parent, self.path.rpartition(".")[2])
+
+    def put(self, tower: nn.Module) -> None:
+        setattr(self.parent, self.path.rpartition(".")[2], tower)
 
 
-def _owner(model: nn.Module) -> Any:
-    owners = [owner for owner in _owners(model) if hasattr(owner.visual, "config")]
-    if not owners:
+def _places(model: nn.Module) -> list[_Place]:
+    """Every tower below `model`, however deep and under whatever name, each once."""
+    return [
+        _Place(model.get_submodule(path.rpartition(".")[0]), path)
+        for path, module in model.named_modules()
+        if path and (isinstance(module, ReplacementVisual) or _is_tower(module))
+    ]
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """Whether it has a tower's parts, and a config that says so."""
+    parts = {name for name, _ in module.named_children()}
+    if not {"patch_embed", "blocks", "merger"} <= parts or not hasattr(module, "config"):
+        return False
+    return is_tower_type(getattr(module.config, "model_type", None))
+
+
+def _find(model: nn.Module) -> _Place:
+    places = _places(model)
+    if not places:
         raise ValueError(
-            f"{type(model).__name__} has no visual tower; it must be a Qwen2.5-VL or Qwen3-VL model"
+            f"{type(model).__name__} holds no visual tower of {', '.join(family_names())}"
         )
-    if isinstance(owners[0].visual, ReplacementVisual):
+    if len(places) > 1:
+        paths = ", ".join(place.path for place in places)
+        raise ValueError(f"{type(model).__name__} holds more than one visual tower: {paths}")
+    if isinstance(places[0].tower, ReplacementVisual):
         raise ValueError(f"{type(model).__name__} was changed already: restore(model) first")
-    return owners[0]
+    return places[0]
 
 
 def _placement(parameters: dict[str, Tensor]) -> tuple[torch.device, torch.dtype]:

@@ -16,6 +16,7 @@ from vitrt.engine.batch import PixelValues
 from vitrt.engine.engine import Engine
 from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.request import Request
+from vitrt.models.families import read_vision_config
 
 
 class ReplacementVisual(nn.Module):
@@ -25,9 +26,10 @@ class ReplacementVisual(nn.Module):
         super().__init__()
         self._kept = (original,)  # in a tuple, so that it is no submodule
         self.config = original.config
-        self.spatial_merge_size: int = original.spatial_merge_size
-        self.spatial_merge_unit: int = original.spatial_merge_unit
-        self.patch_size: int = original.patch_size
+        self.vision = read_vision_config(original.config.to_dict())
+        self.spatial_merge_size = self.vision.spatial_merge_size
+        self.spatial_merge_unit = self.vision.merge_unit
+        self.patch_size = self.vision.patch_size
         self.dtype = dtype
         self.device = device
 
@@ -92,8 +94,8 @@ class FeatureVisual(ReplacementVisual):
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """[T, O * (1 + L) / merge^2] as `feature_inputs` lays them out -> [M, O] each."""
-        width = self.config.out_hidden_size
-        levels = len(getattr(self.config, "deepstack_visual_indexes", ()))
+        width = self.vision.out_hidden_size
+        levels = len(self.vision.deepstack_visual_indexes)
         patches = int(grid_thw.prod(-1).sum())
         wanted = (patches, width * (1 + levels) // self.spatial_merge_unit)
         if tuple(hidden_states.shape) != wanted:
