@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vitrt.config import PreprocessorConfig, VisionConfig
     from vitrt.encoder import VisionEncoder
     from vitrt.features import EncoderOutput, ImageFeatures
-    from vitrt.images.decode import ImageError
+    from vitrt.images.inputs import ImageError, Pixels
     from vitrt.models.families import read_vision_config
     from vitrt.parallel.context import ParallelContext
     from vitrt.store.writer import FeatureStore
@@ -23,9 +23,10 @@ _HOME = {
     "CheckpointError": "vitrt.checkpoint.shards",
     "EncoderOutput": "vitrt.features",
     "FeatureStore": "vitrt.store.writer",
-    "ImageError": "vitrt.images.decode",
+    "ImageError": "vitrt.images.inputs",
     "ImageFeatures": "vitrt.features",
     "ParallelContext": "vitrt.parallel.context",
+    "Pixels": "vitrt.images.inputs",
     "PreprocessorConfig": "vitrt.config",
     "VisionConfig": "vitrt.config",
     "VisionEncoder": "vitrt.encoder",
@@ -40,6 +41,7 @@ __all__ = [
     "ImageError",
     "ImageFeatures",
     "ParallelContext",
+    "Pixels",
     "PreprocessorConfig",
     "VisionConfig",
     "VisionEncoder",

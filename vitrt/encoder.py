@@ -208,9 +208,11 @@ class VisionEncoder:
         """Features of every image, in input order.
 
         An image is a path, a PIL image, the bytes of an image file, or a uint8 array [H, W, 3]; an
-        array [F, H, W, 3] in the list is a clip. The features of one batch are views of one tensor
-        on the encoder's device. Raises ImageError (a ValueError) naming the first image that cannot
-        be used, or DeviceMemoryError (another) naming one that alone exceeds the device's memory.
+        array [F, H, W, 3] in the list is a clip. It may also be a file: or data: URL, an open file,
+        datasets' {"bytes", "path"}, or a uint8 tensor, whose axes `vitrt.Pixels` names. The
+        features of one batch are views of one tensor on the encoder's device. Raises ImageError (a
+        ValueError) naming the first image that cannot be used, or DeviceMemoryError (another)
+        naming one that alone exceeds the device's memory.
 
         Args:
             layers: also give the hidden states after these layers, counted from 0 or, as -1, from

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 
-from vitrt.images.decode import size_of
+from vitrt import Pixels
+from vitrt.images.decode import check_images, size_of
 from vitrt.images.processor import ImageError, ImageProcessor, normalisation_table
 
 PROCESSOR = ImageProcessor(14, 2, 2, 56 * 56, 28 * 28 * 64)
@@ -275,9 +276,49 @@ def test_bad_pil_images() -> None:
     assert_refused(Image.open(io.BytesIO(cut(encoded("PNG"), 0.5))), "PIL image", "truncated")
 
 
-@pytest.mark.parametrize("thing", [None, 3, ["a.png"], torch.zeros(3, 4, 4), io.BytesIO(b"x")])
+@pytest.mark.parametrize("thing", [None, 3, ["a.png"], torch.zeros(3, 4, 4)])
 def test_things_that_are_no_images(thing) -> None:
     assert_refused(thing, type(thing).__name__, "expected a path")
+
+
+def test_tensors_whose_layout_is_not_known() -> None:
+    for shape in ((3, 40, 3), (2, 3, 40, 3)):
+        assert_refused(torch.zeros(shape, dtype=torch.uint8), "Tensor", "two layouts fit; name it")
+    for shape in ((40, 40), (4, 40, 40), (1, 40, 40), (1, 2, 3, 40, 40), (2, 40, 3, 40)):
+        assert_refused(torch.zeros(shape, dtype=torch.uint8), f"{list(shape)}", "no layout with")
+    for values, layout, said in (
+        (torch.zeros(3, 40, 40), "whc", "layout is 'whc'; it must be one of hwc, chw, fhwc, fchw"),
+        (torch.zeros(3, 40, 40), "hwc", r"shape \[3, 40, 40\] have not the layout 'hwc'"),
+        (np.zeros((40, 40, 3)), "fhwc", r"shape \[40, 40, 3\] have not the layout 'fhwc'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Pixels(values, layout)
+    assert_refused(Pixels(torch.zeros(3, 40, 40), "chw"), "Pixels", "float32 in the shape [40, 40")
+
+
+def test_rows_and_files_that_hold_no_image(tmp_path: Path) -> None:
+    assert_refused({"bytes": None, "path": None}, "dict", "one of them not None")
+    assert_refused({"bytes": b"x", "label": 3}, "dict", "it has bytes, label")
+    assert_refused({"bytes": "text", "path": "a/b.png"}, "a/b.png", "bytes is a str")
+    assert_refused({"bytes": b"text", "path": "a/b.png"}, "a/b.png", "not an image")
+    assert_refused({"path": str(tmp_path / "no.png")}, "no.png", "No such file")
+    assert_refused(io.BytesIO(b"x"), "BytesIO", "not an image")
+    assert_refused(io.BytesIO(), "BytesIO", "empty")
+    assert_refused(io.StringIO("text"), "StringIO", "not open in binary mode")
+    (tmp_path / "photo.png").write_bytes(encoded("PNG"))
+    with open(tmp_path / "photo.png", "rb") as file:
+        pass
+    assert_refused(file, "photo.png", "closed file")
+
+
+def test_one_image_is_no_list_of_images() -> None:
+    """What could be iterated over would give its keys, lines or rows as images."""
+    one = [{"bytes": b"", "path": "a.png"}, io.BytesIO(b"x"), torch.zeros(3, 4, 5), b"", "a.png"]
+    for image in [*one, Pixels(torch.zeros(3, 4, 4), "chw"), Path("a.png"), photo()]:
+        with pytest.raises(ValueError, match=r"images is one image, .*: \[image\]"):
+            check_images(image)
+    with pytest.raises(ValueError, match=r"one array of shape \[2, 3, 4, 5\]; give \[array\] if"):
+        check_images(torch.zeros(2, 3, 4, 5))
 
 
 def test_decompression_bombs_follow_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,14 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 from transformers.image_utils import load_image
 
+from vitrt import Pixels
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.processor import ImageProcessor, patches_reference
 from vitrt.images.resize import resize_pillow, resize_torch
@@ -60,8 +63,52 @@ def test_path_string_bytes_pil_and_array_agree(tmp_path: Path, resize: str) -> N
         f"data:;BASE64,{lines.replace('+', '%2B')}",
         "data:image/png," + urllib.parse.quote_from_bytes(content),
     ]
-    for same in (path, str(path), content, photo(), Image.open(path), *urls):
+    rows = [
+        {"bytes": content, "path": "elsewhere/x.png"},
+        {"bytes": content},
+        {"bytes": None, "path": str(path)},
+        {"path": path.as_uri()},
+    ]
+    buffer = io.BytesIO(content)
+    buffer.seek(7)  # read from its start all the same
+    files = [buffer, buffer, path.open("rb"), fsspec.open(str(path)), fsspec.open(f"file://{path}")]
+    hwc = torch.from_numpy(np.array(photo()))
+    chw = hwc.permute(2, 0, 1).contiguous()
+    tensors = [hwc, chw, Pixels(hwc, "hwc"), Pixels(chw, "chw"), Pixels(chw.numpy(), "chw")]
+    for same in (path, content, photo(), Image.open(path), *urls, *rows, *files, *tensors):
+        assert processor(resize).grid_of(same) == processor(resize).grid(90, 150)
         np.testing.assert_array_equal(pixels(same, resize), expected)
+
+
+def test_pixels_of_three_rows_are_taken_by_the_name_of_their_layout() -> None:
+    tall, wide = np.asarray(photo(3, 90)), np.asarray(photo(90, 3))
+    for image, other in ((tall, "chw"), (wide, "hwc")):
+        tensor = torch.from_numpy(np.array(image))
+        if other == "chw":
+            tensor = tensor.permute(2, 0, 1)
+        assert tensor.shape[0] == 3 or tensor.shape[-1] == 3
+        np.testing.assert_array_equal(pixels(Pixels(tensor, other)), pixels(image))
+    square = torch.from_numpy(np.array(photo(3, 3)))
+    np.testing.assert_array_equal(pixels(Pixels(square, "hwc")), pixels(np.asarray(photo(3, 3))))
+
+
+def test_tensors_of_clips() -> None:
+    clip = np.stack([np.asarray(photo(seed=seed)) for seed in range(4)])
+    expected = processor().prepare(clip)
+    fhwc = torch.from_numpy(clip)
+    fchw = fhwc.permute(0, 3, 1, 2).contiguous()
+    for same in (fhwc, fchw, Pixels(fhwc, "fhwc"), Pixels(fchw, "fchw")):
+        prepared = processor().prepare(same)
+        assert prepared.grid_thw == expected.grid_thw == processor().grid_of(same)
+        np.testing.assert_array_equal(prepared.pixels, expected.pixels)
+
+
+def test_threads_may_share_one_open_file() -> None:
+    content = encoded(photo(400, 900))
+    expected, shared = pixels(content), io.BytesIO(content)
+    with ThreadPoolExecutor(8) as pool:
+        for result in pool.map(lambda _: pixels(shared), range(64)):
+            np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])

@@ -11,18 +11,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from vitrt.images.heif import is_heif, register_heif
-from vitrt.images.inputs import content_of, shorten
+from vitrt.images.inputs import (
+    ImageError,
+    ImageInput,
+    Pixels,
+    PlainInput,
+    content_of,
+    is_file,
+    is_tensor,
+    shorten,
+)
+
+__all__ = ["ImageError", "ImageInput", "check_images", "decode", "describe", "size_of"]
 
 logger = logging.getLogger(__name__)
-
-ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
 
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,10 +47,6 @@ _LOAD_LOCKS = tuple(threading.Lock() for _ in range(64))
 _ARRAYS = "uint8 in the shape [H, W, 3], [H, W], [H, W, 1], or [F, H, W, 3] for a clip"
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; the message names the image and the reason."""
-
-
 def describe(image: object) -> str:
     """What error messages call an image that has no other name."""
     if isinstance(image, str | os.PathLike):
@@ -54,18 +58,28 @@ def describe(image: object) -> str:
         return "array"
     if isinstance(image, bytes):
         return f"bytes object of length {len(image)}"
+    if isinstance(image, Mapping) and isinstance(image.get("path"), str):
+        return shorten(image["path"])
+    if is_file(image):
+        file_name = getattr(image, "name", None) or getattr(image, "path", None)
+        if isinstance(file_name, str):
+            return shorten(file_name)
     return f"object of type {type(image).__module__}.{type(image).__qualname__}"
 
 
 def check_images(images: Iterable[ImageInput]) -> None:
     """ValueError for what is one image, or might be: its parts would be taken for images."""
-    numbers = isinstance(images, np.ndarray) and images.dtype.kind not in "OU"  # not paths
-    if isinstance(images, np.ndarray) and numbers and images.ndim >= 4:
+    numbers = is_tensor(images) or (
+        isinstance(images, np.ndarray) and images.dtype.kind not in "OU"  # not paths
+    )
+    if numbers and images.ndim >= 4:  # type: ignore[attr-defined]
+        shape = list(images.shape)  # type: ignore[attr-defined]
         raise ValueError(
-            f"images is one array of shape {list(images.shape)}; give [array] if it is a clip, "
-            f"list(array) if it is {len(images)} images"
+            f"images is one array of shape {shape}; give [array] if it is a clip, list(array) if "
+            f"it is {shape[0]} images"
         )
-    if numbers or isinstance(images, str | bytes | os.PathLike | Image.Image):
+    one = isinstance(images, str | bytes | os.PathLike | Image.Image | Pixels | Mapping)
+    if one or numbers or is_file(images):
         raise ValueError(f"images is one image, {describe(images)}; give a list: [image]")
 
 
@@ -94,16 +108,11 @@ def check_array(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def decode(image: object, name: str) -> Image.Image:
-    """A path, the content of an image file or a PIL image -> upright, mode RGB, loaded.
+def decode(image: str | os.PathLike[str] | bytes | Image.Image, name: str) -> Image.Image:
+    """A path, URL, the content of an image file or a PIL image -> upright, mode RGB, loaded.
 
-    Raises:
-        ImageError: it is none of these, or Pillow cannot read it.
+    Raises ImageError where Pillow cannot read it.
     """
-    if not isinstance(image, str | os.PathLike | bytes | Image.Image):
-        raise ImageError(
-            f"{name}: expected a path, the bytes of an image file, a PIL image or an array"
-        )
     try:
         if isinstance(image, Image.Image):
             return _upright_rgb(image, name)
@@ -122,7 +131,7 @@ def decode(image: object, name: str) -> Image.Image:
         raise ImageError(f"{name}: cannot be read as an image: {shorten(reason)}") from error
 
 
-def size_of(image: ImageInput) -> tuple[int, int]:
+def size_of(image: PlainInput) -> tuple[int, int]:
     """(height, width) of an image, or of a clip's frames, as it will be decoded: from its header.
 
     Raises whatever an image that cannot be read makes Pillow raise; `decode` says what that means.

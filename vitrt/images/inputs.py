@@ -1,8 +1,9 @@
-"""What an image may be given as, beside pixels: a path, a URL that holds it, the file's content.
+"""What an image may be given as, brought to the few things that are decoded.
 
-A `file:` URL names a file of this machine; a `data:` URL holds the content itself. Anything else
-with a scheme is not fetched: whoever wants that opens it, with fsspec for example, and hands over
-the open file.
+A path, the bytes of a file, a PIL image and an array are decoded as they are. Beside them there are
+URLs, rows of Hugging Face datasets, open files and tensors. A `file:` URL names a file of this
+machine; a `data:` URL holds the content itself. Anything else with a scheme is not fetched: whoever
+wants that opens it, with fsspec for example, and hands over the open file.
 """
 
 from __future__ import annotations
@@ -12,10 +13,151 @@ import io
 import os
 import re
 import stat
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 from urllib.parse import unquote, unquote_to_bytes
 
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Layout = Literal["hwc", "chw", "fhwc", "fchw"]
+_LAYOUTS: tuple[str, ...] = ("hwc", "chw", "fhwc", "fchw")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter alone is a drive of Windows
 _LONGEST_SHOWN = 200
+
+
+# Two threads may be given one file, which has one position. What has no hash is locked by its id.
+_READ_LOCKS = tuple(threading.Lock() for _ in range(64))
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the image and the reason."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pixels:
+    """RGB pixels whose axes are named: a tensor or array, uint8.
+
+    Args:
+        values: on any device.
+        layout: the order of its axes, height, width and channels, and before them the frames of a
+            clip: "hwc", "chw", "fhwc" or "fchw".
+
+    Raises:
+        ValueError: another layout, or values of other axes.
+    """
+
+    values: Any
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        if self.layout not in _LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}; it must be one of {', '.join(_LAYOUTS)}")
+        shape = list(self.values.shape)
+        if len(shape) != len(self.layout) or shape[self.layout.index("c")] != 3:
+            raise ValueError(
+                f"pixels of shape {shape} have not the layout {self.layout!r} with three channels"
+            )
+
+    def to_array(self) -> np.ndarray:
+        """[H, W, 3], or of a clip [F, H, W, 3]."""
+        values = self.values.detach().cpu().numpy() if is_tensor(self.values) else self.values
+        array = np.asarray(values)
+        return np.moveaxis(array, self.layout.index("c"), -1)
+
+
+# What is decoded, and what is brought to that: datasets' {"bytes", "path"}, tensors, open files.
+PlainInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
+ImageInput: TypeAlias = "PlainInput | Pixels | Mapping[str, Any] | BinaryIO | Tensor"
+
+
+def is_tensor(image: object) -> bool:
+    """Whether it is a torch tensor; without importing torch, which some processes never need."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(image, torch.Tensor)
+
+
+def is_file(image: object) -> bool:
+    """Whether it is open for reading, or, as what `fsspec.open` gives, opens as a context."""
+    return hasattr(image, "read") or (hasattr(image, "open") and hasattr(image, "__enter__"))
+
+
+def plain_input(image: object, name: str) -> PlainInput:
+    """A path, URL, file content, PIL image or array, of whatever an image was given as.
+
+    Raises:
+        ImageError: it is nothing of that, or cannot be had.
+    """
+    if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | bytes):
+        return image
+    if isinstance(image, Pixels):
+        return image.to_array()
+    if is_tensor(image):
+        return _tensor_pixels(image, name).to_array()
+    if isinstance(image, Mapping):
+        return _of_row(image, name)
+    if is_file(image):
+        return _read(image, name)
+    raise ImageError(
+        f"{name}: expected a path, the bytes of an image file, a PIL image, an array, a uint8 "
+        'tensor, an open file, or {"bytes": ..., "path": ...} of datasets'
+    )
+
+
+def _tensor_pixels(tensor: Any, name: str) -> Pixels:
+    """A tensor by the one layout that its shape allows."""
+    shape = list(tensor.shape)
+    found = f"{name}: {str(tensor.dtype).removeprefix('torch.')} in the shape {shape}"
+    if str(tensor.dtype) != "torch.uint8":
+        raise ImageError(f"{found}; expected a path, an array or a uint8 tensor")
+    layouts: list[Layout] = ["hwc", "chw"] if len(shape) == 3 else ["fhwc", "fchw"]
+    fitting = [
+        layout for layout in layouts if len(shape) == len(layout) and shape[layout.index("c")] == 3
+    ]
+    if len(fitting) != 1:
+        which = "two layouts fit" if fitting else "no layout with three channels fits"
+        raise ImageError(f"{found}: {which}; name it, as in vitrt.Pixels(tensor, layout='chw')")
+    return Pixels(tensor, fitting[0])
+
+
+def _of_row(row: Mapping[str, Any], name: str) -> PlainInput:
+    """The image of `{"bytes", "path"}`, the form that datasets keep images in, undecoded."""
+    content, path = row.get("bytes"), row.get("path")
+    if not row.keys() <= {"bytes", "path"} or (content is None and path is None):
+        raise ImageError(
+            f"{name}: expected the keys bytes and path of datasets, one of them not None; it has "
+            f"{shorten(', '.join(map(str, row)))}"
+        )
+    if content is None:
+        return str(path)
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise ImageError(f"{name}: bytes is a {type(content).__name__}")
+    return bytes(content)
+
+
+def _read(file: Any, name: str) -> bytes:
+    """The whole content of an open file, from its start where it can be rewound."""
+    try:
+        if not hasattr(file, "read"):
+            with file as opened:
+                content = opened.read()
+        else:
+            with _READ_LOCKS[id(file) // 64 % len(_READ_LOCKS)]:
+                if getattr(file, "seekable", lambda: False)():
+                    file.seek(0)
+                content = file.read()
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name}: cannot be read: {shorten(reason)}") from error
+    if not isinstance(content, bytes):
+        raise ImageError(f'{name}: is not open in binary mode: open it with "rb"')
+    return content
 
 
 def shorten(text: str) -> str:

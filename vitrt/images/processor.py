@@ -16,6 +16,7 @@ from PIL import Image
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VideoConfig
 from vitrt.images.clips import clip_size
 from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe, size_of
+from vitrt.images.inputs import plain_input
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
 
@@ -162,8 +163,9 @@ class ImageProcessor:
 
         Raises whatever an image that cannot be read makes its reader raise.
         """
-        frames = len(image) if isinstance(image, np.ndarray) and image.ndim == 4 else 1
-        return self.grid(*size_of(image), frames)
+        plain = plain_input(image, describe(image))
+        frames = len(plain) if isinstance(plain, np.ndarray) and plain.ndim == 4 else 1
+        return self.grid(*size_of(plain), frames)
 
     def prepare(
         self,
@@ -178,7 +180,9 @@ class ImageProcessor:
         a single frame is an image.
 
         Args:
-            image: a path, the bytes of an image file, a PIL image or a uint8 array.
+            image: a path, a file: or data: URL, the bytes of an image file, an open file, a PIL
+                image, datasets' {"bytes", "path"}, a uint8 array, or a uint8 tensor whose layout
+                its shape or `Pixels` says.
             name: what error messages call the image; None: its path, or a description of it.
             span: of a clip, only these frames of its grid, [start, stop): at the size that they
                 have in the whole.
@@ -188,12 +192,13 @@ class ImageProcessor:
         """
         name = describe(image) if name is None else name
         frames: list[Image.Image | np.ndarray]
-        if isinstance(image, np.ndarray):
-            array = check_array(image, name)
+        plain = plain_input(image, name)
+        if isinstance(plain, np.ndarray):
+            array = check_array(plain, name)
             frames = list(array) if array.ndim == 4 else [array]
             height, width = array.shape[-3:-1]
         else:
-            decoded = decode(image, name)
+            decoded = decode(plain, name)
             frames = [decoded]
             width, height = decoded.size
         try:
