@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.threads import Arrivals, in_threads
 from vitrt import VisionEncoder
 from vitrt.engine.eager_runner import EagerRunner
 
@@ -76,26 +76,31 @@ def test_a_default_dtype_changes_nothing(folder: Path):
 
 
 def test_forwards_of_several_threads_take_turns(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first one in waits until all the others have come, and then leaves them time to enter."""
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    waiting, all_came = Arrivals(4), []
     running, most = 0, 0
-    whole = EagerRunner.forward
+    run, whole = EagerRunner.run, EagerRunner.forward
+
+    def arrive(self, *args, **kwargs):
+        waiting.arrive()
+        return run(self, *args, **kwargs)
 
     def forward(self, *args, **kwargs):
         nonlocal running, most
         running += 1
         most = max(most, running)
+        all_came.append(waiting.all_came.wait(30))
         time.sleep(0.01)
         try:
             return whole(self, *args, **kwargs)
         finally:
             running -= 1
 
+    monkeypatch.setattr(EagerRunner, "run", arrive)
     monkeypatch.setattr(EagerRunner, "forward", forward)
-    threads = [threading.Thread(target=all_features, args=(encoder,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, lambda: all_features(encoder))
+    assert all(all_came) and len(all_came) >= 4
     assert most == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.support.bench_run import bench
 from tests.support.checkpoints import reference_tower
 from vitrt import cli
 from vitrt.bench import transformers_peers
@@ -31,7 +31,6 @@ from vitrt.bench.runs import run_bench
 from vitrt.bench.timing import Samples, measure
 from vitrt.bench.transformers_peers import Compiled, Eager
 from vitrt.bench.workloads import Workload, build_workloads
-from vitrt.commands.bench import add_arguments, run
 from vitrt.compare.errors import compare, float32_reference, relative_error
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint
 from vitrt.encoder import VisionEncoder
@@ -41,12 +40,6 @@ from vitrt.layers.rotary import rotary_tables
 
 CPU = torch.device("cpu")
 MODELS = ("qwen3-vl-8b", "qwen2.5-vl-7b")
-
-
-def bench(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([*arguments, "--device", "cpu", "--seconds", "0.01", "--quiet"]))
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.bench.test_bench import bench
+from tests.support.bench_run import bench
 from vitrt.bench import vllm_peer
 from vitrt.bench.clocks import Clocks, ClockSampler, reader_for
 from vitrt.bench.contenders import UnavailableError, Vitrt

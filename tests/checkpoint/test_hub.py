@@ -18,9 +18,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.test_weights import Recorder, recorder
 from tests.support.checkpoints import reference_tower
 from tests.support.hub_server import COMMIT, FakeHub, serve
+from tests.support.recorder import Recorder, recorder
 from vitrt.checkpoint import hub_ranges
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError, read_header

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import CONFIGS, reference_tower
-from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
+from tests.support.recorder import recorder
+from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError, StoredTensor, read_header
 from vitrt.engine.loader import fill_tower
-from vitrt.layers.weights import TensorSlice, WeightTarget
 from vitrt.models.families import build_tower
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -62,28 +62,6 @@ def audited() -> Iterator[list[str]]:
         yield _OPENED[-1]
     finally:
         _OPENED.pop()
-
-
-class Recorder:
-    """A tower that keeps every tensor it is given, by name, and counts."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-        self.kept: dict[str, torch.Tensor] = {}
-
-    def weight_targets(self) -> Iterator[WeightTarget]:
-        for name, shape in self.shapes.items():
-            yield WeightTarget(name, shape, lambda source, name=name: self.keep(name, source))
-
-    def keep(self, name: str, source: TensorSlice) -> None:
-        assert name not in self.kept, f"{name} stored twice"
-        self.kept[name] = source[...]
-
-
-def recorder(checkpoint: Checkpoint) -> Recorder:
-    with torch.device("meta"):
-        tower = build_tower(checkpoint.vision_config())
-    return Recorder({slot.name: slot.shape for slot in tower.weight_targets()})
 
 
 def load_all(folder: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -26,6 +27,7 @@ from tests.support.folders import (
     photo,
     photos,
 )
+from tests.support.threads import Arrivals, in_threads
 from vitrt import FeatureStore, ImageFeatures
 from vitrt.sources.folder import walk
 from vitrt.sources.record import Record
@@ -130,7 +132,10 @@ def test_store_gives_back_what_was_written(tmp_path: Path, dtype: torch.dtype) -
         assert found.spatial().shape == (1, 1, feature.grid_thw[2] // 2, WIDTH)
 
 
-def test_store_reads_all_ranks_from_several_threads(tmp_path: Path) -> None:
+def test_store_reads_all_ranks_from_several_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them want the first shard while one thread opens it: it is opened once."""
     for rank in range(3):
         writer = FeatureWriter(tmp_path, IDENTITY, rank=rank, shard_mib=SHARD_MIB)
         for index in range(20):
@@ -140,6 +145,20 @@ def test_store_reads_all_ranks_from_several_threads(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     assert len(store) == 60
     wrong: list[str] = []
+    waiting, opened = Arrivals(4), Counter[Path]()
+    shard = FeatureStore._shard
+
+    def arrive(self: FeatureStore, name: str) -> Any:
+        waiting.arrive()
+        return shard(self, name)
+
+    def slow_open(path: Path, framework: str) -> Any:
+        assert waiting.all_came.wait(30)
+        opened[path] += 1
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(FeatureStore, "_shard", arrive)
+    monkeypatch.setattr("vitrt.store.feature_store.safe_open", slow_open)
 
     def read() -> None:
         for rank in range(3):
@@ -148,12 +167,8 @@ def test_store_reads_all_ranks_from_several_threads(tmp_path: Path) -> None:
                 if not torch.equal(store[f"{rank}/{index}"].embeddings, wanted):
                     wrong.append(f"{rank}/{index}")
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(4, read)
+    assert wrong == [] and opened and set(opened.values()) == {1}
 
 
 def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
