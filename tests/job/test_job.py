@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support.ranks import run_ranks, start_ranks, wait_for
+from tests.support.shards import write_parquet, write_tar
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
@@ -98,6 +99,34 @@ def test_killed_rank_of_a_group(victim: int, tiny_qwen3_vl: Path, photos: Path, 
     assert job.returncode != 0, text
     assert "this should not have happened" not in text
     assert set(listed(output).values()) == {1}
+
+
+def test_ranks_share_the_images_of_a_tar_and_a_table(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
+):
+    """What the first rank lists, the others load."""
+    names = [record.id for record in Inputs([photos])]
+    images = {name: (photos / name).read_bytes() for name in names}
+    inputs = tmp_path / "shards"
+    inputs.mkdir()
+    write_tar({name: images[name] for name in names[:40]}, inputs / "a.tar")
+    rest = {name: images[name] for name in names[40:]} | {"broken": b"no image"}
+    write_parquet(rest, inputs / "b.parquet", rows=7)
+    output = tmp_path / "features"
+    code, text = encode(2, tiny_qwen3_vl, inputs, output)
+    assert code != 0 and "exitcode  : 3" in text, text  # an image was skipped
+    ids = [f"a.tar/{name.removesuffix('.png')}" for name in names[:40]]
+    ids += [f"b.parquet/{row}" for row in range(len(names) - 40)]
+    assert listed(output) == Counter(ids)
+    assert all((output / f"manifest-0000{rank}.jsonl").stat().st_size for rank in range(2))
+    store = FeatureStore(output)
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    for image_id, name in list(zip(ids, names, strict=True))[::9]:
+        (expected,) = encoder.encode([photos / name])
+        actual = store[image_id].embeddings
+        assert float((actual - expected.embeddings).norm() / expected.embeddings.norm()) < 1e-5
+    errors = "".join(path.read_text() for path in output.glob("errors-*"))
+    assert f'"b.parquet/{len(names) - 40}"' in errors and errors.count("\n") == 1
 
 
 def test_error_of_one_rank_ends_all_and_is_named(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path):
