@@ -117,18 +117,19 @@ def walk_remote(
     """
     system, root = filesystem(url)
     system.invalidate_cache()
-    folders = [root]
+    folders = [("", root.rstrip("/"))]
     while folders and not should_stop():
+        prefix, folder = folders.pop()
         inner = []
-        for info in sorted(system.ls(folders.pop(), detail=True), key=lambda info: info["name"]):
+        for info in sorted(system.ls(folder, detail=True), key=lambda info: info["name"]):
             path = str(info["name"]).rstrip("/")
-            name = path[len(root) :].strip("/") if path.startswith(root) else os.path.basename(path)
-            if not name or name.rpartition("/")[2].startswith("."):
+            name = path.rpartition("/")[2]
+            if path == folder or name.startswith("."):  # object stores may list the folder itself
                 continue
             if info["type"] == "directory":
-                inner.append(path)
+                inner.append((f"{prefix}{name}/", path))
             else:
-                yield name, system.unstrip_protocol(path), info
+                yield prefix + name, system.unstrip_protocol(path), info
         folders += reversed(inner)
 
 
