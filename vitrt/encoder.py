@@ -210,9 +210,10 @@ class VisionEncoder:
         An image is a path, a PIL image, the bytes of an image file, or a uint8 array [H, W, 3]; an
         array [F, H, W, 3] in the list is a clip. It may also be a file: or data: URL, an open file,
         datasets' {"bytes", "path"}, or a uint8 tensor, whose axes `vitrt.Pixels` names. The
-        features of one batch are views of one tensor on the encoder's device. Raises ImageError (a
-        ValueError) naming the first image that cannot be used, or DeviceMemoryError (another)
-        naming one that alone exceeds the device's memory.
+        features of one batch are views of one tensor on the encoder's device: `clone()` those that
+        are kept or saved without the others. Raises ImageError (a ValueError) naming the first
+        image that cannot be used, or DeviceMemoryError (another) naming one that alone exceeds the
+        device's memory.
 
         Args:
             layers: also give the hidden states after these layers, counted from 0 or, as -1, from
@@ -274,6 +275,9 @@ class VisionEncoder:
         on_error: Literal["raise", "yield"] = "raise",
     ) -> Iterator[ImageFeatures] | Iterator[ImageFeatures | ImageError]:
         """`encode` in bounded memory: `workers` threads decode a window ahead of the device.
+
+        Bounded as long as what is kept of the features is their `clone()`: any of them, or a part of
+        one, keeps the tensors of its whole batch.
 
         What an image raises comes after the features of all before it and ends the stream; with
         `on_error="yield"` its ImageError comes in its place, and the stream goes on. What the
