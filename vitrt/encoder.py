@@ -276,8 +276,8 @@ class VisionEncoder:
     ) -> Iterator[ImageFeatures] | Iterator[ImageFeatures | ImageError]:
         """`encode` in bounded memory: `workers` threads decode a window ahead of the device.
 
-        Bounded as long as what is kept of the features is their `clone()`: any of them, or a part of
-        one, keeps the tensors of its whole batch.
+        Bounded as long as what is kept of the features is their `clone()`: any of them, or a part
+        of one, keeps the tensors of its whole batch.
 
         What an image raises comes after the features of all before it and ends the stream; with
         `on_error="yield"` its ImageError comes in its place, and the stream goes on. What the
