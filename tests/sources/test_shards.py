@@ -420,3 +420,33 @@ def test_a_list_may_name_urls(folder: Path, tmp_path: Path) -> None:
     assert list(good) == [*(f"bucket/in/{name}" for name in images), "in/000.png"]
     assert [good[f"bucket/in/{name}"].load() for name in images] == list(images.values())
     assert all(record.size > 0 and record.mtime > 0 for record in good.values())
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mtime", [0, 1.5])
+def test_every_way_of_writing_a_header(tmp_path: Path, form: int, mtime: float) -> None:
+    """What is read without tarfile is what tarfile reads."""
+    names = ["a.png", "ünï.png", "d" * 90 + "/" + "e" * 90 + ".png", "last.png"]
+    if form != tarfile.USTAR_FORMAT:
+        names.insert(2, "f" * 300 + ".png")
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        folder = tarfile.TarInfo("d.png")  # named as an image is
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for index, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 500 * index, mtime
+            archive.addfile(info, io.BytesIO(bytes([index]) * info.size))
+    with tarfile.open(path) as archive:
+        wanted = {
+            f"a.tar/{member.name.rpartition('.')[0]}": archive.extractfile(member).read()  # type: ignore[union-attr]
+            for member in archive
+            if member.isfile()
+        }
+    assert contents(Inputs([path])) == wanted and len(wanted) == len(names)
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1  # of the first name: its checksum is wrong
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="bad checksum"):
+        Inputs([path])
