@@ -199,6 +199,12 @@ def test_a_tower_wherever_it_lies(place: str, named: str, caplog: pytest.LogCapt
     assert f"a model of type {outer} is qwen3_vl's" in caplog.text
 
 
+def test_cohere_compass_is_the_tower_of_qwen3_vl() -> None:
+    part = {"model_type": "cohere_compass_vision", "out_hidden_size": 4096}
+    config = {"model_type": "cohere_compass", "vision_config": part}
+    assert read_vision_config(config) == read_vision_config(released("qwen3-vl-8b"))
+
+
 def test_the_same_tower_told_twice_is_one() -> None:
     data = released("qwen3-vl-8b")
     assert read_vision_config({"model_type": "x", "a": data, "b": data}) == read_vision_config(data)

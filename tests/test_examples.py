@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.support import sentence_transformers as stand_in
 from tests.support.checkpoints import reference_model, tiny_checkpoint
 from vitrt import VisionEncoder
 from vitrt.cli import main
@@ -28,6 +29,7 @@ TESTED = {
     "precompute_for_vllm",
     "search_lancedb",
     "search_photos",
+    "sentence_transformers_images",
     "torchrun",
 }
 
@@ -164,6 +166,21 @@ def wanted_answer(checkpoint: Path, photos: Path, *names: str) -> str:
     new = output[0, text["input_ids"].shape[1] :]
     assert len(new) == 8
     return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_sentence_transformers_images(
+    tiny_qwen3_vl: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", stand_in)
+    paths = [str(photos / name) for name in ("a1.png", "b1.jpg", "more/a2.png", "more/b2.jpg")]
+    with torch.inference_mode():
+        load("sentence_transformers_images").main([str(tiny_qwen3_vl), *paths])
+    lines = capsys.readouterr().out.splitlines()
+    nearest = [Path(line.split(" nearest is ")[1].split(",")[0]).name for line in lines]
+    assert nearest == ["a2.png", "b2.jpg", "a1.png", "b1.jpg"]
 
 
 def add_tokenizer(folder: Path) -> None:

@@ -42,6 +42,17 @@ def test_kernel_equals_dense(head_dim: int, lengths: list[int]) -> None:
 
 
 @interpreted
+def test_twelve_heads_of_64() -> None:
+    """The head count of Qwen3.5-0.8B: no power of two, nor a multiple of 8."""
+    lengths = [70, 36]
+    qkv, out = poisoned(lengths, 2, 12, 64)
+    _flash_triton(qkv, make_segments(lengths), out, SMALL)
+    torch.testing.assert_close(
+        out[:106].double(), dense_reference(qkv, lengths), rtol=1e-5, atol=1e-5
+    )
+
+
+@interpreted
 @pytest.mark.parametrize("tiling", sorted({(v.block_m, v.block_n) for v in VARIANTS}), ids=str)
 def test_every_block_size(tiling: tuple[int, int]) -> None:
     lengths = [200, 64, 7]

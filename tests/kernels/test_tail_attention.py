@@ -66,6 +66,14 @@ def test_kernels_equal_dense(head_dim: int, lengths: list[int], tails: list[int]
 
 
 @interpreted
+def test_twelve_heads_of_64() -> None:
+    lengths, tails = [70, 36], [7, 36]
+    qkv, out = poisoned(lengths, 2, 12, 64)
+    _tail_triton(qkv, make_rows(lengths, tails), out, SMALL)
+    assert_tails(qkv, out, lengths, tails)
+
+
+@interpreted
 @pytest.mark.parametrize("tiling", sorted({(v.block_m, v.block_n) for v in VARIANTS}), ids=str)
 def test_every_block_size(tiling: tuple[int, int]) -> None:
     lengths, tails = [200, 64, 7], [100, 0, 5]

@@ -188,15 +188,25 @@ def test_an_adapter_can_be_trained_on_features(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
-def test_full_size_tower_on_a_photo(name: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("qwen2.5-vl-7b", None),
+        ("qwen3-vl-8b", None),
+        ("qwen3.5-0.8b", None),
+        ("qwen2-vl-2b", 4),
+        ("qwen3.5-27b", 4),
+    ],
+)
+def test_full_size_tower_on_a_photo(name: str, depth: int | None, tmp_path: Path):
     """Released sizes, random weights, one 560 x 560 photograph through the whole path."""
     from PIL import Image
     from skimage import data
 
     from vitrt.images.processor import patches_reference
 
-    folder = full_size_checkpoint(name, tmp_path / name)
+    layers = {} if depth is None else {"depth": depth}
+    folder = full_size_checkpoint(name, tmp_path / name, **layers)
     encoder = VisionEncoder.from_pretrained(folder, device="cpu", dtype="float32")
     photo = Image.fromarray(data.astronaut()).resize((560, 560))
     features = encoder.encode([photo])[0]

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from vitrt.models.families import family_named
+from vitrt.models.families import family_named, family_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL_CLASSES = {
@@ -122,7 +122,7 @@ def full_size_checkpoint(
     """
     released = json.loads((CONFIGS / name / "config.json").read_text())
     preprocessor = json.loads((CONFIGS / name / "preprocessor_config.json").read_text())
-    config = _config(released["model_type"], released["vision_config"] | vision)
+    config = _config(released["model_type"], {**family_of(released)[1], **vision})
     _save(config, preprocessor, folder, dtype, shards, seed)
     if (video := CONFIGS / name / "video_preprocessor_config.json").is_file():
         shutil.copy(video, folder)

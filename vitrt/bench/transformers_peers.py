@@ -144,7 +144,7 @@ def precomputed(tower: Any, grid_thw: Tensor) -> dict[str, Any]:
         indexes["window_index"] = window_index.to(grid_thw.device)
         indexes["cu_window_seqlens"] = windows
         indexes["max_window_seqlen"] = int(windows.diff().max())
-    else:
+    if hasattr(tower, "num_grid_per_side"):
         taps, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grid_thw,
             num_grid_per_side=tower.num_grid_per_side,

@@ -133,6 +133,7 @@ FAMILIES = (
     replace(QWEN3_5, name="qwen4_exp", reference="Qwen4ExpVisionModel"),
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
+_BY_NAME["cohere_compass"] = QWEN3_VL  # the very same tower under another name
 _VISION_SUFFIXES = ("_vision", "_vision_encoder")
 
 # Spellings of any family's files.
@@ -157,7 +158,9 @@ def family_named(model_type: object) -> Family:
 
 
 def _unsupported(key: str, model_type: object) -> ValueError:
-    return ValueError(f"{key} {model_type!r} is not supported; supported are {', '.join(_BY_NAME)}")
+    return ValueError(
+        f"{key} {model_type!r} is not supported; supported are {', '.join(family_names())}"
+    )
 
 
 def _named(model_type: object) -> Family | None:
@@ -169,7 +172,7 @@ def _named(model_type: object) -> Family | None:
 
 def family_names() -> tuple[str, ...]:
     """The families there are."""
-    return tuple(_BY_NAME)
+    return tuple(family.name for family in FAMILIES)
 
 
 def is_tower_type(model_type: object) -> bool:
