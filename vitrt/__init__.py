@@ -1,4 +1,4 @@
-"""The vision encoders of Qwen2.5-VL and Qwen3-VL on their own: images in, visual features out."""
+"""The vision encoders of Qwen's models on their own: images in, visual features out."""
 
 from __future__ import annotations
 

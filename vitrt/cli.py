@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """A parser of all commands; only the one asked for is imported and knows its options."""
-    parser = Parser(prog="vitrt", description="Vision features of Qwen2.5-VL and Qwen3-VL.")
+    parser = Parser(prog="vitrt", description="Vision features of Qwen's models.")
     parser.add_argument("--version", action="version", version=f"vitrt {__version__}")
     asked_for = next((word for word in arguments if not word.startswith("-")), None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)

@@ -141,7 +141,7 @@ def test_vitrt_and_transformers_hold_the_same_weights(setting: Any) -> None:
     assert len(expected[1]) == len(encoder.config.deepstack_visual_indexes)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "qwen2-vl-7b", "qwen3.5-0.8b", "qwen2.5-omni-7b"])
 def test_flash_attention_from_any_module_serves_transformers_eager_and_compiled(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,19 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import reference_tower, tiny_checkpoint, tower_class
+from tests.support.checkpoints import FAMILIES, reference_tower, tiny_checkpoint, tower_class
 from vitrt.checkpoint import extract
 from vitrt.checkpoint.extract import extract_tower
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.checkpoint.shards import CheckpointError
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_tower(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    source = request.getfixturevalue(f"tiny_{family}")
+def test_same_tower(family: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(family, tmp_path / "source")
     opened = open_checkpoint(source)
     folder = extract_tower(opened, tmp_path / "new" / "tower")
     assert sorted(path.name for path in folder.iterdir()) == FILES
@@ -44,10 +43,8 @@ def test_same_tower(family: str, request: pytest.FixtureRequest, tmp_path: Path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_own_tower_loads_it(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    source = request.getfixturevalue(f"tiny_{family}")
+def test_transformers_own_tower_loads_it(family: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(family, tmp_path / "source")
     folder = extract_tower(open_checkpoint(source), tmp_path / "tower")
     tower, info = tower_class(family).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
