@@ -1,9 +1,13 @@
 """Kill `vitrt encode` at random moments, let it resume, and compare with a run that was left alone.
 
     python scripts/stress/kill.py --kills 200
+    python scripts/stress/kill.py --kills 10 --images 20000 --rounds 3 \\
+        --sources folder tar parquet dataset memory
 
-Each run is a process of its own, forked with the tower loaded, and dies by SIGKILL. Exit code 1 if
-in the end an image is missing or there twice, `vitrt check` finds anything, or a feature differs.
+Each run is a process of its own, forked with the tower loaded, and dies by SIGKILL. Every source
+holds the same images. Exit code 1 if in the end an image is missing or there twice, `vitrt check`
+finds anything, or a feature differs from that of a folder's run. With --rounds, the sources are
+also timed in turns, and their images/s compared with a folder's.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.support.shards import write_dataset, write_parquet, write_remote, write_tar
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
@@ -30,11 +36,13 @@ from vitrt.job.encode import EncodeOptions, encode_folder
 from vitrt.job.progress import Progress
 from vitrt.job.stop import Stop
 from vitrt.sources.inputs import Inputs
+from vitrt.sources.options import SourceOptions
 from vitrt.store.check import check_folder
 from vitrt.store.writer import FeatureStore
 
 # Batches of two runs hold other images, and matrix products of other shapes round otherwise.
 TOLERANCE = 1e-5
+SOURCES = ("folder", "tar", "parquet", "dataset", "memory")
 
 
 def main() -> int:
@@ -44,58 +52,84 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         photos = _photos(folder / "in", args.images)
-        checkpoint = args.checkpoint or _checkpoint(folder / "checkpoint")
-        job = _Job(checkpoint, photos)
-        started = time.perf_counter()
-        assert job.run(folder / "alone") == 0
-        alone = time.perf_counter() - started
-        kills = resumed = 0
-        while kills < args.kills:
-            # Spread so that a folder takes a few lives to complete.
-            delay = random.uniform(0, alone / 2)
-            if job.run(folder / f"killed-{resumed}", kill_after=delay) == 0:
-                _compare(folder / f"killed-{resumed}", folder / "alone")
-                resumed += 1
-            else:
-                kills += 1
-        last = folder / f"killed-{resumed}"
-        assert job.run(last) == 0
-        _compare(last, folder / "alone")
-    print(f"{kills} kills, {resumed + 1} folders completed, every image once, all features equal")
+        job = _Job(args.checkpoint or _checkpoint(folder / "checkpoint"), args.shard_mib)
+        sources = {kind: _source(kind, photos, folder) for kind in args.sources}
+        alone = folder / "alone"
+        seconds = job.time(alone, photos)
+        for kind, source in sources.items():
+            kills = resumed = 0
+            while True:
+                output = folder / f"{kind}-{resumed}"
+                # Spread so that a folder takes a few lives to complete.
+                delay = random.uniform(0, seconds / 2) if kills < args.kills else None
+                if job.run(output, source, kill_after=delay) == 0:
+                    _compare(output, alone)
+                    shutil.rmtree(output)
+                    resumed += 1
+                    if delay is None:
+                        break
+                else:
+                    kills += 1
+            print(
+                f"{kind}: {kills} kills, {resumed} folders completed, every image once, all "
+                "features equal",
+                flush=True,
+            )
+        _race(job, {"folder": photos, **sources}, folder, args)
     return 0
 
 
-class _Job:
-    """Runs over one folder of photos, each in a fork of this process."""
+def _race(
+    job: _Job, sources: dict[str, Path | str], folder: Path, args: argparse.Namespace
+) -> None:
+    """Images/s of whole runs, the best of so many rounds in turns."""
+    best = dict.fromkeys(sources, float("inf"))
+    for _ in range(args.rounds):
+        for kind, source in sources.items():
+            best[kind] = min(best[kind], job.time(folder / "timed", source))
+            shutil.rmtree(folder / "timed")
+    for kind, seconds in best.items() if args.rounds else ():
+        share = best["folder"] / seconds
+        print(f"{kind}: {args.images / seconds:.0f} images/s, {share:.0%} of a folder's")
 
-    def __init__(self, checkpoint: Path, photos: Path) -> None:
+
+class _Job:
+    """Runs over one source, each in a fork of this process."""
+
+    def __init__(self, checkpoint: Path, shard_mib: float) -> None:
+        self._options = EncodeOptions(workers=2, shard_mib=shard_mib)
         self._checkpoint = open_checkpoint(checkpoint)
         self._runtime = RuntimeConfig(device="cpu", max_batch_tokens=256)
-        self._photos = photos
         encoder = VisionEncoder.from_checkpoint(self._checkpoint, self._runtime)
         VisionEncoder.from_checkpoint = classmethod(  # type: ignore[method-assign]
             lambda cls, *arguments, **options: encoder  # loaded once, for all forks
         )
 
-    def run(self, output: Path, kill_after: float | None = None) -> int:
+    def time(self, output: Path, source: Path | str) -> float:
+        """Seconds of a run that is left alone."""
+        started = time.perf_counter()
+        assert self.run(output, source) == 0
+        return time.perf_counter() - started
+
+    def run(self, output: Path, source: Path | str, kill_after: float | None = None) -> int:
         """The exit code; -9 if it was killed before it ended."""
         child = os.fork()
         if child == 0:
-            os._exit(self._encode(output))
+            os._exit(self._encode(output, source))
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def _encode(self, output: Path) -> int:
-        options = EncodeOptions(workers=2, shard_mib=1 / 16)
-        inputs = Inputs([self._photos])
+    def _encode(self, output: Path, source: Path | str) -> int:
+        has_names = str(source).endswith(("parquet", "dataset"))
+        inputs = Inputs([source], SourceOptions(id_column="name" if has_names else None))
         summary = encode_folder(
             self._checkpoint,
             self._runtime,
             inputs,
             output,
-            options,
+            self._options,
             progress=Progress(),
             stop=Stop(),
         )
@@ -107,9 +141,11 @@ def _compare(found: Path, wanted: Path) -> None:
     if result.problems:
         raise SystemExit("\n".join(["vitrt check:", *result.problems]))
     killed, alone = FeatureStore(found), FeatureStore(wanted)
-    if set(killed) != set(alone):
-        raise SystemExit(f"images differ: {set(killed) ^ set(alone)}")
-    for name, features in killed.items():
+    names = {image_id: _name(image_id) for image_id in killed}
+    if len(names) != len(alone) or set(names.values()) != set(alone):
+        raise SystemExit(f"images differ: {set(names.values()) ^ set(alone)}")
+    for image_id, name in names.items():
+        features = killed[image_id]
         for kind in ("embeddings", "deepstack"):
             mine, other = getattr(features, kind), getattr(alone[name], kind)
             error = float((mine - other).norm() / other.norm())
@@ -128,6 +164,33 @@ def _photos(folder: Path, count: int) -> Path:
     return folder
 
 
+def _source(kind: str, photos: Path, folder: Path) -> Path | str:
+    """The photos once more, in three shards where they are shards."""
+    names = [record.id for record in Inputs([photos])]
+    if kind == "folder":
+        return photos
+    if kind == "memory":  # which forks of this process share
+        return write_remote({name: (photos / name).read_bytes() for name in names}, "memory://in")
+    target = folder / kind
+    target.mkdir()
+    step = -(-len(names) // 3)
+    for start in range(0, len(names), step):
+        images = {name: (photos / name).read_bytes() for name in names[start : start + step]}
+        if kind == "tar":
+            write_tar(images, target / f"{start:06}.tar")
+        elif kind == "parquet":
+            write_parquet(images, target / f"{start:06}.parquet")
+    if kind == "dataset":
+        write_dataset({name: (photos / name).read_bytes() for name in names}, target)
+    return target
+
+
+def _name(image_id: str) -> str:
+    """What a folder calls the image."""
+    shard, _, key = image_id.partition("/")
+    return f"{key}.png" if shard.endswith(".tar") else image_id
+
+
 def _checkpoint(folder: Path) -> Path:
     from tests.support.checkpoints import tiny_checkpoint
 
@@ -138,6 +201,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--sources", nargs="+", default=["folder"], choices=SOURCES)
+    parser.add_argument("--shard-mib", type=float, default=1 / 16)
+    parser.add_argument("--rounds", type=int, default=0, help="of timing, after the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="default: a tiny one is made")
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's")

@@ -257,11 +257,14 @@ def test_death_at_every_call(mode: str, tmp_path: Path) -> None:
 
 
 def test_random_kills(tmp_path: Path, tiny_qwen3_vl: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/stress/kill.py"), "--kills", "20"]
+    sources = ("folder", "tar", "parquet", "memory")
+    command = [sys.executable, str(ROOT / "scripts/stress/kill.py"), "--kills", "6"]
     command += ["--images", "60", "--folder", str(tmp_path), "--checkpoint", str(tiny_qwen3_vl)]
+    command += ["--sources", *sources]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 kills" in done.stdout
+    for source in sources:
+        assert f"{source}: 6 kills" in done.stdout
 
 
 def test_two_jobs_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
