@@ -36,9 +36,13 @@ class Choice:
     all_files: bool = False  # every one, whatever its name
     left_out: Counter[str] = field(default_factory=Counter)  # suffix -> files
 
+    def is_image(self, name: str) -> bool:
+        """Whether a file of this name is tried."""
+        return self.all_files or is_image_name(name)
+
     def takes(self, name: str) -> bool:
-        """Whether it is tried; a name that is not is counted."""
-        if self.all_files or is_image_name(name):
+        """The same, and what is not tried is counted."""
+        if self.is_image(name):
             return True
         self.left_out[os.path.splitext(name)[1].lower()] += 1
         return False

@@ -17,7 +17,6 @@ from typing import TypeAlias
 from vitrt.sources.folder import (
     Choice,
     id_from,
-    is_image_name,
     named,
     printable,
     unprintable,
@@ -208,7 +207,7 @@ class _Folder:
 
     def path_of(self, image_id: str) -> str | None:
         for name in (image_id, unprintable(image_id)):
-            if name is not None and (self._choice.all_files or is_image_name(name)):
+            if name is not None and self._choice.is_image(name):
                 path = os.path.join(self.path, name)
                 if os.path.isfile(path):
                     return path

@@ -60,9 +60,12 @@ def tar_records(
     seen: set[int] = set()
     damage: list[Exception] = []
     with open_location(location) as file:
-        members = _images(location, file, choice, should_stop, damage)
+        members = _members(location, file, choice, should_stop, damage)
         for key, sample in groupby(members, key=lambda member: _key(member.name)):
-            images = list(sample)
+            together = list(sample)
+            images = [member for member in together if choice.is_image(member.name)]
+            for member in together if not images else ():  # beside an image they are its captions
+                choice.takes(member.name)
             for member in images:
                 name, problem = key if len(images) == 1 else member.name, member.problem
                 if hash(name) in seen:
@@ -75,22 +78,22 @@ def tar_records(
         yield Record(id_from(prefix), location, problem=f"the archive cannot be read on: {error}")
 
 
-def _images(
+def _members(
     location: str,
     file: BinaryIO,
     choice: Choice,
     should_stop: Callable[[], bool],
     damage: list[Exception],
 ) -> Iterator[_Member]:
-    """The members that are images; an error that ends them is put into `damage`."""
+    """The members that are not hidden; an error that ends them is put into `damage`."""
     try:
         archive = _open(file)
         archive.offset = 0
         while not should_stop() and (member := _next(archive, file)) is not None:
             hidden = any(part.startswith(".") for part in member.name.split("/"))
-            if hidden or not choice.takes(member.name):
+            if hidden:
                 continue
-            if is_url(location) and member.problem is None:
+            if is_url(location) and choice.is_image(member.name) and member.problem is None:
                 file.seek(member.start)
                 data = file.read(member.size)
                 if len(data) == member.size:
