@@ -265,7 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the table, JSON")
     parser.add_argument("--time-limit", type=float, default=400, help="seconds, compiling included")
-    parser.add_argument("--only", default="qwen3,qwen2_5", help="families, separated by commas")
+    parser.add_argument(
+        "--only", default="qwen3,qwen2_5,qwen2,qwen3_5", help="families, separated by commas"
+    )
     parser.add_argument("--slack", type=float, default=0.015, help="loss that saves a kernel")
     parser.add_argument("--select-only", action="store_true", help="from OUT.raw.json, no GPU")
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ from vitrt.layers import float8, linear, norm
 from vitrt.layers.float8 import Float8Norm, product_bound, scale_for
 from vitrt.layers.norm import LayerNorm, Norm, RMSNorm
 
-FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 def filled(made: Norm, generator: torch.Generator) -> Norm:
@@ -162,6 +162,11 @@ def test_the_product_takes_its_scales_back() -> None:
     wanted = nn.functional.gelu(product + bias, approximate="tanh") * 10
     assert activated.dtype == E4M3
     torch.testing.assert_close(activated.double(), wanted, rtol=2**-4, atol=2**-9)
+    quick = linear_fp8_ref(
+        x8, quantised, scales, bias, activation="quick_gelu", out_scale=out_scale
+    )
+    wanted = (product + bias) * torch.sigmoid(1.702 * (product + bias)) * 10
+    torch.testing.assert_close(quick.double(), wanted, rtol=2**-4, atol=2**-9)
     gated = linear_fp8_ref(x8, quantised, scales, bias, activation="swiglu")
     gate, up = (product + bias)[:, 0::2], (product + bias)[:, 1::2]
     torch.testing.assert_close(gated.double(), nn.functional.silu(gate) * up, rtol=2**-8, atol=1e-4)

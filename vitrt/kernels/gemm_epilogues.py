@@ -73,6 +73,11 @@ def scaled_gelu_tanh(acc: Any, scale: Any, bias: Any, out_scale: Any) -> dict[st
     return {"D": gelu_tanh_approx(acc * scale + bias) * out_scale}
 
 
+@gemm_epilogue(ops={"out_scale": RowVecLoad("out_scale"), **_SCALED})
+def scaled_quick_gelu(acc: Any, scale: Any, bias: Any, out_scale: Any) -> dict[str, Any]:
+    return {"D": silu_1702(acc * scale + bias) * out_scale}
+
+
 @gemm_epilogue(outputs=("out",), mode="acc_pair", ops=_SCALED)
 def scaled_swiglu(acc: Any, scale: Any, bias: Any) -> dict[str, Any]:
     gate, up = unpack(acc * scale + bias)
@@ -83,6 +88,7 @@ SCALED_EPILOGUES = {
     "bias": scaled_add_bias,
     "residual": scaled_add_bias_residual,
     "gelu_tanh": scaled_gelu_tanh,
+    "quick_gelu": scaled_quick_gelu,
     "swiglu": scaled_swiglu,
 }
 

@@ -64,15 +64,15 @@ def linear_fp8(
         x: e4m3 [M, K], rows contiguous.
         weight: e4m3 [N, K]; for swiglu its rows are interleaved as in `gemm.linear`.
         scale, bias: float32 [N]; the scale takes back that of the weight's row and that of x.
-        activation: None, "gelu_tanh" or "swiglu"; not together with `residual`.
+        activation: None, "gelu_tanh", "quick_gelu" or "swiglu"; not together with `residual`.
         residual: float32 [M, N], left as it is unless it is `out`.
-        out_scale: float32 [N], only with "gelu_tanh": the result times this, in e4m3.
+        out_scale: float32 [N], only with a GELU: the result times this, in e4m3.
         out: where the result goes, rows contiguous.
 
     Returns bfloat16 [M, N] ([M, N / 2] for swiglu), e4m3 with `out_scale`, float32 with a residual.
     """
     kind: Kind = activation or ("bias" if residual is None else "residual")
-    assert (out_scale is not None) == (kind == "gelu_tanh"), "GELU's result is the next operand"
+    assert (out_scale is not None) == (kind in gemm_quack.TO_E4M3), kind
     if not x.is_cuda:
         result = linear_fp8_ref(
             x,
@@ -152,7 +152,10 @@ def _finish(
         gate, up = product.unflatten(-1, (-1, 2)).unbind(-1)
         return (F.silu(gate) * up).to(torch.bfloat16)
     if out_scale is not None:
-        activated = F.gelu(product, approximate="tanh") * out_scale
+        if kind == "quick_gelu":
+            activated = product * torch.sigmoid(1.702 * product) * out_scale
+        else:
+            activated = F.gelu(product, approximate="tanh") * out_scale
         return activated.clamp(-LARGEST, LARGEST).to(E4M3)
     return product.to(torch.bfloat16)
 

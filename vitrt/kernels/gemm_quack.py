@@ -34,6 +34,9 @@ _E4M3 = torch.float8_e4m3fn
 _COMPILED = 0.5  # seconds
 _ALIGNMENT = 8  # elements: a row starts on 16 bytes, which TMA asks for
 
+# Between two products of an MLP: what comes out is the e4m3 operand of the next.
+TO_E4M3: tuple[Kind, ...] = ("gelu_tanh", "quick_gelu")
+
 _compile_lock = threading.Lock()
 _compiled: dict[tuple[Kind, Tile, torch.dtype, torch.device], FusedProduct] = {}
 
@@ -140,10 +143,10 @@ def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -
 
 
 def _result_dtype(kind: Kind, dtype: torch.dtype) -> torch.dtype:
-    """Hidden states stay float32; of e4m3 operands only GELU's result is one itself."""
+    """Hidden states stay float32; of e4m3 operands only a GELU's result is one itself."""
     if kind == "residual":
         return torch.float32
-    if dtype == _E4M3 and kind != "gelu_tanh":
+    if dtype == _E4M3 and kind not in TO_E4M3:
         return torch.bfloat16
     return dtype
 
@@ -163,7 +166,7 @@ def compile_and_launch(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch
         arguments["out"] = torch.empty(m, n // 2, dtype=product.dtype, device=device)
     if scaled:
         arguments["scale"] = vector
-        if kind == "gelu_tanh":
+        if kind in TO_E4M3:
             arguments["out_scale"] = vector
     epilogues = gemm_epilogues.SCALED_EPILOGUES if scaled else gemm_epilogues.EPILOGUES
     return epilogues[kind].gemm(

@@ -105,7 +105,7 @@ class VisionBlock(nn.Module):
         qkv, proj, up, down = self.attn.qkv, self.attn.proj, self.mlp.up, self.mlp.down
         norm1 = Float8Norm.of(self.norm1.weight, self.norm1.bias)
         norm2 = Float8Norm.of(self.norm2.weight, self.norm2.bias)
-        # Attention leaves averages of v, the last third of qkv; GELU shrinks.
+        # Attention leaves averages of v, the last third of qkv; every GELU shrinks.
         v = product_bound(self.norm1, qkv.weight, qkv.bias)[-proj.in_features :]
         inner = product_bound(self.norm2, up.weight, up.bias)
         gated = self.mlp.activation == "swiglu"
