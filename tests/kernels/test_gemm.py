@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrt.kernels import gemm, gemm_aten, gemm_quack, gemm_table
+from vitrt.kernels import gemm, gemm_aten, gemm_fp8, gemm_quack, gemm_table
 from vitrt.kernels.gemm import fuses_residual, linear, linear_ref, prepare
 from vitrt.kernels.gemm_table import KINDS, Choice, Kind, Product, Table, Tile
 
@@ -321,6 +321,26 @@ def test_a_kernel_is_taken_by_all_that_it_depends_on(
     assert ran == ["quack", "cublas", "quack"]
     with pytest.raises(AssertionError, match="must share a dtype"):
         linear(x, on_hopper(hopper, (1152, 4304), torch.float32), bias)
+
+
+def test_an_e4m3_product_is_looked_up_once(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding a tile reads a table and asks the driver: more than a launch costs."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gemm_fp8, "_products", {})
+    monkeypatch.setattr(gemm_fp8, "table_for", lambda name, capability: None)
+    monkeypatch.setattr(
+        gemm_quack,
+        "compiled",
+        lambda *key: asked.append(key) or (lambda *operands, **vectors: "ran"),
+    )
+    e4m3 = torch.float8_e4m3fn
+    weight = on_hopper(hopper, (3456, 1152), e4m3)
+    for rows in (4096, 4096, 2048, 4096):
+        x = on_hopper(hopper, (rows, 1152), e4m3)
+        assert gemm_fp8.linear_fp8(x, weight, x, x) == "ran"
+    assert [key[:3] for key in asked] == [("bias", gemm_fp8._DEFAULT_TILE, e4m3)] * 2
 
 
 def test_the_cpu_adds_the_residual_in_place() -> None:

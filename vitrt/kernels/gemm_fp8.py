@@ -25,6 +25,9 @@ from vitrt.kernels.to_e4m3 import LARGEST
 E4M3 = torch.float8_e4m3fn
 
 _DEFAULT_TILE = Tile(128, 192, True, 1, 2)
+_MOST_PRODUCTS = 8192
+# What runs a product seen before: looking it up anew costs the host as much as launching it.
+_products: dict[tuple[Kind, int, torch.Size, torch.device], gemm_quack.FusedProduct | None] = {}
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -84,13 +87,25 @@ def linear_fp8(
             out_scale=out_scale,
         )
         return result if out is None else out.copy_(result)
-    if gemm_quack.unavailable(x.device) is None:
-        product = gemm_quack.compiled(kind, tile_for(kind, x, weight), E4M3, x.device)
-        vectors = (
-            {"scale": scale} if out_scale is None else {"scale": scale, "out_scale": out_scale}
-        )
-        return product(x, weight, bias, residual, out, **vectors)
-    return _scaled_mm(kind, x, weight, scale, bias, residual, out_scale, out)
+    product = _product(kind, x, weight)
+    if product is None:
+        return _scaled_mm(kind, x, weight, scale, bias, residual, out_scale, out)
+    if out_scale is None:
+        return product(x, weight, bias, residual, out, scale=scale)
+    return product(x, weight, bias, residual, out, scale=scale, out_scale=out_scale)
+
+
+def _product(kind: Kind, x: Tensor, weight: Tensor) -> gemm_quack.FusedProduct | None:
+    """quack's kernel for this product, looked up once; None where quack does not run."""
+    key = (kind, x.shape[0], weight.shape, x.device)
+    if key not in _products:
+        if len(_products) >= _MOST_PRODUCTS:
+            _products.clear()
+        _products[key] = None
+        if gemm_quack.unavailable(x.device) is None:
+            tile = tile_for(kind, x, weight)
+            _products[key] = gemm_quack.compiled(kind, tile, E4M3, x.device)
+    return _products[key]
 
 
 def tile_for(kind: Kind, x: Tensor, weight: Tensor) -> Tile:
@@ -112,11 +127,8 @@ def prepare(weight: Tensor, *, activation: Activation = None, residual: bool = F
 
 def _tiles(kind: Kind, weight: Tensor) -> list[Tile]:
     table = _table(weight.device)
-    return (
-        []
-        if table is None
-        else table.tiles(Product(kind, weight.shape[0], weight.shape[1], "e4m3"))
-    )
+    n, k = weight.shape
+    return [] if table is None else table.tiles(Product(kind, n, k, "e4m3"))
 
 
 def _table(device: torch.device) -> Table | None:
