@@ -104,7 +104,8 @@ def _flash_triton(
         assert segments.max_seqlen <= TILE_ROWS, "only segments of one tile can do without tiles"
         work, count, tile_rows = segments.cu_seqlens, segments.count, 0
         block_m = max(16, pow2_ceil(segments.max_seqlen))
-        tiling = replace(tiling, warps=4, registers=None)
+        # Four warps would spill where they hold 128 rows.
+        tiling = replace(tiling, warps=8 if block_m == TILE_ROWS else 4, registers=None)
         items = (work.numel() - 1) * heads
     else:
         work, count, tile_rows = segments.tiles, segments.tile_count, TILE_ROWS

@@ -77,7 +77,7 @@ def _patchify_triton(
             tokens,
             patch_size,
             temporal_patch_size,
-            table[0].numel() if table.dim() == 3 else 0,
+            table.numel() // 2 if table.dim() == 3 else 0,
             rows,
             pow2_ceil(3 * patch_size * patch_size),
             num_warps=warps,

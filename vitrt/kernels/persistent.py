@@ -25,6 +25,12 @@ def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def forget_devices() -> None:
+    """Ask again what the devices are: for a process that compiles for one that it has not."""
+    processors.cache_clear()
+    is_hopper.cache_clear()
+
+
 def programs(work: int, per_processor: int, device: torch.device) -> int:
     """The grid for at most `work` items, `per_processor` programs on each multiprocessor."""
     return max(1, min(work, processors(device) * per_processor))

@@ -123,15 +123,21 @@ def _window_kernel(
                 pair_sin = _angles(sin, row, column, pair, live, QUARTER)
             q_first = _turn(q_low, q_high, pair_cos, -pair_sin)
             q_second = _turn(q_high, q_low, pair_cos, pair_sin)
-            # Always true. Triton would rather move the raw q, cos and sin into the layout of a left
-            # operand and turn them there, with the angles in registers twice; a select stops it.
+            # The selects are always true. Triton would rather move the raw values, cos and sin into
+            # the layout of an operand and turn them there, with the angles in registers twice; a
+            # select stops it. For k it costs nothing on Hopper, whose products read k from shared
+            # memory; elsewhere it takes 255 registers and a spill down to 180.
             q_first = tl.where(pair < D, q_first, 0.0)
             q_second = tl.where(pair < D, q_second, 0.0)
             k_first = _turn(k_low, k_high, pair_cos, -pair_sin)
             k_second = _turn(k_high, k_low, pair_cos, pair_sin)
+            k_first = tl.where(pair < D, k_first, 0.0)
+            k_second = tl.where(pair < D, k_second, 0.0)
             if B:
                 q_rest = _turn(q_rest, q_partner, rest_cos, rest_sin)
+                q_rest = tl.where(rest < D, q_rest, 0.0)
                 k_rest = _turn(k_rest, k_partner, rest_cos, rest_sin)
+                k_rest = tl.where(rest < D, k_rest, 0.0)
             scores = tl.dot(q_first, tl.trans(k_first), input_precision=PRECISION)
             scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision=PRECISION)
             if B:

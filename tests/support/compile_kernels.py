@@ -1,0 +1,179 @@
+"""A program: compile the Triton kernels for one GPU architecture, and print what each takes.
+
+`python -m tests.support.compile_kernels sm_86 main` prints JSON: case -> [[kernel, warps, bytes of
+shared memory, registers and bytes of stack of a thread], ...]. A process of its own, since in the
+tests' Triton interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+
+from vitrt.kernels import (
+    activation,
+    flash_attention,
+    norm,
+    patchify,
+    pos_embed,
+    rope,
+    tail_attention,
+    to_e4m3,
+    window_attention,
+)
+from vitrt.kernels.ahead import CHIPS, Binary, compiling_for
+from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
+
+BF16, FLOAT, INT = torch.bfloat16, torch.float32, torch.int32
+T, HEADS = 256, 16
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+def segments(longest: int, tiles: bool) -> Segments:
+    count = empty(1, dtype=INT)
+    work = empty(2, 3, dtype=INT) if tiles else None
+    return Segments(
+        empty(3, dtype=INT), count, work, count if tiles else None, (longest,) * 2, longest
+    )
+
+
+def packed(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty(T, 3, HEADS, head_dim), empty(T, HEADS * head_dim)
+
+
+def rotary(padded: bool) -> Rotary:
+    table = empty(64, 20, dtype=FLOAT)
+    return Rotary(empty(T, 2, dtype=INT), table, table, empty(1, dtype=INT) if padded else None)
+
+
+def full(head_dim: int) -> None:
+    qkv, out = packed(head_dim)
+    flash_attention.flash_attention(qkv, segments(T, True), out)
+
+
+def short(head_dim: int, longest: int) -> None:
+    qkv, out = packed(head_dim)
+    flash_attention.flash_attention(qkv, segments(longest, False), out)
+
+
+def windows(head_dim: int) -> None:
+    qkv, out = packed(head_dim)
+    window_attention.window_attention(qkv, segments(64, False), rotary(False), out)
+
+
+def last_rows(head_dim: int) -> None:
+    qkv, out = packed(head_dim)
+    rows = tail_attention.TailRows(empty(2, 3, dtype=INT), empty(1, dtype=INT))
+    tail_attention.tail_attention(qkv, rows, out)
+
+
+def turn(head_dim: int) -> None:
+    qkv, _ = packed(head_dim)
+    rope.rope_(qkv, rotary(False))
+    rope.rope_(qkv, rotary(True))
+
+
+def norms(width: int, centred: bool) -> None:
+    """Alone on hidden states of float32, and after the residual add."""
+    x, hidden, weight = empty(T, width), empty(T, width, dtype=FLOAT), empty(width)
+    if centred:
+        norm.layer_norm(hidden, weight, weight, 1e-6)
+        norm.add_layer_norm(x, weight, hidden, weight, weight, 1e-6)
+    else:
+        norm.rms_norm(hidden, weight, 1e-6)
+        norm.add_rms_norm(x, weight, hidden, weight, 1e-6)
+
+
+def position(width: int) -> None:
+    taps = empty(T, 4, dtype=INT)
+    pos_embed.add_position_embedding_(
+        empty(T, width), empty(2304, width), taps, empty(T, 4, dtype=FLOAT)
+    )
+
+
+def activations(width: int) -> None:
+    x, bias = empty(T, width), empty(width)
+    activation.swiglu(x, bias)
+    activation.bias_act(x, bias, "gelu")
+    activation.bias_act(x, bias, "gelu_tanh")
+
+
+def patches(patch: int) -> None:
+    pixels = empty(9999, dtype=torch.uint8)
+    table = empty(2, 3, 256, dtype=FLOAT)
+    patchify.patchify(pixels, empty(T, 3, dtype=INT), table, patch, 2, BF16)
+
+
+def cast(width: int) -> None:
+    if torch.cuda.get_device_capability() >= (8, 9):  # what has e4m3 products
+        to_e4m3.to_e4m3(empty(T, width), 1.0)
+
+
+Case = tuple[Callable[..., None], tuple[int | bool, ...]]
+MAIN: tuple[Case, ...] = (
+    (full, (72,)),
+    (full, (80,)),
+    (windows, (80,)),
+    (last_rows, (72,)),
+    (turn, (72,)),
+    (norms, (1152, True)),
+    (norms, (1280, False)),
+    (position, (1152,)),
+    (activations, (4304,)),
+    (patches, (16,)),
+    (cast, (1152,)),
+)
+REST: tuple[Case, ...] = (
+    (full, (64,)),
+    (full, (128,)),
+    *((short, (size, rows)) for size in (72, 80, 128) for rows in (16, 64, TILE_ROWS)),
+    *((windows, (size,)) for size in (64, 72, 128)),
+    *((last_rows, (size,)) for size in (64, 80, 128)),
+    *((turn, (size,)) for size in (64, 80)),
+    *((norms, (width, True)) for width in (768, 1024, 4096, 4608)),
+    (norms, (5120, False)),
+    (position, (768,)),
+    (position, (1024,)),
+    (activations, (6848,)),
+    (patches, (14,)),
+)
+
+
+def usage(binary: Binary) -> tuple[int, int]:
+    """(registers a thread, bytes of stack a thread, which is what it spills) of a kernel."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def main(arch: str, which: str) -> None:
+    report = {}
+    with compiling_for(CHIPS[arch]) as loaded:
+        for function, arguments in {"main": MAIN, "rest": REST}[which]:
+            first = len(loaded)
+            function(*arguments)
+            report[f"{function.__name__}{arguments}"] = [
+                [binary.name, binary.warps, binary.shared_memory, *usage(binary)]
+                for binary in loaded[first:]
+            ]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
