@@ -193,7 +193,7 @@ class VisionEncoder:
         logger.info("%s: %.0f MiB of weights", checkpoint.name, checkpoint.num_bytes / 2**20)
         if runtime.precision == "fp8":
             tower.use_float8(runtime.fp8_skip_blocks)
-            tower.prepare()
+            tower.compile_kernels()
         engine = Engine(tower, runtime, parallel)
         if device.type == "cuda":
             engine.load_kernels()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrt.attention import AttentionChoice, get_backend, resolve, usable
+from vitrt.attention import AttentionChoice, get_backend, resolve_attention, usable
 from vitrt.attention.base import AttentionBackend, SchedulingBackend
 from vitrt.bench.timing import mark, milliseconds
 from vitrt.kernels.flash_attention import flash_attention_ref
@@ -131,7 +131,7 @@ def error(backend: AttentionBackend, batch: Tensor, segments: Segments) -> float
 def bench(head_dim: int, name: str, lengths: Sequence[int]) -> dict[str, Any]:
     where = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": head_dim}
     names = [n for n, reason in usable(**where) if reason is None and n != "window"]
-    choice: AttentionChoice = resolve("auto", **where)
+    choice: AttentionChoice = resolve_attention("auto", **where)
     auto = choice.for_batch(lengths, HEADS).choice.full
     backends = {n: get_backend(n, **where) for n in names} | {"auto": auto}
     batches = inputs(sum(lengths), head_dim)

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from tests.support.attention_cases import dense_reference, make_segments, no_rotary
-from vitrt.attention import AutoBackend, BackendSpec, get_backend, register, resolve, usable
+from vitrt.attention import (
+    AutoBackend,
+    BackendSpec,
+    get_backend,
+    register,
+    resolve_attention,
+    usable,
+)
 from vitrt.attention.registry import _SPECS
 from vitrt.attention.sdpa import SdpaBackend, _batches
 from vitrt.kernels.segments import TILE_ROWS, tile_list
@@ -106,19 +113,19 @@ def test_usable_gives_every_name_a_reason_on_cpu() -> None:
 @pytest.mark.parametrize("name", ["triton", "fa2", "fa3", "fa4"])
 def test_named_backend_that_cannot_run_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' cannot run on cpu .*Usable here: auto, sdpa"):
-        resolve(name, device="cpu", dtype=torch.float32, head_dim=80)
+        resolve_attention(name, device="cpu", dtype=torch.float32, head_dim=80)
 
 
 def test_unknown_and_misplaced_names_are_refused() -> None:
     with pytest.raises(ValueError, match="no such backend; known are auto, sdpa, triton"):
-        resolve("flash", device="cpu", dtype=torch.float32, head_dim=80)
+        resolve_attention("flash", device="cpu", dtype=torch.float32, head_dim=80)
     with pytest.raises(ValueError, match="window layers only"):
-        resolve("window", device="cpu", dtype=torch.float32, head_dim=80)
+        resolve_attention("window", device="cpu", dtype=torch.float32, head_dim=80)
 
 
 def test_auto_on_cpu_is_sdpa_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vitrt"):
-        choice = resolve("auto", device="cpu", dtype=torch.float32, head_dim=80)
+        choice = resolve_attention("auto", device="cpu", dtype=torch.float32, head_dim=80)
     assert choice.full.name == choice.window.name == "sdpa"
     assert choice.for_batch([9], 2).choice == choice
     assert [r.getMessage() for r in caplog.records] == [
@@ -129,7 +136,7 @@ def test_auto_on_cpu_is_sdpa_and_is_logged(caplog: pytest.LogCaptureFixture) -> 
 def test_registered_backend_serves_both_kinds_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitrt.attention.registry._SPECS", dict(_SPECS))
     register(BackendSpec("mine", lambda *_: SdpaBackend(), lambda *_: None))
-    choice = resolve("mine", device="cpu", dtype=torch.float32, head_dim=80)
+    choice = resolve_attention("mine", device="cpu", dtype=torch.float32, head_dim=80)
     assert choice.full is choice.window
     with pytest.raises(ValueError, match="'mine' is taken"):
         register(BackendSpec("mine", lambda *_: SdpaBackend(), lambda *_: None))
@@ -173,17 +180,17 @@ def pretend_hopper(
 
 def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
-    choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
+    choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
     assert choice.for_batch([4096], 16).choice.full.name == "fa4"
     assert choice.for_batch([512], 16).choice.full.name == "fa3"
     assert choice.full.capturable
-    single = resolve("auto", device="cuda", dtype=torch.float32, head_dim=80)
+    single = resolve_attention("auto", device="cuda", dtype=torch.float32, head_dim=80)
     assert single.full.name == single.window.name == "sdpa"
 
 
 def test_windows_larger_than_a_kernel_takes_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Towers of other window sizes than the released ones still run."""
-    ask = partial(resolve, device="cuda", dtype=torch.bfloat16, head_dim=80)
+    ask = partial(resolve_attention, device="cuda", dtype=torch.bfloat16, head_dim=80)
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
     monkeypatch.setattr("vitrt.attention.window.not_triton", lambda device: None)
     assert ask("auto", window_patches=64).window.name == "window"
@@ -201,11 +208,11 @@ def test_auto_falls_back_and_a_named_backend_does_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3"}, broken="fa3")
-    choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=72)
+    choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=72)
     assert choice.full.name == "triton"
     assert "'fa3' is installed but does not load: undefined symbol" in caplog.text
     with pytest.raises(ValueError, match="'fa3' is installed but does not load"):
-        resolve("fa3", device="cuda", dtype=torch.bfloat16, head_dim=72)
+        resolve_attention("fa3", device="cuda", dtype=torch.bfloat16, head_dim=72)
 
 
 def test_auto_selects_by_longest_segment() -> None:
@@ -251,7 +258,7 @@ def test_backend_on_gpu(name: str, head_dim: int, lengths: list[int]) -> None:
 
 @pytest.mark.gpu
 def test_auto_on_gpu_uses_the_window_kernel() -> None:
-    choice = resolve("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
+    choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
     assert choice.window.name == "window"
     assert choice.window.applies_rotary
     assert choice.full.capturable

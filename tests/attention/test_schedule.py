@@ -288,7 +288,7 @@ def test_static_buffers_hold_every_layout(encoder: VisionEncoder) -> None:
     _, buffer = runner._static(64)
     for key, grid in ((WITH, (1, 6, 18)), (WITHOUT, (1, 8, 16))):
         plan = encoder.tower.plan([grid])
-        layout = runner._layout(plan, key, runner.attention_for(plan)).fed_by("sources")
+        layout = runner._layout(plan, key, runner.attention_for(plan)).with_origins("sources")
         assert layout.size <= buffer.numel()
         fields = sorted(layout.fields().values())
         for (offset, shape), (following, _) in pairwise(fields):

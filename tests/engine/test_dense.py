@@ -345,9 +345,10 @@ def test_check_finds_hidden_states_of_a_wrong_shape(pair, photos, tmp_path):
     del tensors["1.png/hidden"]
     save_file(tensors, shard, metadata)
     problems = check_folder(tmp_path).problems
-    assert len(problems) == 2
+    assert len(problems) == 3
     assert problems[0].startswith("0.png: hidden of shape [2, 1, ")
     assert problems[1].endswith("has no tensor '1.png/hidden'")
+    assert "the file has changed since it was written" in problems[2]
 
 
 @pytest.mark.gpu

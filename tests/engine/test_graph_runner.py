@@ -61,7 +61,7 @@ def test_padding_is_inert(folder: Path, grids):
     assert roomy.fits(plan)
 
     def run(layout: PlanLayout, patches: Tensor, padded: bool):
-        buffer = pack_plan(plan, layout, feed=None, pinned=False)
+        buffer = pack_plan(plan, layout, origins=None, pinned=False)
         views = view_plan(buffer, layout, plan, padded=padded)
         with torch.inference_mode():
             return encoder.tower(patches, views, encoder.engine.attention)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vitrt.kernels import gemm, gemm_aten, gemm_fp8, gemm_quack, gemm_table
-from vitrt.kernels.gemm import fuses_residual, linear, linear_ref, prepare
+from vitrt.kernels.gemm import compile_product, fuses_residual, linear, linear_ref
 from vitrt.kernels.gemm_table import KINDS, Choice, Kind, Product, Table, Tile
 
 M, N, K = 77, 48, 40
@@ -282,7 +282,7 @@ def test_choose_without_quack(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     for kind in KINDS:
         assert gemm.choose(kind, 41472, 1152, 1152, torch.bfloat16, device).tile is None
-    assert prepare(torch.empty(1152, 1152), torch.empty(1152), residual=True) == 0
+    assert compile_product(torch.empty(1152, 1152), torch.empty(1152), residual=True) == 0
 
 
 def test_prepare_compiles_each_tile_once(
@@ -291,9 +291,9 @@ def test_prepare_compiles_each_tile_once(
     asked = []
     monkeypatch.setattr(gemm_quack, "compiled", lambda *key: asked.append(key))
     weight = torch.empty(4304, 1152, dtype=torch.bfloat16)
-    assert prepare(weight, torch.empty(4304), activation="gelu_tanh") == 2
+    assert compile_product(weight, torch.empty(4304), activation="gelu_tanh") == 2
     assert [key[:2] for key in asked] == [("gelu_tanh", SMALL), ("gelu_tanh", LARGE)]
-    assert prepare(weight, None, activation="gelu_tanh") == 0
+    assert compile_product(weight, None, activation="gelu_tanh") == 0
 
 
 def on_hopper(hopper: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ from vitrt.attention.registry import (
     get_backend,
     label,
     register,
-    resolve,
+    resolve_attention,
     usable,
 )
 
@@ -30,7 +30,7 @@ __all__ = [
     "get_backend",
     "label",
     "register",
-    "resolve",
+    "resolve_attention",
     "usable",
     "window",
 ]

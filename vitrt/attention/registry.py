@@ -206,7 +206,7 @@ def _auto_window(
     return get_backend("sdpa", device=device, dtype=dtype, head_dim=head_dim)
 
 
-def resolve(
+def resolve_attention(
     name: str,
     *,
     device: torch.device | str,

@@ -191,7 +191,7 @@ def _open(
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(folder)}")
         files = {file: folder / file for file in PROCESSOR_FILES if (folder / file).is_file()}
-        checkpoint = describe(name, folder, files, limits)
+        checkpoint = _without_tensors(name, folder, files, limits)
         if not weights:
             return checkpoint
         return replace(checkpoint, tensors=checkpoint.tower_search().in_folder(folder))
@@ -209,13 +209,13 @@ def _open(
         raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(adapter.parent)}")
     folder = (config or hub.fetch(CONFIG)).parent
     files = {file: path for file in PROCESSOR_FILES if (path := hub.fetch_optional(file))}
-    checkpoint = describe(name, folder, files, limits)
+    checkpoint = _without_tensors(name, folder, files, limits)
     if not weights:
         return checkpoint
     return replace(checkpoint, tensors=hub.fetch_tensors(checkpoint.tower_search()))
 
 
-def describe(
+def _without_tensors(
     name: str, folder: Path, files: Mapping[str, Path], limits: Mapping[str, int | None]
 ) -> Checkpoint:
     """A checkpoint without tensors, all configs checked: their errors come before a download.

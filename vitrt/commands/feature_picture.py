@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitrt.encoder import VisionEncoder
 from vitrt.features import ImageFeatures
-from vitrt.images.decode import ImageInput, describe
+from vitrt.images.decode import ImageInput, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def save_picture(
     prepared = encoder.processor.prepare(image)
     features = encoder.encode_prepared([prepared], layers=layers)[0]
     resized = Image.fromarray(prepared.pixels[0])
-    label = f"{Path(describe(image)).name}: {resized.width} x {resized.height} pixels"
+    label = f"{Path(name_of(image)).name}: {resized.width} x {resized.height} pixels"
     panels = [Panel(label, resized), *panels_of(features, encoder.config.deepstack_visual_indexes)]
     arrange(panels).save(path, format="PNG")
     return path

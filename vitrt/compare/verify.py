@@ -20,7 +20,7 @@ from PIL.Image import open as open_image
 from PIL.ImageOps import exif_transpose
 from torch import Tensor
 
-from vitrt.attention import AutoBackend, resolve, usable, window
+from vitrt.attention import AutoBackend, resolve_attention, usable, window
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.compare.errors import Errors, Output, compare, cosines, full_precision
 from vitrt.compare.reference import NamedModel, build_tower
@@ -32,7 +32,7 @@ from vitrt.engine.batch import PixelBatch
 from vitrt.engine.batcher import pack
 from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.engine import Engine
-from vitrt.images.decode import decode, describe
+from vitrt.images.decode import decode, name_of
 from vitrt.images.processor import PreparedImage, patches_reference
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
@@ -153,13 +153,13 @@ def _samples(
         grid = tuple(inputs["image_grid_thw"][0].tolist())
         if grid != prepared.grid_thw:
             raise ValueError(
-                f"{describe(image)}: vitrt makes a grid of {prepared.grid_thw} patches of it, "
+                f"{name_of(image)}: vitrt makes a grid of {prepared.grid_thw} patches of it, "
                 f"transformers one of {grid}; please report this"
             )
         sizes = config.patch_size, config.temporal_patch_size, config.spatial_merge_size
         values = torch.from_numpy(patches_reference(prepared, table, *sizes))
         equal = torch.equal(values, inputs["pixel_values"])
-        samples.append(_Sample(prepared, inputs["pixel_values"], describe(image), equal))
+        samples.append(_Sample(prepared, inputs["pixel_values"], name_of(image), equal))
     return samples
 
 
@@ -227,7 +227,7 @@ def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
             dtypes += [dtype] if dtype not in dtypes else []  # fp8 comes by again
         elif name != window.SPEC.name:  # a part of "auto"
             names.append(name)
-    choice = resolve(
+    choice = resolve_attention(
         "auto", device=device, dtype=dtype, head_dim=head_dim, window_patches=window_patches
     )
     is_mixed = isinstance(choice.full, AutoBackend) or choice.full.name != choice.window.name

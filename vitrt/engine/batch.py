@@ -14,7 +14,7 @@ from torch import Tensor
 from vitrt.config import VisionConfig
 from vitrt.engine.upload import PixelUploader
 from vitrt.kernels.patchify import patchify
-from vitrt.models.packed_plan import Feed
+from vitrt.models.packed_plan import Origins
 from vitrt.models.plan import ForwardPlan, IntArray
 
 
@@ -38,12 +38,12 @@ class Batch(Protocol):
         """Check the patches against plan and tower, and start to copy them to the device."""
         ...
 
-    def feed(self, plan: ForwardPlan) -> Feed | None:
+    def origins(self, plan: ForwardPlan) -> Origins | None:
         """What `rows` holds; None: the patches already lie in the order of execution."""
         ...
 
     def rows(self, plan: ForwardPlan) -> IntArray | None:
-        """int32 [T, columns] on the host, or None where `feed` is None."""
+        """int32 [T, columns] on the host, or None where `origins` is None."""
         ...
 
     def write(self, out: Tensor, rows: Tensor | None, num_patches: int) -> None:
@@ -80,7 +80,7 @@ class PixelValues:
         if not values.is_floating_point():
             raise ValueError(f"pixel_values is {values.dtype}; it must be a floating-point tensor")
 
-    def feed(self, plan: ForwardPlan) -> Feed | None:
+    def origins(self, plan: ForwardPlan) -> Origins | None:
         return None if plan.order is None else "order"
 
     def rows(self, plan: ForwardPlan) -> IntArray | None:
@@ -117,7 +117,7 @@ class PixelBatch:
     def send(self, plan: ForwardPlan, config: VisionConfig, uploader: PixelUploader) -> None:
         self._sent = uploader.upload(self.images), config
 
-    def feed(self, plan: ForwardPlan) -> Feed | None:
+    def origins(self, plan: ForwardPlan) -> Origins | None:
         return "sources"
 
     def rows(self, plan: ForwardPlan) -> IntArray:

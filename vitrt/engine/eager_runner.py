@@ -75,12 +75,14 @@ class EagerRunner:
     ) -> TowerOutput:
         self.stats.eager[reason] += 1
         attention = self.attention_for(plan)
-        layout = PlanLayout.exact(plan).scheduled(attention.schedule).fed_by(batch.feed(plan))
+        layout = (
+            PlanLayout.exact(plan).scheduled(attention.schedule).with_origins(batch.origins(plan))
+        )
         buffer = self.pack(plan, layout, attention, batch).to(self.device, non_blocking=True)
         views = view_plan(buffer, layout, plan, padded=False)
         width = self.tower.config.patch_dim
         patches = torch.empty(plan.num_patches, width, dtype=self.dtype, device=self.device)
-        batch.write(patches, views.feed, plan.num_patches)
+        batch.write(patches, views.origins, plan.num_patches)
         return self.forward(patches, views, attention.choice, request)
 
     def attention_for(self, plan: ForwardPlan) -> BatchAttention:
@@ -104,7 +106,7 @@ class EagerRunner:
             lambda: pack_plan(
                 plan,
                 layout,
-                feed=None if batch is None else batch.rows(plan),
+                origins=None if batch is None else batch.rows(plan),
                 pinned=self.device.type == "cuda",
                 schedule=attention.schedule,
             ),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitrt.attention import AttentionChoice, resolve
+from vitrt.attention import AttentionChoice, resolve_attention
 from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.batch import Batch, PixelBatch
 from vitrt.engine.device import budget_from_memory, values_per_patch
@@ -56,7 +56,7 @@ class Engine:
         weight = next(tower.parameters())
         self.device = weight.device
         self.dtype = weight.dtype
-        attention = resolve(
+        attention = resolve_attention(
             runtime.attention,
             device=self.device,
             dtype=self.dtype,

@@ -314,7 +314,7 @@ class GraphRunner(EagerRunner):
             # Any plan of this tower tells what its layouts hold; a schedule is a few values.
             some = self.tower.plan([(1, *[self.tower.config.spatial_merge_size] * 2)])
             layout = PlanLayout.bucket(some, largest, most_segments(largest))
-            size = replace(layout, schedule=_MOST_SCHEDULE).fed_by("sources").size
+            size = replace(layout, schedule=_MOST_SCHEDULE).with_origins("sources").size
             with torch.inference_mode(False):  # else only callers inside it could write them
                 self._patches = torch.zeros(largest, width, dtype=self.dtype, device=self.device)
                 self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
@@ -332,14 +332,14 @@ class GraphRunner(EagerRunner):
         """Copy a batch into the static inputs."""
         if self.device.type == "cuda":
             self._take_turns(torch.cuda.current_stream(self.device))
-        layout = layout.fed_by(None if batch is None else batch.feed(plan))
+        layout = layout.with_origins(None if batch is None else batch.origins(plan))
         packed = self.pack(plan, layout, attention, batch)
         buffer[: packed.numel()].copy_(packed, non_blocking=True)
         if batch is None:
             return
         rows = None
-        if layout.feed is not None:
-            offset, shape = layout.fields()["feed"]
+        if layout.origins is not None:
+            offset, shape = layout.fields()["origins"]
             rows = buffer[offset : offset + shape[0] * shape[1]].view(shape)
         batch.write(patches, rows, plan.num_patches)
 

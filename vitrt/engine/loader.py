@@ -69,7 +69,7 @@ def load_tower(
 
     tower.place(memory)
     fill_tower(tower, tensors)
-    tower.prepare()
+    tower.compile_kernels()
     return tower.eval()
 
 

@@ -28,7 +28,7 @@ from vitrt.images.inputs import (
     shorten,
 )
 
-__all__ = ["ImageError", "ImageInput", "check_images", "decode", "describe", "size_of"]
+__all__ = ["ImageError", "ImageInput", "check_images", "decode", "name_of", "size_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _LOAD_LOCKS = tuple(threading.Lock() for _ in range(64))
 _ARRAYS = "uint8 in the shape [H, W, 3], [H, W], [H, W, 1], or [F, H, W, 3] for a clip"
 
 
-def describe(image: object) -> str:
+def name_of(image: object) -> str:
     """What error messages call an image that has no other name."""
     if isinstance(image, str | os.PathLike):
         return shorten(os.fsdecode(image))
@@ -80,7 +80,7 @@ def check_images(images: Iterable[ImageInput]) -> None:
         )
     one = isinstance(images, str | bytes | os.PathLike | Image.Image | Pixels | Mapping)
     if one or numbers or is_file(images):
-        raise ValueError(f"images is one image, {describe(images)}; give a list: [image]")
+        raise ValueError(f"images is one image, {name_of(images)}; give a list: [image]")
 
 
 def check_array(array: np.ndarray, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VideoConfig
 from vitrt.images.clips import clip_size
-from vitrt.images.decode import ImageError, ImageInput, check_array, decode, describe, size_of
+from vitrt.images.decode import ImageError, ImageInput, check_array, decode, name_of, size_of
 from vitrt.images.inputs import plain_input
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
@@ -163,7 +163,7 @@ class ImageProcessor:
 
         Raises whatever an image that cannot be read makes its reader raise.
         """
-        plain = plain_input(image, describe(image))
+        plain = plain_input(image, name_of(image))
         frames = len(plain) if isinstance(plain, np.ndarray) and plain.ndim == 4 else 1
         return self.grid(*size_of(plain), frames)
 
@@ -190,7 +190,7 @@ class ImageProcessor:
         Raises:
             ImageError: the image cannot be read, decoded or resized.
         """
-        name = describe(image) if name is None else name
+        name = name_of(image) if name is None else name
         frames: list[Image.Image | np.ndarray]
         plain = plain_input(image, name)
         if isinstance(plain, np.ndarray):

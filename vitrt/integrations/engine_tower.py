@@ -106,7 +106,7 @@ class EngineTower(nn.Module):
     def _start(self) -> Engine:
         self.tower.eval().requires_grad_(False)
         with _own_defaults():
-            self.tower.prepare()
+            self.tower.compile_kernels()
             engine = Engine(self.tower, self.runtime)
             if self.device.type == "cuda":
                 # Now, where the engine counts this memory as the model's; later it is given away.

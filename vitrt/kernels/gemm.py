@@ -102,7 +102,7 @@ def choose(kind: Kind, m: int, n: int, k: int, dtype: torch.dtype, device: torch
     return table.choice(Product(kind, n, k), m) or _CUBLAS[kind]
 
 
-def prepare(
+def compile_product(
     weight: Tensor, bias: Tensor | None, *, activation: Activation = None, residual: bool = False
 ) -> int:
     """Compiles what `linear` may run with this weight at any M; returns how many kernels.

@@ -117,7 +117,9 @@ def tile_for(kind: Kind, x: Tensor, weight: Tensor) -> Tile:
     return _DEFAULT_TILE if choice is None or choice.tile is None else choice.tile
 
 
-def prepare(weight: Tensor, *, activation: Activation = None, residual: bool = False) -> None:
+def compile_product(
+    weight: Tensor, *, activation: Activation = None, residual: bool = False
+) -> None:
     """Compile what `linear_fp8` may run with this weight at any M."""
     kind: Kind = activation or ("residual" if residual else "bias")
     if weight.is_cuda and gemm_quack.unavailable(weight.device) is None:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitrt.kernels.gemm import Activation, fuses_residual, linear, prepare
+from vitrt.kernels.gemm import Activation, compile_product, fuses_residual, linear
 from vitrt.kernels.gemm_fp8 import E4M3, linear_fp8
-from vitrt.kernels.gemm_fp8 import prepare as prepare_fp8
+from vitrt.kernels.gemm_fp8 import compile_product as compile_fp8
 from vitrt.kernels.to_e4m3 import to_e4m3
 from vitrt.layers.float8 import FEWEST_ROWS, Float8Weight
 from vitrt.layers.norm import Norm
@@ -92,11 +92,11 @@ class Linear(nn.Module):
             out=out,
         )
 
-    def prepare(self) -> None:
+    def compile_kernels(self) -> None:
         """Compile what this product may run, so that no forward waits for a compiler."""
-        prepare(self.weight, self.bias, activation=self.activation)
+        compile_product(self.weight, self.bias, activation=self.activation)
         if self.float8 is not None:
-            prepare_fp8(self.float8.weight, activation=self.activation)
+            compile_fp8(self.float8.weight, activation=self.activation)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield whole(f"{prefix}weight", self.weight)
@@ -269,11 +269,11 @@ class RowParallelLinear(Linear):
         total = self._sum(x, "block", None if read else spare)
         return norm.add_(residual, total, self.bias, spare)
 
-    def prepare(self) -> None:
+    def compile_kernels(self) -> None:
         if self.parallel.tp_size == 1:
-            prepare(self.weight, self.bias, residual=self.adds_residual)
+            compile_product(self.weight, self.bias, residual=self.adds_residual)
         if self.float8 is not None:
-            prepare_fp8(self.float8.weight, residual=self.adds_residual)
+            compile_fp8(self.float8.weight, residual=self.adds_residual)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         columns = _clipped(self.part, self.in_features)

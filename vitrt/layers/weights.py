@@ -1,7 +1,7 @@
 """Where each tensor of a checkpoint goes: a layer names what it needs, and stores its part.
 
 A layer owns its sharding and its padding, so the loader knows neither: it opens a tensor lazily and
-hands it to the slot of that name, which reads only the rows and columns that this rank keeps.
+hands it to the target of that name, which reads only the rows and columns that this rank keeps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WeightTarget:
 
 
 def whole(name: str, target: Tensor, shape: tuple[int, ...] | None = None) -> WeightTarget:
-    """A slot that fills `target` with the whole tensor, reshaped from `shape` where it differs."""
+    """Fills `target` with the whole tensor, reshaped from `shape` where it differs."""
 
     def store(source: TensorSlice) -> None:
         target.copy_(source[...].reshape(target.shape))

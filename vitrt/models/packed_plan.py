@@ -19,9 +19,9 @@ from vitrt.attention import Schedule
 from vitrt.kernels.segments import TILE_ROWS, ScheduleTensors, Segments
 from vitrt.models.plan import ForwardPlan
 
-# What brings patches into the order of execution; see vitrt/engine/batch.py.
-Feed = Literal["order", "sources"]
-_FEED_COLUMNS: dict[Feed, int] = {"order": 1, "sources": 3}
+# What says where the patches come from, in the order of execution; see vitrt/engine/batch.py.
+Origins = Literal["order", "sources"]
+_ORIGIN_COLUMNS: dict[Origins, int] = {"order": 1, "sources": 3}
 _COUNTS = 4  # patches, segments, tiles, windows in use
 # int32 values: every field starts on 16 bytes, so that kernels may load it in wide words.
 _ALIGNMENT = 4
@@ -41,7 +41,7 @@ class PlanLayout:
     taps: bool  # a tower with a position table
     max_seqlen: int  # bounds the segments for as long as the views are used
     schedule: int | None = None  # values of the attention backend's own; None: it has no schedule
-    feed: Feed | None = None  # last in the buffer: a graph's fields lie the same whatever feeds it
+    origins: Origins | None = None  # last in the buffer: a graph's fields lie the same without it
 
     @classmethod
     def exact(cls, plan: ForwardPlan) -> PlanLayout:
@@ -81,9 +81,9 @@ class PlanLayout:
         """The same layout with room for a schedule of this key."""
         return replace(self, schedule=None if schedule is None else len(schedule.work))
 
-    def fed_by(self, feed: Feed | None) -> PlanLayout:
-        """The same layout with room for what feeds the patches."""
-        return replace(self, feed=feed)
+    def with_origins(self, origins: Origins | None) -> PlanLayout:
+        """The same layout with room for the origins of its patches."""
+        return replace(self, origins=origins)
 
     def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Name -> (offset in int32 values, shape)."""
@@ -125,23 +125,23 @@ def _shapes(layout: PlanLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
     if layout.taps:
         yield "taps", (layout.patches, 4)
         yield "tap_weights", (layout.patches, 4)
-    if layout.feed is not None:
-        yield "feed", (layout.patches, _FEED_COLUMNS[layout.feed])
+    if layout.origins is not None:
+        yield "origins", (layout.patches, _ORIGIN_COLUMNS[layout.origins])
 
 
 def pack_plan(
     plan: ForwardPlan,
     layout: PlanLayout,
     *,
-    feed: np.ndarray | None,
+    origins: np.ndarray | None,
     pinned: bool,
     schedule: Schedule | None = None,
 ) -> Tensor:
     """The plan's arrays at the layout's offsets, int32 [layout.size] on the host.
 
-    `feed` [T, columns] goes with `layout.feed`, `schedule` with `layout.schedule`. What is left
-    over is inert: boundaries repeat their last value, positions, taps and the schedule's values are
-    0, the feed is -1, and the order of padded tokens maps each to itself.
+    `origins` [T, columns] goes with `layout.origins`, `schedule` with `layout.schedule`. What is
+    left over is inert: boundaries repeat their last value, positions, taps and the schedule's
+    values are 0, origins are -1, and the order of padded tokens maps each to itself.
     """
     buffer = torch.zeros(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
     values = buffer.numpy()
@@ -167,9 +167,9 @@ def pack_plan(
     if plan.taps is not None and plan.tap_weights is not None:
         field("taps")[: plan.num_patches] = plan.taps
         field("tap_weights")[: plan.num_patches] = plan.tap_weights.view(np.int32)
-    if feed is not None:
-        rows = field("feed")
-        rows[: plan.num_patches] = feed.reshape(plan.num_patches, -1)
+    if origins is not None:
+        rows = field("origins")
+        rows[: plan.num_patches] = origins.reshape(plan.num_patches, -1)
         rows[plan.num_patches :] = -1
     return buffer
 
@@ -190,7 +190,7 @@ class DevicePlan:
     inverse: Tensor | None  # int32 [M] place of execution of each merged token
     taps: Tensor | None  # int32 [T, 4]
     tap_weights: Tensor | None  # float32 [T, 4]
-    feed: Tensor | None  # int32 [T, 1 or 3]
+    origins: Tensor | None  # int32 [T, 1 or 3]
     largest_position: int  # host bound of `positions`
 
     @cached_property
@@ -240,6 +240,6 @@ def view_plan(buffer: Tensor, layout: PlanLayout, plan: ForwardPlan, *, padded: 
         inverse=field("inverse") if layout.windows is not None else None,
         taps=field("taps") if layout.taps else None,
         tap_weights=field("tap_weights").view(torch.float32) if layout.taps else None,
-        feed=field("feed") if layout.feed is not None else None,
+        origins=field("origins") if layout.origins is not None else None,
         largest_position=plan.largest_position,
     )

@@ -274,11 +274,11 @@ class VisionTower(RotaryPosMixin, nn.Module):
             for index in range(skip_blocks, self.config.depth):
                 self.block(index).use_float8()
 
-    def prepare(self) -> None:
+    def compile_kernels(self) -> None:
         """Compile the kernels of all products, once a shape."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.prepare()
+                module.compile_kernels()
 
     def weight_targets(self) -> Iterator[WeightTarget]:
         """Every tensor of the checkpoint's tower, once."""
