@@ -217,9 +217,8 @@ def compile_tiles(kinds: set[Kind], device: torch.device) -> dict[Kind, list[Til
     return done
 
 
-def host_cost(device: torch.device, tiles: dict[Kind, list[Tile]]) -> None:
+def host_cost(layer: Layer, device: torch.device, tiles: dict[Kind, list[Tile]]) -> None:
     """Prints what a call costs the host: 100 launches into an empty queue."""
-    layer = LAYERS[0]
     operands = Operands(layer.product, 64, device)
     for choice in candidates(layer.product, 64, tiles)[:3]:
         run = runner(choice, layer.product.kind, device)
@@ -242,7 +241,7 @@ def tune(
     if reason:
         sys.exit(f"quack: {reason}")
     tiles = compile_tiles({layer.product.kind for layer in layers}, device)
-    host_cost(device, tiles)
+    host_cost(layers[0], device, tiles)
     for layer in layers:
         measured = raw["products"].setdefault(layer.key, {})
         wrong = incorrect(layer, candidates(layer.product, 0, tiles), device)
@@ -265,9 +264,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the table, JSON")
     parser.add_argument("--time-limit", type=float, default=400, help="seconds, compiling included")
-    parser.add_argument(
-        "--only", default="qwen3,qwen2_5,qwen2,qwen3_5", help="families, separated by commas"
-    )
+    families = ",".join(dict.fromkeys(layer.family for layer in LAYERS))
+    parser.add_argument("--only", default=families, help="families, separated by commas")
     parser.add_argument("--slack", type=float, default=0.015, help="loss that saves a kernel")
     parser.add_argument("--select-only", action="store_true", help="from OUT.raw.json, no GPU")
     arguments = parser.parse_args()
