@@ -29,7 +29,7 @@ from vitrt.models.plan import ForwardPlan
 from vitrt.parallel.context import ParallelContext
 from vitrt.parallel.symmetric_memory import SymmetricMemory
 
-FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 @pytest.mark.parametrize("most", [64, 1000, 1024, 4096, 8192, 65536])
