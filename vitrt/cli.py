@@ -12,6 +12,7 @@ from vitrt.commands import COMMANDS
 from vitrt.commands.console import (
     FAILED,
     INTERRUPTED,
+    OK,
     Parser,
     let_go,
     set_up_logging,
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        let_go(sys.stdout)  # whoever read the output has read enough
+        return OK
     except (ValueError, OSError) as error:
         logger.debug("", exc_info=True)
         logger.error("%s", error)

@@ -376,6 +376,18 @@ def test_options_are_read_as_their_fields_are_typed() -> None:
         assert stopped.value.code == 1
 
 
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """As `vitrt info MODEL | head -1` has it."""
+    command = [sys.executable, "-m", "vitrt", "info", str(ROOT / "configs/qwen3-vl-8b")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert "error" not in process.stderr.read()
+    assert process.wait(60) == 0
+
+
 def test_module_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vitrt", "--version"], cwd=ROOT, capture_output=True, check=False

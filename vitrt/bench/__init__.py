@@ -1,3 +1,3 @@
 """`vitrt bench` and the timer that every timing program uses."""
 
-__all__ = ["options", "runs", "tables", "timing", "workloads"]
+__all__ = ["as_json", "options", "runs", "tables", "timing", "workloads"]

@@ -84,7 +84,7 @@ class ModelBench:
             self._build_peers(Subject(tower, checkpoint, config.runtime), result)
             for row in rows:
                 peers = [peer for peer in self.peers if peer.name != COMPILED]
-                self._contest([Vitrt(encoder), *peers], row, tower, reference)
+                self._take_turns([Vitrt(encoder), *peers], row, tower, reference)
             for row in rows:
                 self._extras(encoder, row)
             if any(peer.name == COMPILED for peer in self.peers):
@@ -100,7 +100,7 @@ class ModelBench:
                 self.peers.append(peer)
                 result.peers[name] = peer.label
 
-    def _contest(
+    def _take_turns(
         self,
         contenders: Sequence[Contender],
         row: Row,
@@ -166,7 +166,7 @@ class ModelBench:
                 continue
             start = time.monotonic()
             vitrt = [] if OURS in row.failures else [Vitrt(encoder)]
-            self._contest([*vitrt, contender], row, tower, reference)
+            self._take_turns([*vitrt, contender], row, tower, reference)
             row.compile_seconds = time.monotonic() - start
             longest = max(longest, row.compile_seconds)
 

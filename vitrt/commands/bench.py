@@ -22,7 +22,7 @@ TOWER = {
     "fp8_skip_blocks": "first blocks that fp8 leaves in the dtype",
     "cuda_graphs": "at every size or at none (default: as the encoder decides)",
 }
-CONTEST = {
+RUN = {
     "workloads": ",".join(WORKLOAD_NAMES),
     "peers": f"{','.join(PEER_NAMES)}, or none",
     "scale": "auto: tiny on a CPU",
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"weights (default: {default})",
     )
     parser.add_argument("--models", dest="models_option", type=name_list, help=argparse.SUPPRESS)
-    add_fields(parser, BenchConfig, CONTEST)
+    add_fields(parser, BenchConfig, RUN)
     add_fields(parser, RuntimeConfig, TOWER)
     parser.add_argument(
         "--graphs",
@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     An interrupted run (Ctrl-C, SIGTERM) prints and writes what it has. ValueError for bad
     arguments.
     """
+    from vitrt.bench.as_json import to_json
     from vitrt.bench.runs import run_bench
-    from vitrt.bench.tables import to_json, to_text
+    from vitrt.bench.tables import to_text
 
     models = tuple(args.models) or args.models_option or BenchConfig().models
     config = from_args(BenchConfig, args, models=models, runtime=runtime_config(args))
