@@ -34,54 +34,54 @@ def all_sources() -> dict[str, dict[str, Any]]:
 
 
 def facts(vllm: Path) -> dict[str, Any]:
-    registry = _tree(vllm / "model_executor" / "models" / "registry.py")
+    registry = tree_of(vllm / "model_executor" / "models" / "registry.py")
     models = {}
     for architecture, (module, tower) in ARCHITECTURES.items():
-        tree = _tree(vllm / "model_executor" / "models" / f"{module}.py")
-        model = _classes(tree)[architecture]
+        tree = tree_of(vllm / "model_executor" / "models" / f"{module}.py")
+        model = classes_of(tree)[architecture]
         models[architecture] = {
-            "keywords": _keywords(model, tower),
-            "init": _parameters(_method(model, "__init__")),
-            "reads": sorted(_reads(tree)),
+            "keywords": keywords_of(model, tower),
+            "init": parameters_of(method_of(model, "__init__")),
+            "reads": sorted(reads_of(tree)),
             "sets_use_data_parallel": "self.use_data_parallel = " in ast.unparse(model),
         }
     towers = {}
     for module, tower in {ARCHITECTURES[name] for name in ARCHITECTURES}:
-        tree = _classes(_tree(vllm / "model_executor" / "models" / f"{module}.py"))
+        tree = classes_of(tree_of(vllm / "model_executor" / "models" / f"{module}.py"))
         if tower in tree:
             towers[tower] = {
-                "forward": _parameters(_method(tree[tower], "forward")),
-                "load_weights": _parameters(_method(tree[tower], "load_weights")),
+                "forward": parameters_of(method_of(tree[tower], "forward")),
+                "load_weights": parameters_of(method_of(tree[tower], "load_weights")),
             }
-    register = _method(_classes(registry)["_ModelRegistry"], "register_model")
+    register = method_of(classes_of(registry)["_ModelRegistry"], "register_model")
     plugins = (vllm / "plugins" / "__init__.py").read_text()
     return {
         "models": models,
         "towers": towers,
-        "register_model": _parameters(register),
+        "register_model": parameters_of(register),
         "entry_point": "vllm.general_plugins" in plugins,
         "allow_list": "VLLM_PLUGINS" in plugins,
     }
 
 
-def _tree(file: Path) -> ast.Module:
+def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 
 
-def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+def classes_of(tree: ast.Module) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef:
+def method_of(node: ast.ClassDef, name: str) -> ast.FunctionDef:
     return next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == name)
 
 
-def _parameters(function: ast.FunctionDef) -> list[str]:
+def parameters_of(function: ast.FunctionDef) -> list[str]:
     arguments = function.args
     return [a.arg for a in (*arguments.args, *arguments.kwonlyargs) if a.arg != "self"]
 
 
-def _keywords(model: ast.ClassDef, tower: str) -> list[str]:
+def keywords_of(model: ast.ClassDef, tower: str) -> list[str]:
     """Of the call that makes the tower; a positional argument is its place."""
     for node in ast.walk(model):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == tower:
@@ -89,7 +89,7 @@ def _keywords(model: ast.ClassDef, tower: str) -> list[str]:
     raise ValueError(f"{model.name} never makes a {tower}")
 
 
-def _reads(tree: ast.Module) -> set[str]:
+def reads_of(tree: ast.Module) -> set[str]:
     """Attributes of `self.visual` that are read outside vLLM's own encoder graphs."""
     found = set()
     for function in ast.walk(tree):

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from tests.integrations import engine_sources
 from tests.support.checkpoints import reference_model, tiny_checkpoint
+from tests.support.engine_models import GRIDS, OwnTower, QuantMethod, weights_of
 from vitrt.config import RuntimeConfig
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.engine import Engine
@@ -35,7 +36,6 @@ ARCHITECTURE = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
-GRIDS = [(1, 10, 6), (2, 4, 8), (1, 2, 2)]
 
 
 # vLLM's side of the interface
@@ -68,19 +68,6 @@ def test_sources_have_what_the_plugin_needs(version: str) -> None:
 
 
 # A model of vLLM's shape
-
-
-class OwnTower(nn.Module):
-    def __init__(
-        self,
-        vision_config: Any,
-        norm_eps: float = 1e-6,
-        quant_config: Any = None,
-        prefix: str = "",
-    ) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-        self.layer.quant_method = quant_config
 
 
 def own_model(module: ModuleType, name: str, tower: str) -> type[nn.Module]:
@@ -149,18 +136,6 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def folder(family: str, tmp_path: Path) -> Path:
     return tiny_checkpoint(family, tmp_path / family)
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    """Of the tower, as vLLM names them to its models."""
-    tensors = {
-        n: w for file in sorted(folder.glob("*.safetensors")) for n, w in load_file(file).items()
-    }
-    return {
-        name.removeprefix("model."): tensor
-        for name, tensor in tensors.items()
-        if name.removeprefix("model.").startswith("visual.")
-    }
 
 
 def settings(folder: Path, **changes: Any) -> SimpleNamespace:
@@ -325,10 +300,6 @@ def test_a_tensor_parallel_engine_shares_out_images(
 
 
 # vLLM's own tower instead
-
-
-class QuantMethod:
-    """What a layer of vLLM holds once it is quantised."""
 
 
 @pytest.mark.parametrize(

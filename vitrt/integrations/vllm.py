@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from pathlib import Path
 
 import torch
 
 from vitrt.features import ImageFeatures
+from vitrt.integrations.engine_versions import warn_of_version
 
 __all__ = ["ARCHITECTURES", "TRIED", "fill_ec_cache", "register"]
 
@@ -38,16 +38,7 @@ logger = logging.getLogger("vllm.plugins.vitrt")
 def register() -> None:
     """Put vitrt's tower into every Qwen-VL model that this vLLM has. May run twice."""
     version = str(getattr(importlib.import_module("vllm"), "__version__", "of no version"))
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not READ[0] <= (int(found[1]), int(found[2])) <= READ[1]:
-        first, last = (".".join(map(str, release)) for release in READ)
-        logger.warning(
-            "vitrt's plugin ran with vLLM %s and was written for %s to %s; this is %s",
-            TRIED,
-            first,
-            last,
-            version,
-        )
+    warn_of_version("vLLM", version, TRIED, READ, logger)
     registry = importlib.import_module("vllm.model_executor.models.registry").ModelRegistry
     known = set(registry.get_supported_archs())
     for architecture in ARCHITECTURES:

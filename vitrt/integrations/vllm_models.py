@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
+from vitrt.integrations.engine_plugin import read_arguments, refuse_quantised, tower_replaced
 from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.vllm import ARCHITECTURES, dtype_and_device, logger
-from vitrt.models.families import read_vision_config
 
-# What vLLM makes its towers with; the first may be given by position.
+# What vLLM makes its towers with.
 TOWER_ARGUMENTS = ("vision_config", "norm_eps", "quant_config", "prefix", "input_norm")
 _OPTIONS = ("attention", "cuda_graphs", "max_patches", "graph_memory_mib")
 
@@ -55,7 +53,9 @@ class _WithVitrtTower:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         base = type(self).__mro__[2]
-        with _tower_replaced(sys.modules[base.__module__], self._tower_name, vllm_config):
+        module = sys.modules[base.__module__]
+        make = _tower_maker(vllm_config)
+        with tower_replaced(module, self._tower_name, make, "vLLM", logger):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         visual = self.visual  # type: ignore[attr-defined]
         if isinstance(visual, VllmTower) and vllm_config.parallel_config.tensor_parallel_size > 1:
@@ -89,42 +89,19 @@ class VllmTower(EngineTower):
         return super().forward(x, grid_thw)
 
 
-@contextmanager
-def _tower_replaced(module: ModuleType, name: str, vllm_config: Any) -> Iterator[None]:
-    """While vLLM's constructor runs, `name` in its module makes vitrt's tower where it can."""
-    own = getattr(module, name)
-
+def _tower_maker(vllm_config: Any) -> Callable[..., VllmTower]:
     options = _options(vllm_config.additional_config)
 
-    def make(*args: Any, **kwargs: Any) -> nn.Module:
-        reason: object = _reason_for_own(lambda: own(*args, **kwargs), vllm_config, kwargs)
-        if reason is None:
-            try:
-                tower = _make_tower(options, kwargs, *args)
-                logger.info("vitrt runs the vision tower, of %s", tower.config.model_type)
-                return tower
-            except ValueError as error:
-                reason = error
-        logger.warning("vLLM's own vision tower runs, not vitrt's: %s", reason)
-        return own(*args, **kwargs)
+    def make(own: type[nn.Module], *args: Any, **kwargs: Any) -> VllmTower:
+        _refuse(vllm_config)
+        if kwargs.get("quant_config") is not None:
+            with torch.device("meta"):
+                refuse_quantised(own(*args, **kwargs))
+        config, arguments = read_arguments(args, kwargs, TOWER_ARGUMENTS)
+        dtype, device = dtype_and_device()
+        return VllmTower(config, arguments.get("input_norm"), device=device, dtype=dtype, **options)
 
-    setattr(module, name, make)
-    try:
-        yield
-    finally:
-        setattr(module, name, own)
-
-
-def _make_tower(options: dict[str, Any], kwargs: dict[str, Any], *args: Any) -> VllmTower:
-    """ValueError for a tower that vitrt does not have."""
-    arguments = dict(zip(TOWER_ARGUMENTS[:1], args, strict=False)) | kwargs
-    if len(args) > 1 or not {"vision_config"} <= set(arguments) <= set(TOWER_ARGUMENTS):
-        raise ValueError(f"its constructor is called with {', '.join(sorted(arguments))}")
-    if arguments.get("norm_eps", 1e-6) != 1e-6:
-        raise ValueError(f"norm_eps is {arguments['norm_eps']}, and vitrt's is 1e-06")
-    config = read_vision_config(arguments["vision_config"].to_dict())
-    dtype, device = dtype_and_device()
-    return VllmTower(config, arguments.get("input_norm"), device=device, dtype=dtype, **options)
+    return make
 
 
 def _options(additional_config: Any) -> dict[str, Any]:
@@ -137,20 +114,12 @@ def _options(additional_config: Any) -> dict[str, Any]:
     return dict(options)
 
 
-def _reason_for_own(own: Callable[[], nn.Module], vllm_config: Any, kwargs: Any) -> str | None:
-    """Why vLLM should keep its own tower, or None."""
+def _refuse(vllm_config: Any) -> None:
+    """ValueError where vLLM should keep its own tower."""
     if torch.get_default_device().type == "meta":
-        return "this process runs no vision tower"
+        raise ValueError("this process runs no vision tower")
     if vllm_config.compilation_config.cudagraph_mm_encoder:
-        return "cudagraph_mm_encoder asks for vLLM's own encoder graphs"
+        raise ValueError("cudagraph_mm_encoder asks for vLLM's own encoder graphs")
     lora = vllm_config.lora_config
     if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
-        return "enable_tower_connector_lora needs vLLM's own layers"
-    if kwargs.get("quant_config") is not None:
-        with torch.device("meta"):
-            layers = own().modules()
-        methods = {type(getattr(layer, "quant_method", None)).__name__ for layer in layers}
-        quantised = methods - {"NoneType", "UnquantizedLinearMethod"}
-        if quantised:
-            return f"its layers are quantised ({', '.join(sorted(quantised))})"
-    return None
+        raise ValueError("enable_tower_connector_lora needs vLLM's own layers")
