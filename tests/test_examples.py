@@ -26,6 +26,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TESTED = {
     "dense_features",
     "feed_transformers",
+    "fill_ec_cache",
     "precompute_for_vllm",
     "search_lancedb",
     "search_photos",
@@ -123,6 +124,19 @@ def test_precompute_for_vllm(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path) 
     assert image["image_grid_thw"].tolist() == [list(wanted.grid_thw)]
     torch.testing.assert_close(image["image_embeds"], wanted.concatenated(), rtol=1e-4, atol=1e-5)
     assert torch.equal(payload["sglang"]["precomputed_embeddings"], image["image_embeds"])
+
+
+def test_fill_ec_cache(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("fill_ec_cache").main([str(tiny_qwen3_vl), str(photos), "--cache", str(tmp_path)])
+    keys = [line.rpartition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert keys == ["a1.png", "b1.jpg", "c.png", "more%2Fa2.png", "more%2Fb2.jpg"]
+    assert keys == sorted(path.name for path in tmp_path.iterdir())
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, resize="torch")
+    (wanted,) = encoder.encode([photos / "more/b2.jpg"])
+    kept = load_file(tmp_path / "more%2Fb2.jpg" / "encoder_cache.safetensors")["ec_cache"]
+    torch.testing.assert_close(kept, wanted.concatenated(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])

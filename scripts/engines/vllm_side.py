@@ -90,7 +90,7 @@ def features_data(folder: Path, case: str) -> dict[str, Any]:
     times = [(2 * index + 0.5) / cases.FPS for index in range(features[0].grid_thw[0])]
     if "qwen3_vl" in folder.name:
         return for_vllm(videos=features, timestamps=[times])
-    return for_vllm(videos=features, second_per_grid_ts=[2 / cases.FPS])
+    return for_vllm(videos=features, second_per_grid_ts=[2 / cases.UNKNOWN_FPS])
 
 
 def ask(llm: Any, prompts: list[dict[str, Any]], **options: Any) -> list[Any]:
