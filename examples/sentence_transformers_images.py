@@ -2,7 +2,8 @@
 
     python examples/sentence_transformers_images.py Qwen/Qwen3-VL-Embedding-2B cat.jpg dog.jpg
 
-`accelerate` finds the tower deep inside; what the model gives stays the same.
+`accelerate` finds the tower deep inside; what the model gives stays the same. transformers loads
+the processor of such a model only where torchvision is installed.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.support import sentence_transformers as stand_in
-from tests.support.checkpoints import reference_model, tiny_checkpoint
+from tests.support.checkpoints import add_tokenizer, reference_model, tiny_checkpoint
+from tests.support.sentence_transformers import embedding_checkpoint
 from vitrt import VisionEncoder
 from vitrt.cli import main
 from vitrt.images.processor import patches_reference
@@ -183,41 +183,18 @@ def wanted_answer(checkpoint: Path, photos: Path, *names: str) -> str:
 
 
 def test_sentence_transformers_images(
-    tiny_qwen3_vl: Path,
     photos: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", stand_in)
+    checkpoint = embedding_checkpoint("qwen3_vl", tmp_path / "embedding", monkeypatch)
     paths = [str(photos / name) for name in ("a1.png", "b1.jpg", "more/a2.png", "more/b2.jpg")]
-    with torch.inference_mode():
-        load("sentence_transformers_images").main([str(tiny_qwen3_vl), *paths])
+    capsys.readouterr()
+    load("sentence_transformers_images").main([str(checkpoint), *paths])
     lines = capsys.readouterr().out.splitlines()
     nearest = [Path(line.split(" nearest is ")[1].split(",")[0]).name for line in lines]
     assert nearest == ["a2.png", "b2.jpg", "a1.png", "b1.jpg"]
-
-
-def add_tokenizer(folder: Path) -> None:
-    """Words of a language model without one, with the special tokens of the released models."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {505: "<|image_pad|>", 506: "<|video_pad|>"}
-    special |= {507: "<|vision_start|>", 508: "<|vision_end|>", 2: "<|im_end|>"}
-    words = {special.get(index, f"word{index}"): index for index in range(512)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        additional_special_tokens=[token for token in special.values() if token != "<|im_end|>"],
-    )
-    fast.chat_template = (
-        "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}"
-    )
-    fast.save_pretrained(folder)
 
 
 def test_the_readme_runs(tiny_qwen3_vl: Path, photos: Path) -> None:

@@ -13,8 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.support.checkpoints import reference_model, tiny_checkpoint, visual_of
-from tests.support.sentence_transformers import SentenceTransformer
+from tests.support.checkpoints import (
+    add_tokenizer,
+    reference_model,
+    tiny_checkpoint,
+    visual_of,
+)
+from tests.support.sentence_transformers import embedding_checkpoint
 from vitrt import VisionEncoder
 from vitrt.features import ImageFeatures
 from vitrt.integrations.transformers import accelerate, placeholder_inputs, restore
@@ -80,12 +85,45 @@ def test_the_tower_of_a_colqwen2_checkpoint(tmp_path: Path) -> None:
     assert float(error) <= 1e-5
 
 
+IMAGES = [Image.effect_noise((90 + 30 * index, 70), 60).convert("RGB") for index in range(3)]
+QUERIES = ["word40", "word41 word42 word43"]
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-def test_sentence_transformers(family: str, tmp_path: Path) -> None:
-    model = SentenceTransformer(str(tiny_checkpoint(family, tmp_path / family)))
-    images = [Image.effect_noise((90 + 30 * index, 70), 60).convert("RGB") for index in range(3)]
-    with torch.inference_mode():
-        assert_same_embeddings(model, lambda: model.encode(images))
+def test_sentence_transformers(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package itself, as it loads Qwen3-VL-Embedding: images, text, and both in one input."""
+    folder = embedding_checkpoint(family, tmp_path / family, monkeypatch)
+    model = pytest.importorskip("sentence_transformers").SentenceTransformer(
+        str(folder), device="cpu"
+    )
+    inputs = [*IMAGES, *QUERIES, {"image": IMAGES[0], "text": QUERIES[0]}]
+    assert_same_embeddings(model, lambda: model.encode(inputs, convert_to_tensor=True))
+
+
+def test_multi_vector_encoder(tmp_path: Path) -> None:
+    """The package's encoder for ColQwen2: a vector for every token of a page and of a query."""
+    package = pytest.importorskip("sentence_transformers")
+    colqwen2(tmp_path).save_pretrained(folder := tmp_path / "saved")
+    add_tokenizer(plain := tmp_path / "qwen2_vl")
+    from transformers import AutoTokenizer, ColQwen2Processor, Qwen2VLImageProcessorPil
+
+    processor = ColQwen2Processor(
+        Qwen2VLImageProcessorPil.from_pretrained(plain), AutoTokenizer.from_pretrained(plain)
+    )
+    processor.save_pretrained(folder)
+    model = package.MultiVectorEncoder(str(folder), device="cpu")
+
+    def embed() -> Tensor:
+        return torch.cat(
+            [
+                torch.as_tensor(found)
+                for found in [*model.encode_document(IMAGES), *model.encode_query(QUERIES)]
+            ]
+        )
+
+    assert_same_embeddings(model, embed)
 
 
 def test_two_towers_are_named(tmp_path: Path) -> None:

@@ -107,6 +107,31 @@ def tiny_checkpoint(
     return _save(config, preprocessor, folder, dtype, shards, seed)
 
 
+def add_tokenizer(folder: Path) -> None:
+    """Words of a language model without one, with the special tokens of the released models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {505: "<|image_pad|>", 506: "<|video_pad|>"}
+    special |= {507: "<|vision_start|>", 508: "<|vision_end|>", 2: "<|im_end|>"}
+    special[3] = "<|endoftext|>"
+    words = {special.get(index, f"word{index}"): index for index in range(512)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[token for token in special.values() if token != "<|im_end|>"],
+    )
+    fast.chat_template = (
+        "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    fast.save_pretrained(folder)
+
+
 def full_size_checkpoint(
     name: str,
     folder: Path,
