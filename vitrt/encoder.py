@@ -19,11 +19,10 @@ from torch import Tensor
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
 from vitrt.engine.batch import PixelBatch, PixelValues
-from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
+from vitrt.engine.device import dtype_name
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.engine import Engine
 from vitrt.engine.group import Run, in_group
-from vitrt.engine.loader import load_tower
 from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.per_image import split_by_image
 from vitrt.engine.pipeline import features_of, raise_it, stream_features
@@ -179,24 +178,10 @@ class VisionEncoder:
         cls, checkpoint: Checkpoint, runtime: RuntimeConfig, parallel: ParallelContext = SINGLE
     ) -> VisionEncoder:
         """The same from an opened checkpoint."""
-        device = resolve_device(runtime.device)
-        dtype = resolve_dtype(runtime.dtype, device)
-        check_precision(runtime.precision, device, dtype)
         preprocessor = checkpoint.preprocessor_config()
-        tower = load_tower(
-            checkpoint.vision_config(),
-            checkpoint.tower_tensors(),
-            device=device,
-            dtype=dtype,
-            parallel=parallel,
-        )
+        config, tensors = checkpoint.vision_config(), checkpoint.tower_tensors()
+        engine = Engine.load(config, tensors, runtime, parallel)
         logger.info("%s: %.0f MiB of weights", checkpoint.name, checkpoint.num_bytes / 2**20)
-        if runtime.precision == "fp8":
-            tower.use_float8(runtime.fp8_skip_blocks)
-            tower.compile_kernels()
-        engine = Engine(tower, runtime, parallel)
-        if device.type == "cuda":
-            engine.load_kernels()
         return cls(engine, preprocessor, checkpoint.name)
 
     # Encoding
@@ -291,7 +276,7 @@ class VisionEncoder:
         return stream_features(
             self.stages(self._request(layers, merged)),
             images,
-            failed=raise_it if on_error == "raise" else _image_error,
+            failed=raise_it if on_error == "raise" else ImageError.of,
             # Ranks that share a tower must make the same batches, however fast each decodes.
             full_batches=self.parallel.tp_size > 1,
             workers=workers,
@@ -380,12 +365,3 @@ class VisionEncoder:
     def stats(self) -> RunnerStats:
         """Graph replays by bucket, eager forwards by reason, padding share, graph memory."""
         return self.engine.stats()
-
-
-def _image_error(error: Exception) -> ImageError:
-    """One class for whatever a broken image makes its reader, or its forward, raise."""
-    if isinstance(error, ImageError):
-        return error
-    found = ImageError(str(error) or type(error).__name__)
-    found.__cause__ = error
-    return found

@@ -4,7 +4,7 @@
     python scripts/bench/cuda_graphs.py qwen3-vl-8b --json graphs.json
 
 Three tables: recording every bucket (seconds, memory); milliseconds of an eager forward and of a
-replay by number of patches, which is where `AUTO_MAX_PATCHES` of vitrt/engine/graph_runner.py comes
+replay by number of patches, which is where `AUTO_MAX_PATCHES` of vitrt/engine/buckets.py comes
 from; and a soak: random images of 50 to 4000 pixels a side in random batches, static buffers full
 of NaN before every call, each output compared with an eager forward's.
 """

@@ -29,7 +29,8 @@ from vitrt.attention.last_wave import (
 )
 from vitrt.attention.sdpa import SdpaBackend
 from vitrt.engine.batch import PixelValues
-from vitrt.engine.graph_runner import GraphKey, GraphRunner
+from vitrt.engine.buckets import GraphKey
+from vitrt.engine.graph_runner import GraphRunner
 from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments
 from vitrt.kernels.tail_attention import TAIL_ROWS, tail_attention
 from vitrt.layers.attention import VisionAttention
@@ -224,7 +225,7 @@ def graph_runner(encoder: VisionEncoder, backend: SdpaBackend) -> GraphRunner:
 
 
 def key_of(runner: GraphRunner, plan: ForwardPlan) -> GraphKey:
-    return runner._key(plan, runner.attention_for(plan))
+    return runner.buckets.key(plan, runner.attention_for(plan))
 
 
 WITH = GraphKey(128, 8, ("scheduling", "tiles of 16"))
@@ -252,7 +253,7 @@ def test_a_bucket_is_warmed_up_with_and_without_a_schedule(
         lambda lengths: [64] if list(lengths) == [96] else None,
     )
     runner = graph_runner(encoder, backend)
-    keys = {key_of(runner, plan) for plan in runner._warmup_plans(128)}
+    keys = {key_of(runner, plan) for plan in runner.buckets.warmup_plans(128)}
     assert keys == {WITH, WITHOUT}
 
 
@@ -266,7 +267,7 @@ def test_replays_with_other_tails_are_right(encoder: VisionEncoder) -> None:
         plan = encoder.tower.plan(grids)
         values = torch.randn(plan.num_patches, encoder.config.patch_dim)
         attention = runner.attention_for(plan)
-        layout = runner._layout(plan, WITH, attention)
+        layout = WITH.layout(plan, attention)
         patches, buffer = runner._static(WITH.bucket)
         patches.fill_(torch.nan)
         batch = PixelValues(values, grids)
@@ -288,7 +289,7 @@ def test_static_buffers_hold_every_layout(encoder: VisionEncoder) -> None:
     _, buffer = runner._static(64)
     for key, grid in ((WITH, (1, 6, 18)), (WITHOUT, (1, 8, 16))):
         plan = encoder.tower.plan([grid])
-        layout = runner._layout(plan, key, runner.attention_for(plan)).with_origins("sources")
+        layout = key.layout(plan, runner.attention_for(plan)).with_origins("sources")
         assert layout.size <= buffer.numel()
         fields = sorted(layout.fields().values())
         for (offset, shape), (following, _) in pairwise(fields):

@@ -19,9 +19,10 @@ from tests.support.checkpoints import tiny_checkpoint
 from tests.support.graphs import FakePool
 from vitrt import VisionEncoder
 from vitrt.engine.batch import PixelValues
+from vitrt.engine.buckets import Buckets, GraphKey, default_buckets
 from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
-from vitrt.engine.graph_runner import GraphKey, GraphRunner, _Recording, default_buckets
+from vitrt.engine.graph_runner import GraphRunner, _Recording
 from vitrt.engine.recording import _Recorder
 from vitrt.engine.request import Request
 from vitrt.models.packed_plan import PlanLayout, pack_plan, view_plan
@@ -102,7 +103,7 @@ def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
 
 def load(runner: GraphRunner, plan: ForwardPlan, batch: PixelValues) -> None:
     attention = runner.attention_for(plan)
-    layout = runner._layout(plan, runner._key(plan, attention), attention)
+    layout = runner.buckets.key(plan, attention).layout(plan, attention)
     runner._load(plan, layout, attention, batch, *runner._static(64))
 
 
@@ -239,7 +240,7 @@ def test_replays_equal_eager_forwards(folder: Path, attention: str):
     )
     runner = graphs.engine.runner
     assert isinstance(runner, GraphRunner)
-    runner.buckets = default_buckets(4096)
+    runner.buckets = Buckets(runner.tower, default_buckets(4096))
     rng = random.Random(attention)
     for _ in range(60):
         grids = random_grids(rng, 3000)

@@ -6,7 +6,7 @@ Shapes: T patches.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,13 +16,22 @@ import torch
 from vitrt.attention import AttentionChoice, resolve_attention
 from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.batch import Batch, PixelBatch
-from vitrt.engine.device import budget_from_memory, values_per_patch
+from vitrt.engine.buckets import AUTO_MAX_PATCHES
+from vitrt.engine.device import (
+    budget_from_memory,
+    check_precision,
+    resolve_device,
+    resolve_dtype,
+    values_per_patch,
+)
 from vitrt.engine.eager_runner import EagerRunner, RunnerStats
-from vitrt.engine.graph_runner import AUTO_MAX_PATCHES, GraphRunner
+from vitrt.engine.graph_runner import GraphRunner
+from vitrt.engine.loader import load_tower
 from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.upload import PixelUploader
 from vitrt.kernels.dispatch import HAVE_TRITON
+from vitrt.layers.weights import TensorSlice
 from vitrt.models.tower import TowerOutput, VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -69,6 +78,27 @@ class Engine:
         # Ranks that share a tower must pack the same batches, whatever memory each has free.
         self.max_batch_patches: int = parallel.agree_min(budget)
         self._forks = _forks
+
+    @classmethod
+    def load(
+        cls,
+        config: VisionConfig,
+        tensors: Iterable[tuple[str, TensorSlice]],
+        runtime: RuntimeConfig,
+        parallel: ParallelContext = SINGLE,
+    ) -> Engine:
+        """An engine on a new tower where `runtime` says, filled with `tensors` by `load_tower`."""
+        device = resolve_device(runtime.device)
+        dtype = resolve_dtype(runtime.dtype, device)
+        check_precision(runtime.precision, device, dtype)
+        tower = load_tower(config, tensors, device=device, dtype=dtype, parallel=parallel)
+        if runtime.precision == "fp8":
+            tower.use_float8(runtime.fp8_skip_blocks)
+            tower.compile_kernels()
+        engine = cls(tower, runtime, parallel)
+        if device.type == "cuda":
+            engine.load_kernels()
+        return engine
 
     @property
     def attention(self) -> AttentionChoice:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,51 +24,20 @@ from torch import Tensor
 
 from vitrt.attention import AttentionChoice, BatchAttention
 from vitrt.engine.batch import Batch
+from vitrt.engine.buckets import AUTO_MAX_PATCHES, Buckets, GraphKey, default_buckets
 from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.recording import Pieces, record_pieces
 from vitrt.engine.request import TOKENS, Request
-from vitrt.layers.rotary import TABLE_POSITIONS
-from vitrt.models.packed_plan import PlanLayout, most_segments, view_plan
+from vitrt.models.packed_plan import PlanLayout, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
 logger = logging.getLogger(__name__)
 
-# Up to this many patches a replay beats an eager forward, whose launches then still outlast its
-# kernels; above, the two differ by the padding.
-AUTO_MAX_PATCHES = 4096
-_LITTLE_MORE = 32  # patches over the bucket below, in an image that warms a bucket up
 _SIGHTINGS = 2  # a shape class is recorded when it comes the second time
-_FEW_SEGMENTS = 8  # that every bucket has room for
-_MOST_SCHEDULE = 64  # int32 values of a backend's schedule, beside those for each segment
 _FINE, _FORWARD_FAILED, _RECORDING_FAILED = 0, 2, 1  # what ranks tell each other, the worst wins
-
-
-def default_buckets(max_patches: int) -> tuple[int, ...]:
-    """Patch counts of the graphs: every 64 up to 2048, every 128 to 4096, then 16 steps an octave.
-
-    Products work in tiles of 128 or 192 rows, so finer steps would save nothing; coarser ones would
-    pay for more than 1/16 of padding.
-    """
-    buckets = list(range(64, min(max_patches, 2048) + 1, 64))
-    step = 128
-    while buckets[-1] + step <= max_patches:
-        buckets.append(buckets[-1] + step)
-        if buckets[-1] >= 4096 and buckets[-1] == 32 * step:
-            step *= 2
-    return tuple(buckets)
-
-
-@dataclass(frozen=True, slots=True)
-class GraphKey:
-    """A shape class: what a recording cannot change."""
-
-    bucket: int  # patches
-    segments: int  # room for so many; some kernels launch blocks for each, used or not
-    attention: Hashable  # what the backends say that a recording cannot change
-    request: Request = TOKENS  # its outputs
 
 
 @dataclass(slots=True)
@@ -95,10 +64,8 @@ class GraphRunner(EagerRunner):
     ) -> None:
         super().__init__(tower, attention, device, dtype)
         self.parallel = parallel
-        self.buckets = tuple(sorted(buckets)) if buckets else default_buckets(max_patches)
+        self.buckets = Buckets(tower, buckets or default_buckets(max_patches))
         self.limit_bytes = limit_bytes
-        # What transformers' towers give beside merged tokens; other layers' states run eagerly.
-        self._with_last = Request((tower.config.depth - 1,))
         self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
         self._sightings: Counter[GraphKey] = Counter()
         self._evicted: Counter[GraphKey] = Counter()  # times, of each class
@@ -111,11 +78,11 @@ class GraphRunner(EagerRunner):
     def run(self, plan: ForwardPlan, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         with self._lock:  # the static buffers are shared
             reason = "no graph memory" if self.limit_bytes <= 0 else None
-            reason = reason or self._ineligible(plan, request)
+            reason = reason or self.buckets.refusal(plan, request)
             if reason is not None:
                 return self.run_eager(plan, batch, reason, request)
             attention = self.attention_for(plan)
-            key = self._key(plan, attention, request)
+            key = self.buckets.key(plan, attention, request)
             recording = self._recordings.get(key)
             if recording is None and key not in self._refused:
                 self._sightings[key] += 1
@@ -134,68 +101,17 @@ class GraphRunner(EagerRunner):
 
         A number between two buckets is the larger one's. ValueError for one that no bucket holds.
         """
-        wanted = self.buckets if buckets is None else buckets
-        chosen = {self._bucket_of(patches) for patches in wanted}
+        wanted = self.buckets.sizes if buckets is None else buckets
+        chosen = {self.buckets.of(patches) for patches in wanted}
         if self.limit_bytes <= 0:
             return
         with self._lock:
             for bucket in sorted(chosen, reverse=True):
-                for plan in self._warmup_plans(bucket):
+                for plan in self.buckets.warmup_plans(bucket):
                     attention = self.attention_for(plan)
-                    key = self._key(plan, attention)
+                    key = self.buckets.key(plan, attention)
                     if key not in self._recordings and key not in self._refused:
                         self._record(key, plan, attention, None)
-
-    # What fits
-
-    def _ineligible(self, plan: ForwardPlan, request: Request) -> str | None:
-        if request.layers and request != self._with_last:
-            return "hidden states asked for"
-        if plan.num_patches > self.buckets[-1]:
-            return "over the largest bucket"
-        if plan.largest_position >= TABLE_POSITIONS:
-            return "over the rotary table"
-        bucket = self._bucket_of(plan.num_patches)
-        if not PlanLayout.bucket(plan, bucket, most_segments(bucket)).fits(plan):
-            return "more segments than the bucket holds"
-        return None
-
-    def _bucket_of(self, patches: int) -> int:
-        if not 0 < patches <= self.buckets[-1]:
-            raise ValueError(
-                f"no graph holds {patches} patches; buckets go up to {self.buckets[-1]}"
-            )
-        return next(bucket for bucket in self.buckets if bucket >= patches)
-
-    def _key(
-        self, plan: ForwardPlan, attention: BatchAttention, request: Request = TOKENS
-    ) -> GraphKey:
-        bucket = self._bucket_of(plan.num_patches)
-        most = most_segments(bucket)
-        segments = min(_FEW_SEGMENTS, most)
-        while segments < min(len(plan.segments) - 1, most):
-            segments = min(segments * 8, most)
-        return GraphKey(bucket, segments, attention.key, request)
-
-    def _layout(self, plan: ForwardPlan, key: GraphKey, attention: BatchAttention) -> PlanLayout:
-        return PlanLayout.bucket(plan, key.bucket, key.segments).scheduled(attention.schedule)
-
-    def _warmup_plans(self, bucket: int) -> list[ForwardPlan]:
-        """Batches of `bucket`: one image that fills it, one that hardly needs it (attention may go
-        about them differently), and many of at most 256 patches.
-        """
-        side = 16 if bucket % 256 == 0 else 8
-        below = max((b for b in self.buckets if b < bucket), default=0)
-        plans = [self._image(bucket), self._image(min(below + _LITTLE_MORE, bucket))]
-        if bucket % side**2 == 0:
-            plans.append(self.tower.plan([(bucket // side**2, side, side)]))
-        return [plan for plan in plans if self._ineligible(plan, TOKENS) is None]
-
-    def _image(self, patches: int) -> ForwardPlan:
-        """One image of so many patches, as little drawn out as powers of two allow."""
-        merge = self.tower.config.spatial_merge_size
-        rows = next(r for r in (16, 8, 4, 2, 1) if patches % (r * merge * merge) == 0) * merge
-        return self.tower.plan([(1, rows, patches // rows)])
 
     # Record and replay
 
@@ -210,13 +126,13 @@ class GraphRunner(EagerRunner):
         if self._pool is None:
             self._pool = GraphPool(self.device, self.dtype)
             # Recorded first, the largest bucket sizes the pool that all others then fit in.
-            for largest in self._warmup_plans(self.buckets[-1])[:1]:
+            for largest in self.buckets.warmup_plans(self.buckets.largest)[:1]:
                 others = self.attention_for(largest)
-                if (other := self._key(largest, others)) not in (key, *self._refused):
+                if (other := self.buckets.key(largest, others)) not in (key, *self._refused):
                     self._record(other, largest, others, None)
         pool = self._pool or GraphPool(self.device, self.dtype)
         patches, buffer = self._static(key.bucket)
-        layout = self._layout(plan, key, attention)
+        layout = key.layout(plan, attention)
         self._load(plan, layout, attention, batch, patches, buffer)
 
         def forward(choice: AttentionChoice) -> TowerOutput:
@@ -310,11 +226,8 @@ class GraphRunner(EagerRunner):
     def _static(self, bucket: int) -> tuple[Tensor, Tensor]:
         """The static inputs, sized for the largest bucket; smaller ones use their front."""
         if self._patches is None or self._plan_buffer is None:
-            largest, width = self.buckets[-1], self.tower.config.patch_dim
-            # Any plan of this tower tells what its layouts hold; a schedule is a few values.
-            some = self.tower.plan([(1, *[self.tower.config.spatial_merge_size] * 2)])
-            layout = PlanLayout.bucket(some, largest, most_segments(largest))
-            size = replace(layout, schedule=_MOST_SCHEDULE).with_origins("sources").size
+            largest, width = self.buckets.largest, self.tower.config.patch_dim
+            size = self.buckets.plan_values()
             with torch.inference_mode(False):  # else only callers inside it could write them
                 self._patches = torch.zeros(largest, width, dtype=self.dtype, device=self.device)
                 self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)

@@ -39,6 +39,15 @@ _READ_LOCKS = tuple(threading.Lock() for _ in range(64))
 class ImageError(ValueError):
     """An image that cannot be used; the message names the image and the reason."""
 
+    @classmethod
+    def of(cls, error: Exception) -> ImageError:
+        """One class for whatever a broken image makes its reader, or its forward, raise."""
+        if isinstance(error, ImageError):
+            return error
+        found = cls(str(error) or type(error).__name__)
+        found.__cause__ = error
+        return found
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pixels:
