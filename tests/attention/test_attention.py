@@ -126,10 +126,12 @@ def test_unknown_and_misplaced_names_are_refused() -> None:
 def test_auto_on_cpu_is_sdpa_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vitrt"):
         choice = resolve_attention("auto", device="cpu", dtype=torch.float32, head_dim=80)
+        resolve_attention("auto", device="cpu", dtype=torch.float32, head_dim=80, window_patches=64)
     assert choice.full.name == choice.window.name == "sdpa"
     assert choice.for_batch([9], 2).choice == choice
     assert [r.getMessage() for r in caplog.records] == [
-        "attention: sdpa in full layers, sdpa in window layers"
+        "attention: sdpa",
+        "attention: sdpa in full layers, sdpa in window layers",
     ]
 
 

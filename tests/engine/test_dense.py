@@ -243,6 +243,7 @@ def test_default_calls_keep_no_hidden_states(pair):
         ([6], True, r"layers holds 6; the tower has 6 layers: 0 to 5, or -6 to -1"),
         ([0, -7], True, r"layers holds -7; the tower has 6 layers"),
         ([1, 5, -1], True, r"layer 5 twice, the second time as -1"),
+        (5, True, r"layers is 5; it must be a list, as in layers=\[-1\]"),
         ([1.0], True, r"layers holds 1.0; it must hold integers"),
         ("1,2", True, r"layers holds '1'; it must hold integers"),
         ([], False, r"merged=False without layers asks for nothing"),

@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 from transformers.image_utils import load_image
 
-from vitrt import Pixels
+from vitrt import ImageError, Pixels
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.processor import ImageProcessor, patches_reference
 from vitrt.images.resize import resize_pillow, resize_torch
@@ -90,6 +90,15 @@ def test_pixels_of_three_rows_are_taken_by_the_name_of_their_layout() -> None:
         np.testing.assert_array_equal(pixels(Pixels(tensor, other)), pixels(image))
     square = torch.from_numpy(np.array(photo(3, 3)))
     np.testing.assert_array_equal(pixels(Pixels(square, "hwc")), pixels(np.asarray(photo(3, 3))))
+
+
+def test_pixels_are_an_array_without_masked_values() -> None:
+    masked = np.ma.masked_array(np.asarray(photo()), mask=True)
+    with pytest.raises(ImageError, match=r"masked values; array\.filled"):
+        processor().prepare(Pixels(masked, "hwc"))
+    for values in ([[[1, 2, 3]]], photo()):
+        with pytest.raises(ValueError, match=r"the pixels are a (list|Image); they must be a"):
+            Pixels(values, "hwc")
 
 
 def test_tensors_of_clips() -> None:

@@ -195,6 +195,16 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         Inputs([])
 
 
+def test_what_is_content_and_no_path_is_not_echoed(tmp_path: Path) -> None:
+    url = "data:image/png;base64," + "A" * 3_000_000
+    with pytest.raises(InputError, match="a data: URL is an image in Python") as raised:
+        Inputs([url])
+    assert len(str(raised.value)) < 500
+    with pytest.raises(InputError, match="cannot be opened") as raised:
+        Inputs(["nosuch://" + "A" * 3_000_000])
+    assert len(str(raised.value)) < 500
+
+
 def test_equal_ids_are_an_error(tmp_path: Path) -> None:
     for name in ("one/a.jpg", "one/b.jpg", "two/b.jpg", "two/c.jpg"):
         touch(tmp_path / name)

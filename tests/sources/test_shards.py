@@ -297,6 +297,40 @@ def test_a_folder_of_shards(tmp_path: Path, remote: bool) -> None:
         assert list(contents(inputs)) == ["x.png"] and inputs.choice.left_out[".tar"] == 1
 
 
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("other", ["photos/x.png", "more/b.tar.gz"])
+def test_a_folder_of_shards_drops_nothing_in_silence(
+    tmp_path: Path, other: str, remote: bool
+) -> None:
+    (tmp_path / "in" / other).parent.mkdir(parents=True)
+    (tmp_path / "in" / other).write_bytes(b"x")
+    write_tar({"1.png": b"1"}, tmp_path / "in/a.tar")
+    source = str(tmp_path / "in")
+    if remote:
+        data = {other: b"x", "a.tar": (tmp_path / "in/a.tar").read_bytes()}
+        source = write_remote(data, f"memory://mixed-{other[0]}")
+    with pytest.raises(InputError, match=f"is a folder of shards, and {other} in it is none"):
+        Inputs([source])
+
+
+def test_a_shard_is_known_by_its_suffix_in_either_case(tmp_path: Path) -> None:
+    write_tar({"1.png": b"1"}, tmp_path / "A.TAR")
+    write_parquet({"2.png": b"2"}, tmp_path / "B.PARQUET")
+    write_dataset({"3": b"3"}, tmp_path / "d")
+    next((tmp_path / "d").glob("*.arrow")).rename(tmp_path / "C.ARROW")
+    shutil.rmtree(tmp_path / "d")
+    wanted = {"A.TAR/1": b"1", "B.PARQUET/0": b"2"}
+    assert contents(Inputs([tmp_path])) == wanted
+    assert contents(Inputs([tmp_path / "C.ARROW"])) == {"C.ARROW/0": b"3"}
+
+
+def test_a_shard_in_a_list_is_told_so(tmp_path: Path) -> None:
+    write_tar({"1.png": b"1"}, tmp_path / "a.tar")
+    (tmp_path / "list.txt").write_text("a.tar\n")
+    found = problems(Inputs([f"@{tmp_path}/list.txt"]))
+    assert "give a shard as an INPUT of its own" in found["a.tar"]
+
+
 def test_datasets_with_splits(folder: Path, tmp_path: Path) -> None:
     write_dataset({"1": b"1"}, tmp_path / "d/train")
     write_dataset({"2": b"2"}, tmp_path / "d/test")

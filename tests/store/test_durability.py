@@ -29,7 +29,7 @@ from tests.support.folders import (
 from vitrt import FeatureStore
 from vitrt.store import durable, lock
 from vitrt.store.check import check_folder
-from vitrt.store.durable import OutputError
+from vitrt.store.durable import OutputError, make_folder
 from vitrt.store.lock import FolderBusyError, FolderLock, running_job
 from vitrt.store.manifest import Damage, iter_manifest
 
@@ -346,3 +346,9 @@ def test_looking_for_a_job_keeps_none_from_starting(tmp_path: Path) -> None:
     finally:
         ended.set()
         thread.join()
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OutputError, match=r"cannot create folder .*file: a file of that name exis"):
+        make_folder(tmp_path / "file")

@@ -237,11 +237,8 @@ def resolve_attention(
         if spec is not None and (limit := spec.window_limit(window_patches)) is not None:
             raise ValueError(f"attention backend {name!r} {limit}; use auto or sdpa")
         choice = AttentionChoice(backend, backend)
-    logger.info(
-        "attention: %s in full layers, %s in window layers",
-        label(choice.full),
-        label(choice.window),
-    )
+    windows = f" in full layers, {label(choice.window)} in window layers" if window_patches else ""
+    logger.info("attention: %s%s", label(choice.full), windows)
     return choice
 
 

@@ -33,6 +33,8 @@ class Request:
         ValueError names an index that the tower does not have or that comes twice, and a request
         that asks for nothing: no layers and not `merged`.
         """
+        if not isinstance(layers, Iterable):
+            raise ValueError(f"layers is {layers!r}; it must be a list, as in layers=[-1]")
         found: list[int] = []
         for layer in layers:
             try:

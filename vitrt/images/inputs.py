@@ -59,7 +59,7 @@ class Pixels:
             clip: "hwc", "chw", "fhwc" or "fchw".
 
     Raises:
-        ValueError: another layout, or values of other axes.
+        ValueError: another layout, or values that are none or of other axes.
     """
 
     values: Any
@@ -68,6 +68,9 @@ class Pixels:
     def __post_init__(self) -> None:
         if self.layout not in _LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}; it must be one of {', '.join(_LAYOUTS)}")
+        if not hasattr(self.values, "shape"):
+            kind = type(self.values).__name__
+            raise ValueError(f"the pixels are a {kind}; they must be a tensor or an array")
         shape = list(self.values.shape)
         if len(shape) != len(self.layout) or shape[self.layout.index("c")] != 3:
             raise ValueError(
@@ -77,7 +80,7 @@ class Pixels:
     def to_array(self) -> np.ndarray:
         """[H, W, 3], or of a clip [F, H, W, 3]."""
         values = self.values.detach().cpu().numpy() if is_tensor(self.values) else self.values
-        array = np.asarray(values)
+        array = np.asanyarray(values)  # which leaves a mask in place
         return np.moveaxis(array, self.layout.index("c"), -1)
 
 

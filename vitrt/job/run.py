@@ -22,6 +22,7 @@ from vitrt.job.progress import Progress
 from vitrt.job.stop import Stop
 from vitrt.job.to_host import OnHost, ToHost
 from vitrt.job.write_behind import Encoded, Skipped, WriteBehind
+from vitrt.sources.folder import shown
 from vitrt.sources.record import Record
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.writer import FeatureWriter
@@ -150,7 +151,7 @@ def _skip(record: Record, error: Exception, behind: WriteBehind) -> str:
         logger.debug("unexpected error from %s", record.id, exc_info=error)
     message = str(error) or type(error).__name__
     if record.id not in message:
-        message = f"{record.id}: {message}"
+        message = f"{shown(record.id)}: {message}"
     logger.warning("skipped: %s", message)
     behind.put(Skipped(record.id, type(error).__name__, message))
     return message

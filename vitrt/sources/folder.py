@@ -25,6 +25,7 @@ IMAGE_EXTENSIONS = frozenset(
     )
 )
 _KINDS_NAMED = 6
+_LONGEST_SHOWN = 1000
 _SORTED_NAMES = 10_000  # a folder's names are sorted this many at a time
 _ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
 
@@ -195,6 +196,14 @@ def printable(path: str) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return raw.replace(b"\\", rb"\\").decode("utf-8", "backslashreplace")
+
+
+def shown(path: str) -> str:
+    """A path, URL or id as messages show it: one so long that it is content, by its two ends."""
+    text = printable(path)
+    if len(text) <= _LONGEST_SHOWN:
+        return text
+    return f"{text[:100]}...{text[-20:]} ({len(text)} characters)"
 
 
 def unprintable(text: str) -> str | None:

@@ -18,7 +18,7 @@ from vitrt.sources.folder import (
     Choice,
     id_from,
     named,
-    printable,
+    shown,
     unprintable,
     walk,
     would_be_met,
@@ -129,7 +129,10 @@ def _part(argument: str, options: SourceOptions, choice: Choice) -> Part:
     if argument.startswith("@"):
         return ListFile(argument[1:])
     if not os.path.lexists(argument):
-        raise InputError(f"INPUT {printable(argument)} does not exist")
+        hint = ""
+        if argument.startswith("data:"):
+            hint = ": a data: URL is an image in Python; here, write its content to a file"
+        raise InputError(f"INPUT {shown(argument)} does not exist{hint}")
     folder = _Folder(argument, choice) if os.path.isdir(argument) else None
     if shards := find_shards(argument, is_folder=folder is not None):
         return Shards(argument, shards, options, choice)
@@ -178,7 +181,7 @@ def _outer(path: str, folders: Container[str]) -> str | None:
 
 def _shared(path: str, other: str) -> InputError:
     return InputError(
-        f"INPUT {printable(path)} and INPUT {printable(other)} share files: give only the outer one"
+        f"INPUT {shown(path)} and INPUT {shown(other)} share files: give only the outer one"
     )
 
 
@@ -198,9 +201,7 @@ class _Folder:
         try:
             os.scandir(path).close()
         except OSError as error:
-            raise InputError(
-                f"INPUT {printable(path)} cannot be listed: {error.strerror}"
-            ) from error
+            raise InputError(f"INPUT {shown(path)} cannot be listed: {error.strerror}") from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         return walk(self.path, should_stop, self._choice)

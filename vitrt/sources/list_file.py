@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from vitrt.sources.folder import id_from, named, printable
+from vitrt.sources.folder import id_from, named, shown
 from vitrt.sources.location import filesystem, is_url, local_path, reason_of
 from vitrt.sources.record import InputError, Record, remote_record
+from vitrt.sources.shards import is_shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def check_id(image_id: str, path: str, other: str | None) -> None:
     """InputError where there is an `other` path of that id."""
     if other is not None:
         raise InputError(
-            f"{printable(other)} and {printable(path)} would both get the id {image_id!r}; "
+            f"{shown(other)} and {shown(path)} would both get the id {shown(image_id)!r}; "
             "encode them into two folders, or give one folder that holds both"
         )
 
@@ -46,14 +47,14 @@ class ListFile:
             mode = os.stat(path).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
                 raise InputError(
-                    f"INPUT list {printable(path)} is not a regular file, and a list is read more "
+                    f"INPUT list {shown(path)} is not a regular file, and a list is read more "
                     "than once: write it to a file first"
                 )
             for _ in islice(self._lines(), PEEK):
                 pass
         except OSError as error:
             raise InputError(
-                f"INPUT list {printable(path)} cannot be read: {error.strerror}"
+                f"INPUT list {shown(path)} cannot be read: {error.strerror}"
             ) from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
@@ -105,12 +106,12 @@ class ListFile:
                 if number == 1:
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise InputError(
-                            f"INPUT list {printable(self.path)} is UTF-16; save it as UTF-8"
+                            f"INPUT list {shown(self.path)} is UTF-16; save it as UTF-8"
                         )
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if b"\0" in line:
                     raise InputError(
-                        f"INPUT list {printable(self.path)} holds a NUL byte in line {number}; "
+                        f"INPUT list {shown(self.path)} holds a NUL byte in line {number}; "
                         "expected UTF-8 text, one path a line"
                     )
                 name = local_path(os.fsdecode(line.rstrip(b"\r\n")))
@@ -126,6 +127,9 @@ class ListFile:
 
 def _record(line: tuple[str, str]) -> Record:
     image_id, path = line
+    if is_shard_name(path):
+        problem = "a list names images: give a shard as an INPUT of its own"
+        return Record(image_id, path, problem=problem)
     if not is_url(path):
         return named(image_id, path)
     try:

@@ -32,7 +32,7 @@ def open_rows(location: str) -> Iterator[tuple[Any, Iterator[tuple[int, Callable
     except ImportError as error:
         raise ValueError(f"reading it needs pyarrow: pip install 'vitrt[data]' ({error})") from None
     is_local = not is_url(location)
-    if not location.endswith(".arrow"):
+    if not location.lower().endswith(".arrow"):
         with (
             open_location(location) as stream,
             pq.ParquetFile(location if is_local else stream, buffer_size=_PAGE_BYTES) as file,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from vitrt.sources.folder import Choice, id_from, is_image_name
+from vitrt.sources.folder import Choice, id_from, is_image_name, shown
 from vitrt.sources.location import (
     filesystem,
     is_url,
@@ -26,6 +26,7 @@ from vitrt.sources.rows import image_column, row_records
 from vitrt.sources.tar import check_tar, tar_records
 
 SUFFIXES = (".tar", ".parquet", ".arrow")
+_TAR, _PARQUET, _ARROW = SUFFIXES
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 Shard = tuple[str, str]  # what its ids begin with, and its path or URL
@@ -45,16 +46,18 @@ class Shards:
         self._locations = dict(shards)
         location = shards[0][1]
         try:
-            if location.endswith(".tar"):
+            if _suffix(location) == _TAR:
                 check_tar(location)
             else:
                 image_column(location, options)
         except Exception as error:  # of many kinds: a server's, pyarrow's
-            raise InputError(f"INPUT {location} cannot be used: {reason_of(error)}") from error
+            raise InputError(
+                f"INPUT {shown(location)} cannot be used: {reason_of(error)}"
+            ) from error
 
     @property
     def has_rows(self) -> bool:
-        return any(not location.endswith(".tar") for _, location in self.shards)
+        return any(_suffix(location) != _TAR for _, location in self.shards)
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         """One that cannot be read on gives a record that says so, and the next ones follow."""
@@ -62,7 +65,7 @@ class Shards:
             if should_stop():
                 return
             try:
-                if location.endswith(".tar"):
+                if _suffix(location) == _TAR:
                     yield from tar_records(location, prefix, self._choice, should_stop)
                 else:
                     yield from row_records(location, prefix, self._options, should_stop)
@@ -129,15 +132,15 @@ def remote_part(
         else:
             system, path = filesystem(url)
             info = system.info(path)
-            if info["type"] != "directory" and not url.endswith((*SUFFIXES, *_COMPRESSED)):
+            if info["type"] != "directory" and not url.lower().endswith((*SUFFIXES, *_COMPRESSED)):
                 return RemoteFile(url, info)
             shards = find_shards(url, is_folder=info["type"] == "directory")
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"INPUT {url} does not exist") from None
+        raise InputError(f"INPUT {shown(url)} does not exist") from None
     except Exception as error:
-        raise InputError(f"INPUT {url} cannot be opened: {reason_of(error)}") from error
+        raise InputError(f"INPUT {shown(url)} cannot be opened: {reason_of(error)}") from error
     return Shards(url, shards, options, choice) if shards else RemoteFolder(url, choice)
 
 
@@ -148,15 +151,15 @@ def find_shards(argument: str, *, is_folder: bool) -> list[Shard]:
     if not is_folder:
         if name.lower().endswith(_COMPRESSED):
             raise InputError(
-                f"INPUT {argument} is a compressed tar: unpack it to .tar, whose members can be "
-                "read one by one"
+                f"INPUT {shown(argument)} is a compressed tar: unpack it to .tar, whose "
+                "members can be read one by one"
             )
-        return [(name, argument)] if name.endswith(SUFFIXES) else []
+        return [(name, argument)] if is_shard_name(name) else []
     own = set()
     for name in _own_names(argument):
         if is_image_name(name):
             return []
-        if name.endswith((*SUFFIXES[:2], ".json")):
+        if _suffix(name) in (_TAR, _PARQUET, ".json"):
             own.add(name)
     if "dataset_dict.json" in own:
         splits = json.loads(_read(f"{argument}/dataset_dict.json"))["splits"]
@@ -167,11 +170,26 @@ def find_shards(argument: str, *, is_folder: bool) -> list[Shard]:
         ]
     if {"state.json", "dataset_info.json"} <= own:
         return _dataset_files(argument)
-    if not any(name.endswith(SUFFIXES[:2]) for name in own):
+    if not any(_suffix(name) in (_TAR, _PARQUET) for name in own):
         return []
-    return [
-        (name, location) for name, location in _files_below(argument) if name.endswith(SUFFIXES[:2])
-    ]
+    shards = []
+    for name, location in _files_below(argument):
+        if is_image_name(name) or name.lower().endswith(_COMPRESSED):
+            raise InputError(
+                f"INPUT {shown(argument)} is a folder of shards, and {shown(name)} in it is none: "
+                "give the shards and what else is to be encoded as INPUTs of their own"
+            )
+        if _suffix(name) in (_TAR, _PARQUET):
+            shards.append((name, location))
+    return shards
+
+
+def is_shard_name(name: str) -> bool:
+    return _suffix(name) in SUFFIXES
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _dataset_files(folder: str) -> list[Shard]:
@@ -179,7 +197,7 @@ def _dataset_files(folder: str) -> list[Shard]:
     state = json.loads(_read(f"{folder}/state.json"))
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise InputError(
-            f"INPUT {folder} holds a selection of another dataset's rows: save it with "
+            f"INPUT {shown(folder)} holds a selection of another dataset's rows: save it with "
             "flatten_indices()"
         )
     names = [file["filename"] for file in state["_data_files"]]
@@ -191,7 +209,7 @@ def _matching(url: str) -> list[Shard]:
     found = map(system.unstrip_protocol, sorted(system.glob(path)))
     shards = [shard for match in found for shard in find_shards(match, is_folder=False)]
     if not shards:
-        raise InputError(f"INPUT {url} matches no .tar or .parquet file")
+        raise InputError(f"INPUT {shown(url)} matches no .tar or .parquet file")
     return shards
 
 

@@ -36,6 +36,9 @@ def make_folder(folder: Path) -> None:
         except OSError as error:
             raise OutputError("create folder", path, error) from error
         flush_folder(path.parent)
+    if not folder.is_dir():
+        found = NotADirectoryError(errno.ENOTDIR, "a file of that name exists")
+        raise OutputError("create folder", folder, found)
 
 
 def temporary_path(path: Path) -> Path:

@@ -225,7 +225,7 @@ class RunIdentity:
             same_name = metadata.get("model") == self.model
             found.insert(
                 0,
-                f"the weights of model {self.model} changed since"
+                f"the weights of model {self.model}, or its adapter, changed since"
                 if same_name
                 else f"model is {metadata.get('model')} there and {self.model} now",
             )
