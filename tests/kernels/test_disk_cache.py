@@ -114,3 +114,18 @@ def test_the_packages_are_told_unless_the_user_was_first(
     enabled, flash, quack = (os.environ[name] for name in VARIABLES)
     assert (enabled, quack) == ("1", "/elsewhere")
     assert flash == str(home / ".cache" / "vitrt" / "flash-attn-4")
+
+
+def test_a_changed_epilogue_finds_no_old_kernel(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def told() -> str:
+        os.environ.pop("QUACK_CACHE_DIR", None)
+        keep_kernels()
+        return os.environ["QUACK_CACHE_DIR"]
+
+    before = told()
+    assert before == told() and Path(before).parent == home / ".cache" / "vitrt" / "quack"
+    (tmp_path / "gemm_epilogues.py").write_text("# another product\n")
+    monkeypatch.setattr("vitrt.kernels.disk_cache.__file__", str(tmp_path / "disk_cache.py"))
+    assert told() != before

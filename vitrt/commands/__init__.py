@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "size, cost by image size, and what can run here",
     "check": "read an output folder back and verify it",
     "show": "a picture of the features",
+    "compile": "kernels for a GPU, ahead, without one",
     "verify": "errors against transformers",
     "bench": "speed against transformers and others",
 }

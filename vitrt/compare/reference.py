@@ -35,10 +35,11 @@ class NamedModel:
     checkpoint: Checkpoint | None  # None: random weights
 
 
-def find_model(model: str, *, tiny: bool = False) -> NamedModel:
+def find_model(model: str, *, tiny: bool = False, weights: bool = True) -> NamedModel:
     """A checkpoint's folder or hub id, a config.json or its folder, or a size ("qwen3-vl-8b").
 
     Without weights beside the config they are random; `tiny` shrinks the tower and makes them so.
+    Without `weights` a hub id's are not fetched.
     """
     path = Path(model)
     folders = (path, *(folder / model for folder in CONFIG_FOLDERS))
@@ -50,7 +51,7 @@ def find_model(model: str, *, tiny: bool = False) -> NamedModel:
             f"the sizes are {', '.join(released_sizes())}"
         )
     if not file.is_file() or any(file.parent.glob("*.safetensors")):
-        checkpoint = open_checkpoint(str(file.parent) if file.is_file() else model)
+        checkpoint = open_checkpoint(str(file.parent) if file.is_file() else model, weights=weights)
         config = checkpoint.vision_config()
     else:
         checkpoint = None

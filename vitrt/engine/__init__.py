@@ -1,6 +1,7 @@
 """Patches and a request in, features out: graphs, batches, the pipeline, loading."""
 
 __all__ = [
+    "ahead",
     "batch",
     "batcher",
     "device",

@@ -32,6 +32,7 @@ from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.upload import PixelUploader
 from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.layers.weights import TensorSlice
+from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -44,6 +45,15 @@ def _count_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_count_fork)
+
+
+def kernel_plans(runner: EagerRunner) -> list[ForwardPlan]:
+    """One image each, which between them use every kernel that an eager forward runs."""
+    merge = runner.tower.config.spatial_merge_size
+    larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
+    plans = [runner.tower.plan([(1, side, side)]) for side in (merge, *larger)]
+    scheduled = [plan for plan in plans[1:] if runner.attention_for(plan).schedule]
+    return [*plans[:2], *scheduled[:1]]
 
 
 class Engine:
@@ -142,16 +152,13 @@ class Engine:
         What a forward compiles and loads at first use costs seconds. A small image and a larger one
         may go to different backends, and one that the backend schedules to further kernels.
         """
-        merge, patch = self.config.spatial_merge_size, self.config.patch_size
-        larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
-        plans = (self.tower.plan([(1, side, side)]) for side in larger)
-        scheduled = [p.grids[0][1] for p in plans if self.runner.attention_for(p).schedule]
-        table = torch.zeros(3, 256, dtype=torch.float32, device=self.device)
-        for side in (merge, larger[0], *scheduled[:1]):
-            pixels = np.zeros((1, side * patch, side * patch, 3), dtype=np.uint8)
-            batch = PixelBatch([pixels], [(1, side, side)], table)
+        patch = self.config.patch_size
+        table = torch.zeros(2, 3, 256, dtype=torch.float32, device=self.device)
+        for plan in kernel_plans(self.runner):
+            _, rows, columns = plan.grids[0]
+            pixels = np.zeros((1, rows * patch, columns * patch, 3), dtype=np.uint8)
+            batch = PixelBatch([pixels], plan.grids, table)
             with self._own_settings():
-                plan = self.tower.plan(batch.grids)
                 batch.send(plan, self.config, self._uploader)
                 self.runner.run_eager(plan, batch, "to load kernels")
         self.runner.stats.eager.clear()

@@ -1,6 +1,7 @@
 """Triton and CuTe kernels, each with its host function and its reference in PyTorch."""
 
 __all__ = [
+    "ahead",
     "disk_cache",
     "dispatch",
     "flash_attention",

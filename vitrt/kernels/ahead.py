@@ -7,17 +7,22 @@ functions choose their tilings and the launch its specialisation as ever, and no
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrt.kernels import persistent
+from vitrt.kernels.disk_cache import keep_kernels, private_folder
 from vitrt.kernels.dispatch import HAVE_TRITON
 
 
@@ -44,6 +49,30 @@ CHIPS = {
         Chip("sm_120a", "NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 99 * _KIB),
     )
 }
+
+
+def chip_of(arch: str) -> Chip:
+    """The chip of "sm_90a", or of "sm_90" or "90"; ValueError naming those there are."""
+    known = {name.strip("sm_a"): chip for name, chip in CHIPS.items()}
+    chip = known.get(arch.strip("sm_a"))
+    if chip is None:
+        raise ValueError(f"arch {arch!r} is unknown; there are {', '.join(CHIPS)}")
+    return chip
+
+
+def kept_in() -> list[str]:
+    """The folders that compiled kernels go to; ValueError where there is none to keep them in."""
+    if not HAVE_TRITON:
+        raise ValueError("compiling needs Triton, which is not installed: pip install triton")
+    from triton import knobs
+
+    folder = private_folder()
+    if folder is None:
+        raise ValueError(
+            "no folder to keep kernels in: neither $XDG_CACHE_HOME (~/.cache) nor the folder for "
+            "temporary files can be written and locked by this user alone"
+        )
+    return [str(folder), knobs.cache.dir]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,38 +115,121 @@ class _Driver:
 
     def _load(
         self, name: str, cubin: bytes, shared_memory: int, device: int
-    ) -> tuple[None, None, int, int, int]:
+    ) -> tuple[str, str, int, int, int]:
         """Module, function, registers, spills, threads that a block may have."""
         self._loaded.append(Binary(name, cubin, self._warps, shared_memory))
-        return None, None, 0, 0, 1024
+        return name, name, 0, 0, 1024
+
+
+class _Nothing(TorchDispatchMode):
+    """Nothing is written into a tensor without memory."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            return args[0]
+        if kwargs and kwargs.get("out") is not None:
+            return kwargs["out"]
+        return func(*args, **(kwargs or {}))
+
+
+class _Reading(TorchFunctionMode):
+    """A number that is read back is 1; and views by integers and slices, which a torch without CUDA
+    refuses its own fake tensors.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__float__:
+            return 1.0
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        tensor, index = args
+        axis = 0
+        for step in index if isinstance(index, tuple) else (index,):
+            if step is None:
+                tensor = tensor.unsqueeze(axis)
+            elif isinstance(step, int):
+                tensor = tensor.select(axis, step)
+                continue
+            else:
+                first, last, stride = step.indices(tensor.shape[axis])
+                assert stride == 1
+                tensor = tensor.narrow(axis, first, max(last - first, 0))
+            axis += 1
+        return tensor
 
 
 @contextmanager
 def compiling_for(chip: Chip) -> Iterator[list[Binary]]:
-    """Be a process on `chip` that compiles and launches nothing; yields what it has compiled.
+    """Be a process on `chip` that compiles and launches nothing; yields Triton's binaries.
 
-    For a process of its own: what torch says of its GPUs is replaced for all threads.
+    For a process of its own, which has imported neither quack nor flash-attn-4: what torch and
+    they say of GPUs is replaced for all threads, and stays so for the two.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    if not HAVE_TRITON:
-        raise ValueError("Triton is not installed: pip install triton")
     from triton.runtime.driver import driver
 
-    properties = SimpleNamespace(multi_processor_count=chip.processors)
-    answers: dict[str, Any] = {
-        "is_available": lambda: True,
-        "get_device_capability": lambda device=None: chip.capability,
-        "get_device_name": lambda device=None: chip.name,
-        "get_device_properties": lambda device=None: properties,
-    }
     loaded: list[Binary] = []
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(torch.cuda, **answers))
+        stack.enter_context(mock.patch.multiple(torch.cuda, **_answers(chip)))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(chip, loaded)))
+        stack.enter_context(mock.patch.dict(os.environ, _variables(chip)))
+        if find_spec("quack") is not None and chip.capability[0] == 9:
+            stack.enter_context(_quack_without_gpu())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_Nothing())
+        stack.enter_context(_Reading())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         persistent.forget_devices()
         stack.callback(persistent.forget_devices)
         yield loaded
+
+
+def _answers(chip: Chip) -> dict[str, Any]:
+    """What torch.cuda says on `chip`."""
+    properties = SimpleNamespace(multi_processor_count=chip.processors)
+    return {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_capability": lambda device=None: chip.capability,
+        "get_device_name": lambda device=None: chip.name,
+        "get_device_properties": lambda device=None: properties,
+        "device": nullcontext,
+    }
+
+
+def _variables(chip: Chip) -> dict[str, str]:
+    """What quack and flash-attn-4 read, which compile without a GPU where these are set."""
+    arch = chip.arch.removesuffix("a")
+    return {
+        "CUTE_DSL_ARCH": chip.arch,
+        "QUACK_ARCH": arch,
+        "FLASH_ATTENTION_ARCH": arch,
+        "FLASH_ATTENTION_NUM_SMS": str(chip.processors),
+    }
+
+
+@contextmanager
+def _quack_without_gpu() -> Iterator[None]:
+    """quack's products are compiled, kept and never launched.
+
+    How many clusters run at once is asked of the driver: it is an argument of a launch, not part of
+    what is compiled, so any answer will do.
+    """
+    keep_kernels()
+    from quack.cache import async_compile
+    from quack.epilogue import frontend
+    from quack.gemm_runtime import host
+
+    async_compile._install_gpu_blind_device_attrs()
+    async_compile._pin_dsl_arch(os.environ["CUTE_DSL_ARCH"])
+    with (
+        mock.patch.object(host, "get_max_active_clusters", return_value=1),
+        mock.patch.object(host, "run_gemm_epi_plan"),
+        mock.patch.object(frontend, "run_gemm_epi_plan"),
+    ):
+        yield

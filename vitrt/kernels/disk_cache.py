@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -22,7 +23,17 @@ def keep_kernels() -> None:
         return
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash-attn-4"))
-    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "quack"))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "quack" / _epilogues()))
+
+
+def _epilogues() -> str:
+    """What tells our epilogues' text apart: of an installed package quack's keys hold names alone.
+
+    Its own version, CUTLASS's, Python's and the GPU's architecture are in both packages' keys; what
+    they keep is machine code, which does not depend on the driver.
+    """
+    source = Path(__file__).with_name("gemm_epilogues.py").read_bytes()
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 def private_folder() -> Path | None:

@@ -3,8 +3,7 @@
 Importing this imports quack and CUTLASS, which takes seconds: only gemm_quack.py does, where the
 device can use them.
 
-quack keeps compiled kernels on disk under a fingerprint of these functions, but of an installed
-package it takes only their names. A function whose result changes therefore gets a new name.
+quack keeps compiled kernels on disk under these functions' names; disk_cache.py adds their text.
 """
 
 from __future__ import annotations
