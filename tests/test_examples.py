@@ -28,6 +28,8 @@ TESTED = {
     "feed_transformers",
     "fill_ec_cache",
     "precompute_for_vllm",
+    "ray_folder",
+    "ray_serve",
     "search_lancedb",
     "search_photos",
     "sentence_transformers_images",

@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compare": ("encoder", *BELOW_ENCODER),
     "job": ("encoder", *BELOW_ENCODER),
     "bench": ("compare", "encoder", *BELOW_ENCODER),
-    "integrations": ("encoder", *BELOW_ENCODER),
+    "integrations": ("job", "encoder", *BELOW_ENCODER),
     "commands": (*PROGRAMS, "encoder", *BELOW_ENCODER),
     "cli": ("commands", "version"),
     "__main__": ("cli",),

@@ -125,7 +125,7 @@ def encode_folder(
     progress.restart()
     with ExitStack() as locked:
         if ranks.rank == 0:
-            locked.enter_context(_open_output(output, identity, overwrite=options.overwrite))
+            locked.enter_context(open_output(output, identity, overwrite=options.overwrite))
         ranks.gather(None)
         if ranks.rank > 0:
             locked.enter_context(FolderLock(output, ranks.rank))
@@ -193,7 +193,7 @@ def _stages(encoder: VisionEncoder, options: EncodeOptions) -> Stages[Any]:
     return encoder.stages(_request(options, encoder.config.depth))
 
 
-def _open_output(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
+def open_output(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
     """The folder, made and recovered, and locked."""
     make_folder(output)
     lock = FolderLock(output)

@@ -1,3 +1,13 @@
 """The output folder: shards, manifests, recovery, checks, reading."""
 
-__all__ = ["check", "durable", "encoded_index", "export", "lock", "manifest", "recovery", "writer"]
+__all__ = [
+    "check",
+    "content",
+    "durable",
+    "encoded_index",
+    "export",
+    "lock",
+    "manifest",
+    "recovery",
+    "writer",
+]

@@ -61,13 +61,15 @@ def clear(folder: Path) -> None:
             flush_folder(folder)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, *, keep_errors: bool = False) -> None:
     """Repair what a killed run or a power cut left; drop the last run's errors, to be retried.
+
+    With `keep_errors`, at the end of a run that lost some of its processes, they stay.
 
     Where the disk is too full to copy shards without the features that no line names any more,
     those stay: no reader sees them.
     """
-    for pattern in (TEMPORARY_NAME, ERRORS_NAME):
+    for pattern in (TEMPORARY_NAME,) if keep_errors else (TEMPORARY_NAME, ERRORS_NAME):
         for path in matching(folder, pattern):
             remove(path)
     scan = FolderScan(folder)

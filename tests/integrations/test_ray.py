@@ -1,0 +1,169 @@
+"""Ray Data on a local Ray: rows in, rows or a folder out, though actors die."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("ray", reason="ray is not installed: pip install 'vitrt[ray]'")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from tests.support.commands import Vitrt, vitrt  # noqa: F401
+from tests.support.ray_cluster import local_ray
+from vitrt import FeatureStore, VisionEncoder
+from vitrt.features import ImageFeatures
+from vitrt.integrations.ray import DatasetSummary, RayEncoder, encode_dataset, from_bytes
+from vitrt.job.options import EncodeOptions
+from vitrt.store.check import check_folder
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+def tiny_image(seed: int) -> bytes:
+    """A PNG of its own, of one of twelve sizes."""
+    height, width = 40 + 30 * (seed % 4), 50 + 40 * (seed % 3)
+    cells = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(cells).resize((width, height)).save(content, "png", compress_level=1)
+    return content.getvalue()
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    return [{"id": f"{index:04}.png", "image": tiny_image(index)} for index in range(count)]
+
+
+def assert_near(found: ImageFeatures, wanted: ImageFeatures) -> None:
+    """Equal but for the order of sums, which the size of a product decides."""
+    assert found.grid_thw == wanted.grid_thw
+    assert found.merge_size == wanted.merge_size
+    pairs = [(found.embeddings, wanted.embeddings)]
+    if wanted.deepstack is not None:
+        assert found.deepstack is not None
+        pairs.append((found.deepstack, wanted.deepstack))
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def kill_a_writer(folder: Path, shards: int, killed: list[int]) -> None:
+    """SIGKILL the actor that writes into the folder, once so many shards are there."""
+    for _ in range(6000):
+        if len(list(folder.glob("features-*"))) >= shards:
+            for note in folder.glob(".lock-*.json"):
+                if note.name != ".lock-00000.json":
+                    try:
+                        pid = json.loads(note.read_text())["pid"]
+                        os.kill(pid, signal.SIGKILL)
+                    except (OSError, ValueError):
+                        continue
+                    killed.append(pid)
+                    return
+        time.sleep(0.01)
+
+
+def test_every_image_once_though_an_actor_dies(
+    tiny_qwen3_vl: Path,
+    tmp_path: Path,
+    vitrt: Vitrt,  # noqa: F811
+) -> None:
+    rows, photos = rows_of(2000), tmp_path / "photos"
+    photos.mkdir()
+    for row in rows:
+        (photos / row["id"]).write_bytes(row["image"])
+    output, killed = tmp_path / "ray", []
+    killer = threading.Thread(target=kill_a_writer, args=(output, 2, killed))
+    killer.start()
+    dataset = ray.data.from_items(rows)
+    summary = encode_dataset(dataset, tiny_qwen3_vl, output, batch_size=250)
+    killer.join()
+    assert len(killed) == 1
+    assert len(list(output.glob("manifest-*"))) >= 3  # the dead actor's beside its successor's
+    # What the dead one had finished of a batch that ran again is not encoded twice.
+    assert summary.images + summary.resumed == 2000 and summary.skipped == 0
+
+    plain = tmp_path / "plain"
+    assert vitrt("encode", tiny_qwen3_vl, photos, "--output", plain).code == 0
+    found, wanted = FeatureStore(output), FeatureStore(plain)
+    result = check_folder(output)
+    assert result.problems == [] and result.images == 2000
+    assert set(found) == set(wanted) == {row["id"] for row in rows}
+    for image_id in wanted:
+        assert_near(found[image_id], wanted[image_id])
+
+    again = encode_dataset(dataset, tiny_qwen3_vl, output, batch_size=250)
+    assert again == DatasetSummary(images=0, tokens=0, skipped=0, resumed=2000)
+
+
+def test_rows_of_features_as_parquet(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    rows = rows_of(40)
+    rows[7]["image"], rows[8]["image"] = b"broken", None
+    source, output = tmp_path / "rows.parquet", tmp_path / "out"
+    pq.write_table(pa.Table.from_pylist(rows), source)
+    ray.data.read_parquet(str(source)).map_batches(
+        RayEncoder,
+        fn_constructor_kwargs={"model": tiny_qwen3_vl},
+        batch_size=16,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=1,
+    ).write_parquet(str(output))
+    tables = [pq.read_table(path) for path in output.glob("*.parquet")]
+    listed = [row for table in tables for row in table.to_pylist()]
+    found = {row["id"]: row for row in listed}
+    assert sorted(row["id"] for row in listed) == [row["id"] for row in rows]
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    for row in rows:
+        got = found[row["id"]]
+        if row["id"] in ("0007.png", "0008.png"):
+            assert row["id"] in got["error"] and got["features"] is None
+            continue
+        (wanted,) = encoder.encode([row["image"]])
+        assert got["error"] is None and got["grid_thw"] == list(wanted.grid_thw)
+        assert got["tokens"] == len(wanted.embeddings)
+        assert_near(from_bytes(got["features"]), wanted)
+
+
+def test_a_folder_of_another_run_is_refused(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    dataset = ray.data.from_items([*rows_of(3), {"id": "bad.png", "image": b"broken"}])
+    pooled = EncodeOptions(pool="mean")
+    summary = encode_dataset(dataset, tiny_qwen3_vl, tmp_path / "out", options=pooled)
+    assert (summary.images, summary.skipped) == (3, 1)
+    assert len(FeatureStore(tmp_path / "out")["0001.png"].embeddings) == 1
+    errors = "".join(path.read_text() for path in (tmp_path / "out").glob("errors-*.jsonl"))
+    assert json.loads(errors)["id"] == "bad.png"
+    with pytest.raises(ValueError, match="pool is mean there and none now"):
+        encode_dataset(dataset, tiny_qwen3_vl, tmp_path / "out")
+
+
+def test_the_example_encodes_a_folder(
+    tiny_qwen3_vl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    (photos / "sub").mkdir(parents=True)
+    for name, seed in (("a.png", 1), ("sub/b.png", 2)):
+        (photos / name).write_bytes(tiny_image(seed))
+    example = runpy.run_path(str(EXAMPLES / "ray_folder.py"))
+    example["main"]([str(tiny_qwen3_vl), str(photos), str(output), "--suffix", ".png"])
+    assert "2 encoded, 0 there before, 0 skipped" in capsys.readouterr().out
+    assert set(FeatureStore(output)) == {"a.png", "sub/b.png"}

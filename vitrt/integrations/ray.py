@@ -1,0 +1,182 @@
+"""Ray Data: rows with images in, rows with features or an output folder out, by actors.
+
+    dataset.map_batches(RayEncoder, fn_constructor_kwargs={"model": model}, ...)   # rows
+    encode_dataset(dataset, model, "features", actors=8)                          # a folder
+
+Ray reads, spreads, retries and writes; an actor is one encoder, whose batches are packed by
+patches. Imported by whoever uses Ray, and by nothing else here.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from vitrt.config import RuntimeConfig
+from vitrt.engine.device import dtype_name, resolve_dtype
+from vitrt.integrations.ray_actor import Batch, EncoderActor, RayEncoder, open_model
+from vitrt.job.encode import open_output, run_identity
+from vitrt.job.options import EncodeOptions
+from vitrt.job.progress import Progress
+from vitrt.job.run import encode_records
+from vitrt.job.stop import Stop
+from vitrt.store.content import from_bytes
+from vitrt.store.encoded_index import EncodedIndex
+from vitrt.store.lock import FolderLock
+from vitrt.store.manifest import RunIdentity, manifest_name
+from vitrt.store.recovery import compact, recover
+from vitrt.store.writer import FeatureWriter
+
+__all__ = ["DatasetSummary", "RayEncoder", "encode_dataset", "from_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSummary:
+    """What `encode_dataset` did; of an actor that died, what its batches came to when run again."""
+
+    images: int = 0  # encoded
+    tokens: int = 0  # merged ones
+    skipped: int = 0  # each is named in the folder's errors-*.jsonl
+    resumed: int = 0  # that the folder held before
+
+
+def encode_dataset(
+    dataset: ray.data.Dataset,
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    actors: int = 1,
+    num_gpus: float | None = None,
+    num_cpus: float = 1,
+    batch_size: int = 1024,
+    runtime: RuntimeConfig | None = None,
+    options: EncodeOptions | None = None,
+    image_column: str = "image",
+    id_column: str = "id",
+    adapter: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> DatasetSummary:
+    """Encode every row that `output` does not hold yet into it, as `vitrt encode` writes a folder.
+
+    A batch of rows is done when its features are on the disk, in shards of its own. One whose actor
+    died is run again; in the end every image is there once. An image is taken as encoded by its id
+    and size, and, where it is a path, its mtime.
+
+    Args:
+        output: a folder that all nodes share, of a file system with locks.
+        actors: how many; each runs two batches at a time, so that its device waits for neither.
+        num_gpus, num_cpus: of an actor, for Ray; a part of a GPU as well. None: one GPU where Ray
+            has any. `runtime`'s "auto" is settled by this, the same for all actors.
+        batch_size: rows of one call, and so the most images of a shard.
+        Others as RayEncoder takes them.
+
+    Raises:
+        ValueError: about the model, or a folder of another run; nothing was written.
+        ray.exceptions.RayError: what an actor raised; what was finished before stays valid.
+    """
+    options = options or EncodeOptions()
+    if num_gpus is None:
+        num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    runtime = _settled(runtime or RuntimeConfig(), num_gpus)
+    checkpoint = open_model(model, runtime, adapter, revision)
+    identity = run_identity(checkpoint, replace(runtime, device="cpu"), options)
+    folder = Path(output).resolve()
+    dropped: list[tuple[str, str]] = []
+    totals = dict.fromkeys(("images", "tokens", "skipped", "resumed"), 0)
+    with open_output(folder, identity, overwrite=options.overwrite):
+        calls = dataset.map_batches(
+            _FolderEncoder,
+            fn_constructor_kwargs={
+                "folder": folder,
+                "identity": identity,
+                "model": model,
+                "image_column": image_column,
+                "id_column": id_column,
+                "options": options,
+                "runtime": runtime,
+                "adapter": adapter,
+                "revision": revision,
+            },
+            batch_size=batch_size,
+            compute=ray.data.ActorPoolStrategy(
+                size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
+            num_gpus=num_gpus,
+            num_cpus=num_cpus,
+        )
+        for call in calls.iter_rows():
+            dropped += [tuple(pair) for pair in call["dropped"]]
+            totals = {name: total + int(call[name]) for name, total in totals.items()}
+        recover(folder, keep_errors=True)  # after actors that died, and batches that ran twice
+        compact(folder, dropped)
+    return DatasetSummary(**totals)
+
+
+class _FolderEncoder(EncoderActor):
+    """Rows in; their features into the folder, and one row that counts them out."""
+
+    def __init__(self, folder: Path, identity: RunIdentity, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._folder, self._identity = folder, identity
+        self._encoded = EncodedIndex(folder)
+        self._idle: list[FeatureWriter] = []  # each has a rank, and serves one call at a time
+
+    def __call__(self, batch: Batch) -> pa.Table:
+        writer = self._take_writer()
+        progress = Progress()
+        with FolderLock(self._folder, writer.rank):  # another job finds the folder busy
+            outcome = encode_records(
+                self._stages,
+                self._records(batch),
+                writer,
+                self._encoded,
+                progress=progress,
+                stop=Stop(),
+                workers=self._options.workers,
+                on_error=self._options.on_error,
+            )
+        self._idle.append(writer)
+        state = progress.snapshot()
+        counts = {name: getattr(state, name) for name in ("images", "tokens", "skipped", "resumed")}
+        pairs = pa.array([list(map(list, outcome.dropped))], pa.list_(pa.list_(pa.string())))
+        return pa.table(
+            [*(pa.array([each]) for each in counts.values()), pairs], [*counts, "dropped"]
+        )
+
+    def _take_writer(self) -> FeatureWriter:
+        with suppress(IndexError):
+            return self._idle.pop()
+        return FeatureWriter(
+            self._folder,
+            self._identity,
+            rank=_claim_rank(self._folder),
+            shard_mib=self._options.shard_mib,
+            merge_size=self._merge_size,
+        )
+
+
+def _claim_rank(folder: Path) -> int:
+    """One that nobody ever wrote as: a dead actor's manifest may end within a line."""
+    for rank in count(1):
+        with suppress(FileExistsError):
+            (folder / manifest_name(rank)).open("xb").close()
+            return rank
+    raise AssertionError
+
+
+def _settled(runtime: RuntimeConfig, num_gpus: float) -> RuntimeConfig:
+    """What "auto" is where the actors run, which need not be where this does."""
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if num_gpus else "cpu"
+    dtype = dtype_name(resolve_dtype(runtime.dtype, torch.device(device)))
+    return replace(runtime, device=device, dtype=dtype)

@@ -1,0 +1,176 @@
+"""An encoder as an actor of Ray's, and rows of features out of rows with images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
+from vitrt.config import RuntimeConfig
+from vitrt.encoder import VisionEncoder
+from vitrt.engine.pipeline import Pipeline
+from vitrt.engine.request import Request
+from vitrt.integrations.row_records import row_record
+from vitrt.job.options import EncodeOptions
+from vitrt.job.run import prepare_with
+from vitrt.job.to_host import OnHost, ToHost, Transfer
+from vitrt.sources.record import Record
+from vitrt.store.content import to_bytes
+from vitrt.store.writer import tokens_of
+
+Batch = Mapping[str, np.ndarray]
+Result = tuple[int, "OnHost | Exception"]
+
+_TABLE_BYTES = 32 << 20  # of features in one piece of a batch's rows
+
+
+class EncoderActor:
+    """One encoder, and the records in a batch of rows."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        image_column: str = "image",
+        id_column: str = "id",
+        options: EncodeOptions | None = None,
+        runtime: RuntimeConfig | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self._options = options or EncodeOptions()
+        self._columns = id_column, image_column
+        runtime = runtime or RuntimeConfig()
+        checkpoint = open_model(model, runtime, adapter, revision)
+        limit_memory()
+        encoder = VisionEncoder.from_checkpoint(checkpoint, runtime)
+        if self._options.warmup and not self._options.layers:
+            encoder.warmup()
+        chosen = self._options
+        request = Request.of(chosen.layers, merged=chosen.merged, depth=encoder.config.depth)
+        request = replace(request, pool=chosen.pool == "mean")
+        self._merge_size = encoder.processor.merge_size
+        self._stages = encoder.stages(request).preparing(prepare_with(encoder.processor.prepare))
+
+    def _records(self, batch: Batch) -> Iterator[Record]:
+        for column in self._columns:
+            if column not in batch:
+                raise ValueError(f"the rows have no column {column!r}, but {', '.join(batch)}")
+        ids, images = (batch[column] for column in self._columns)
+        for image_id, image in zip(ids, images, strict=True):
+            yield row_record(image_id, image)
+
+
+class RayEncoder(EncoderActor):
+    """For `map_batches`: rows with an id and an image in, one row of features for each out.
+
+    Args:
+        model: a checkpoint that every node finds, a folder or a hub id.
+        image_column: paths, URLs of fsspec's, bytes of image files, uint8 arrays [H, W, 3], or
+            datasets' {"bytes", "path"}.
+        id_column: text or numbers; a column of the same name comes out.
+        options: pool, layers, merged, on_error, workers and warmup mean what they mean to `vitrt
+            encode`; the others say how a folder is written.
+        runtime, adapter, revision: as `VisionEncoder.from_pretrained` takes them.
+
+    Columns that come out, in the order of the rows that went in:
+        grid_thw: int32 [3]. tokens: int32, merged ones.
+        features: the bytes of a safetensors file, which `from_bytes` turns into ImageFeatures; or
+            with pool="mean" `vector`, float32 [out_hidden].
+        error: why the image was skipped, else null; the others are null then.
+    """
+
+    def __call__(self, batch: Batch) -> Iterator[pa.Table]:
+        """Equal batches come out in equal pieces, as Ray asks of one that it runs again."""
+        ids = batch[self._columns[0]].tolist() if self._columns[0] in batch else []
+        pipeline: Pipeline[int, Record, OnHost] = Pipeline(
+            self._stages, ToHost(self._stages.device), workers=self._options.workers
+        )
+        rows: list[dict[str, Any]] = []
+        held = 0
+        with pipeline:
+            for index, result in _one_behind(pipeline.through(enumerate(self._records(batch)))):
+                rows.append(self._row(ids[index], result))
+                held += 0 if isinstance(result, Exception) else _nbytes(rows[-1])
+                if held >= _TABLE_BYTES:
+                    yield self._table(rows)
+                    rows, held = [], 0
+        if rows:
+            yield self._table(rows)
+
+    def _row(self, image_id: Any, result: OnHost | Exception) -> dict[str, Any]:
+        if isinstance(result, Exception):
+            message = str(result) or type(result).__name__
+            if str(image_id) not in message:
+                message = f"{image_id}: {message}"
+            if self._options.on_error == "fail":
+                raise ValueError(message) from result
+            return {self._columns[0]: image_id, "error": message}
+        features, transfer = result
+        transfer.wait()
+        row = {
+            self._columns[0]: image_id,
+            "grid_thw": list(features.grid_thw),
+            "tokens": tokens_of(features),
+        }
+        if self._options.pool == "mean":
+            return row | {"vector": features.embeddings[0].numpy()}
+        return row | {"features": to_bytes(features)}
+
+    def _table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        pooled = self._options.pool == "mean"
+        kinds = {
+            "grid_thw": pa.list_(pa.int32()),
+            "tokens": pa.int32(),
+            **({"vector": pa.list_(pa.float32())} if pooled else {"features": pa.large_binary()}),
+            "error": pa.string(),
+        }
+        ids = pa.array([row[self._columns[0]] for row in rows])
+        columns = [pa.array([row.get(name) for row in rows], kind) for name, kind in kinds.items()]
+        return pa.table([ids, *columns], [self._columns[0], *kinds])
+
+
+def _one_behind(results: Iterable[Result]) -> Iterator[Result]:
+    """Each batch's results once the next batch is launched: the device never waits for a reader."""
+    held: list[Result] = []
+    newest: Transfer | None = None
+    for key, result in results:
+        if not isinstance(result, Exception) and result[1] is not newest:
+            yield from held
+            held, newest = [], result[1]
+        held.append((key, result))
+    yield from held
+
+
+def _nbytes(row: Mapping[str, Any]) -> int:
+    return row["vector"].nbytes if "vector" in row else len(row["features"])
+
+
+def open_model(
+    model: str | os.PathLike[str],
+    runtime: RuntimeConfig,
+    adapter: str | os.PathLike[str] | None,
+    revision: str | None,
+) -> Checkpoint:
+    """A checkpoint under the pixel limits of a run."""
+    return open_checkpoint(
+        str(model),
+        adapter=adapter,
+        revision=revision,
+        min_pixels=runtime.min_pixels,
+        max_pixels=runtime.max_pixels,
+    )
+
+
+def limit_memory() -> None:
+    """An actor with a part of a GPU keeps to this part of its memory."""
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1)
+    if share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
