@@ -76,6 +76,16 @@ def test_a_flipped_bit_that_leaves_a_finite_value(output: Path, place: float) ->
     assert "1 shards have no checksum" in next(result.lines())
 
 
+def test_what_check_says_to_do_mends_a_damaged_shard(output: Path, tmp_path: Path) -> None:
+    shard = bytearray((output / SHARD).read_bytes())
+    shard[-1] ^= 1
+    (output / SHARD).write_bytes(shard)
+    assert "remove it, and the same vitrt encode encodes its images again" in only_problem(output)
+    (output / SHARD).unlink()
+    encode(tmp_path / "in", output)
+    assert_holds(output, expected(tmp_path / "in"))
+
+
 def test_checksums_outlive_compaction(output: Path, tmp_path: Path) -> None:
     photo(tmp_path / "in/001.png", 99)
     encode(tmp_path / "in", output, shard_mib=1)

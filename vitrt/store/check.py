@@ -157,7 +157,8 @@ class _Check:
         elif listed != {found := file_crc32(path)}:
             self._problem(
                 f"{path.name}: its bytes have the CRC-32 {found}, its manifest lines say "
-                f"{', '.join(sorted(listed))}: the file has changed since it was written"
+                f"{', '.join(sorted(listed))}: the file has changed since it was written; "
+                "remove it, and the same vitrt encode encodes its images again"
             )
 
     def _content(self, name: str, entries: list[Entry], header: Header, shard: Any) -> None:
