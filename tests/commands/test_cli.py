@@ -129,6 +129,16 @@ def test_files_that_are_left_out_are_named(
     assert sorted(FeatureStore(tmp_path / "out")) == sorted([*IDS, "IMG_1", "x.psd", "y.psd"])
 
 
+def test_all_files_never_tries_those_that_it_writes(
+    tiny_qwen3_vl: Path, photos: Path, vitrt: Vitrt
+) -> None:
+    command = ("encode", tiny_qwen3_vl, photos, "--all-files", "--output")
+    done = vitrt(*command, photos / "deep/out")
+    assert done.code == 1 and "lies in INPUT" in done.err and not (photos / "deep/out").exists()
+    assert vitrt(*command, photos / ".out").code == 0  # hidden, so that no walk meets it
+    assert vitrt(*command, photos / ".out").code == 0
+
+
 def test_inputs_of_every_kind_together(
     tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
 ) -> None:

@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     options, runtime = from_args(EncodeOptions, args), from_args(RuntimeConfig, args)
     inputs = Inputs(args.inputs, from_args(SourceOptions, args))
+    _check_output(args)
     _limit_image_size(args.max_image_pixels)
     progress, stop = Progress(), Stop()
     try:
@@ -164,6 +165,20 @@ def _conclude(summary: Summary, choice: Choice, args: argparse.Namespace) -> int
         text += f"; interrupted, {again}"
     say_last(text)
     return code
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """ValueError where --all-files would try the shards in the output folder as images."""
+    output = args.output.resolve()
+    for given in args.inputs if args.all_files else ():
+        folder = Path(given).resolve()
+        if not folder.is_dir() or not output.is_relative_to(folder):
+            continue
+        if not any(part.startswith(".") for part in output.relative_to(folder).parts):
+            raise ValueError(
+                f"--output {args.output} lies in INPUT {given}, of which --all-files tries every "
+                "file: choose a folder elsewhere"
+            )
 
 
 def _limit_image_size(pixels: int | None) -> None:
