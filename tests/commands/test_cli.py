@@ -129,6 +129,15 @@ def test_files_that_are_left_out_are_named(
     assert sorted(FeatureStore(tmp_path / "out")) == sorted([*IDS, "IMG_1", "x.psd", "y.psd"])
 
 
+def test_a_list_of_contents_is_not_echoed(
+    tiny_qwen3_vl: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    (tmp_path / "list.txt").write_text("data:image/png;base64," + "A" * 100_000 + "\n")
+    done = vitrt("encode", tiny_qwen3_vl, f"@{tmp_path}/list.txt", "--output", tmp_path / "out")
+    assert done.code == 3 and "(100022 characters): cannot be read" in done.err
+    assert len(done.out + done.err) < 3000
+
+
 def test_all_files_never_tries_those_that_it_writes(
     tiny_qwen3_vl: Path, photos: Path, vitrt: Vitrt
 ) -> None:

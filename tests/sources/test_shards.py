@@ -419,6 +419,19 @@ def test_rows_are_read_forward_in_bounded_memory(
         assert sum(map(len, run._kept)) <= 2 * row_reader._KEPT_BATCHES
 
 
+def test_rows_behind_a_damaged_page_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": [bytes([row]) * 5000 for row in range(200)]})
+    pq.write_table(table, path, compression="zstd", data_page_size=1 << 16, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\x28\xb5\x2f\xfd")] ^= 0xFF  # how a page in zstd begins
+    path.write_bytes(data)
+    records = list(Inputs([path]))
+    for record in (records[5], records[5], records[150]):
+        with pytest.raises((OSError, ValueError), match="ZSTD|is damaged before this row: ZSTD"):
+            record.load()
+
+
 def test_the_tail_of_a_remote_tar_is_read_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

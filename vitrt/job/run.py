@@ -149,9 +149,10 @@ def _skip(record: Record, error: Exception, behind: WriteBehind) -> str:
     """Note the error, whatever a broken file made a decoder raise; its message."""
     if not isinstance(error, ValueError):
         logger.debug("unexpected error from %s", record.id, exc_info=error)
-    message = str(error) or type(error).__name__
-    if record.id not in message:
-        message = f"{shown(record.id)}: {message}"
+    name = shown(record.id)
+    message = (str(error) or type(error).__name__).replace(record.id, name)
+    if name not in message:
+        message = f"{name}: {message}"
     logger.warning("skipped: %s", message)
     behind.put(Skipped(record.id, type(error).__name__, message))
     return message

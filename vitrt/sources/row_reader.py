@@ -82,13 +82,20 @@ class _Run:
         self._rest = self._batches(self._column)
         self._kept.clear()
         self._first = self._end = 0
+        self._damage: Exception | None = None
 
     def value(self, row: int) -> Any:
         """Of a row in this run. Holding the lock."""
         if row < self._first:
             self._restart()
         while row >= self._end:
-            batch = next(self._rest, None)
+            if self._damage is not None:
+                raise ValueError(f"it is damaged before this row: {self._damage}")
+            try:
+                batch = next(self._rest, None)
+            except Exception as error:  # pyarrow's, of many kinds
+                self._damage = error
+                raise
             if batch is None:
                 raise ValueError(f"it has {self._end} rows: the file has changed")
             self._kept.append(batch)
