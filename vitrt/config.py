@@ -282,6 +282,7 @@ class RuntimeConfig:
     graph_memory_mib: float = 4096.0
     precision: Literal["auto", "fp8"] = "auto"  # of the blocks' products; "auto": the dtype's own
     fp8_skip_blocks: int = 3  # first blocks that stay in the dtype: massive channels arise there
+    batch_invariant: bool = False  # an image's features are the same bits whatever is beside it
 
     def __post_init__(self) -> None:
         if self.dtype not in (dtypes := ("auto", "float32", "bfloat16", "float16")):
@@ -290,6 +291,11 @@ class RuntimeConfig:
             raise ValueError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
         if self.precision not in ("auto", "fp8"):
             raise ValueError(f'precision must be "auto" or "fp8", got {self.precision!r}')
+        if self.batch_invariant and self.precision == "fp8":
+            raise ValueError(
+                'batch_invariant with precision "fp8" cannot be had: small batches stay in the '
+                "dtype; choose one of the two"
+            )
         if self.fp8_skip_blocks < 0:
             raise ValueError(f"fp8_skip_blocks must not be negative, got {self.fp8_skip_blocks}")
         if self.resize not in ("pillow", "torch"):

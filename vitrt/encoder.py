@@ -113,6 +113,7 @@ class VisionEncoder:
         graph_memory_mib: float = RuntimeConfig().graph_memory_mib,
         precision: Literal["auto", "fp8"] = "auto",
         fp8_skip_blocks: int = RuntimeConfig().fp8_skip_blocks,
+        batch_invariant: bool = False,
         adapter: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -138,6 +139,8 @@ class VisionEncoder:
             precision: "fp8" runs the large products of the blocks on e4m3 operands where a batch
                 has enough rows: faster, and coarser; `vitrt verify --precision fp8` measures it.
             fp8_skip_blocks: first blocks that "fp8" leaves in `dtype`.
+            batch_invariant: an image's features are the same bits alone, in any batch, with graphs
+                or without: one kernel and tile a product and one attention, whatever the batch.
             adapter: a PEFT LoRA, a folder or a hub id, merged into the tower as it is loaded.
             revision, cache_dir, token, local_files_only: as huggingface_hub takes them.
             parallel: this process's place among several GPUs.
@@ -170,6 +173,7 @@ class VisionEncoder:
             graph_memory_mib=graph_memory_mib,
             precision=precision,
             fp8_skip_blocks=fp8_skip_blocks,
+            batch_invariant=batch_invariant,
         )
         return cls.from_checkpoint(checkpoint, runtime, parallel)
 

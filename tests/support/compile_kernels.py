@@ -19,6 +19,7 @@ import torch
 from vitrt.kernels import (
     activation,
     flash_attention,
+    gemm_triton,
     norm,
     patchify,
     pos_embed,
@@ -28,6 +29,7 @@ from vitrt.kernels import (
     window_attention,
 )
 from vitrt.kernels.ahead import CHIPS, Binary, compiling_for
+from vitrt.kernels.gemm_table import KINDS, Kind
 from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
 
 BF16, FLOAT, INT = torch.bfloat16, torch.float32, torch.int32
@@ -118,7 +120,12 @@ def cast(width: int) -> None:
         to_e4m3.to_e4m3(empty(T, width), 1.0)
 
 
-Case = tuple[Callable[..., None], tuple[int | bool, ...]]
+def products(kind: Kind) -> None:
+    residual = empty(T, 1152, dtype=FLOAT) if kind == "residual" else None
+    gemm_triton.product(kind, empty(T, 4304), empty(1152, 4304), empty(1152), residual)
+
+
+Case = tuple[Callable[..., None], tuple[int | bool | str, ...]]
 MAIN: tuple[Case, ...] = (
     (full, (72,)),
     (full, (80,)),
@@ -131,6 +138,7 @@ MAIN: tuple[Case, ...] = (
     (activations, (4304,)),
     (patches, (16,)),
     (cast, (1152,)),
+    (products, ("residual",)),
 )
 REST: tuple[Case, ...] = (
     (full, (64,)),
@@ -145,6 +153,7 @@ REST: tuple[Case, ...] = (
     (position, (1024,)),
     (activations, (6848,)),
     (patches, (14,)),
+    *((products, (kind,)) for kind in KINDS if kind != "residual"),
 )
 
 

@@ -104,6 +104,7 @@ class AttentionChoice:
 
     full: AttentionBackend
     window: AttentionBackend
+    scheduled: bool = True  # whether a backend may lay out its work by what is in a batch
 
     def for_batch(self, lengths: Sequence[int], heads: int) -> BatchAttention:
         """What a batch with full segments of these lengths runs; `heads` are those of this rank."""
@@ -111,7 +112,7 @@ class AttentionChoice:
         if isinstance(full, AutoBackend):
             full = full.select(max(lengths))
         schedule = None
-        if isinstance(full, SchedulingBackend):
+        if self.scheduled and isinstance(full, SchedulingBackend):
             schedule = full.schedule(lengths, heads)
         return BatchAttention(AttentionChoice(full, self.window), schedule)
 
@@ -186,6 +187,24 @@ def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
     return AutoBackend(table) if len(table) > 1 else table[0][1]
 
 
+def _invariant(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """The backend of that name, or the first of those that take no segment's work by what is beside
+    it: FA4 on Hopper (elsewhere its blocks go by the longest segment) and our own. ValueError.
+    """
+    known = ["fa4", "triton"] if cuda_capability(device) in ((9, 0),) else ["triton"]
+    if name not in ("auto", *known):
+        raise ValueError(
+            f"attention {name!r} is not known to be batch-invariant on {device}; "
+            f"use auto, {', '.join(known)}"
+        )
+    if name == "auto":
+        reasons = dict(usable(device, dtype, head_dim))
+        name = next((each for each in known if reasons[each] is None), known[-1])
+    return get_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+
+
 def _auto_window(
     full: AttentionBackend,
     device: torch.device,
@@ -213,15 +232,25 @@ def resolve_attention(
     dtype: torch.dtype,
     head_dim: int,
     window_patches: int = 0,
+    batch_invariant: bool = False,
 ) -> AttentionChoice:
     """The backends to run a tower with; `window_patches` bounds its windows, 0 where it has none.
 
     An explicit name serves full and window layers alike, or is a ValueError. "auto" takes the
     fastest that can run, and the window kernel for window layers where Triton compiles for the
-    device.
+    device. With `batch_invariant` full layers have one backend, whose work on a segment is the same
+    whatever is beside it.
     """
     device = torch.device(device)
-    if name == "auto":
+    if batch_invariant:
+        full = _invariant(name, device, dtype, head_dim)
+        short = _auto_window(full, device, dtype, head_dim, window_patches)
+        if window_patches and short.name == "sdpa":
+            raise ValueError(
+                f"no batch-invariant attention runs windows of {window_patches} patches here"
+            )
+        choice = AttentionChoice(full, short, scheduled=False)
+    elif name == "auto":
         full = _auto_full(device, dtype, head_dim)
         short = _auto_window(full, device, dtype, head_dim, window_patches)
         choice = AttentionChoice(full, short)

@@ -15,6 +15,7 @@ TOWER = {
     "attention": "auto, or a backend",
     "precision": "of the blocks' products: auto (the dtype's) or fp8",
     "fp8_skip_blocks": "first blocks that fp8 leaves in the dtype",
+    "batch_invariant": "what --batch-invariant of other commands runs",
 }
 
 

@@ -23,6 +23,7 @@ RUNTIME = {
     "max_pixels": "largest area",
     "precision": "of the blocks' products: auto (the dtype's) or fp8, faster and coarser",
     "fp8_skip_blocks": "first blocks that fp8 leaves in the dtype",
+    "batch_invariant": "features are the same bits whatever else is in a batch",
 }
 
 

@@ -52,6 +52,8 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
         tower.place(lambda meta: torch.empty(meta.shape, dtype=dtype, device=device))
         if runtime.precision == "fp8":
             tower.use_float8(runtime.fp8_skip_blocks)
+        if runtime.batch_invariant:
+            tower.fix_products()
         tower.compile_kernels()
         attention = resolve_attention(
             runtime.attention,
@@ -59,6 +61,7 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
             dtype=dtype,
             head_dim=config.head_dim,
             window_patches=tower.window_patches,
+            batch_invariant=runtime.batch_invariant,
         )
         runner = EagerRunner(tower.eval(), attention, device, dtype)
         table = torch.empty(2, 3, 256, dtype=torch.float32, device=device)

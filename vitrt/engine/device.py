@@ -8,6 +8,7 @@ import torch
 
 from vitrt.config import VisionConfig
 from vitrt.kernels import gemm_fp8
+from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.models.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,15 @@ def check_precision(name: str, device: torch.device, dtype: torch.dtype) -> None
         )
     if (reason := gemm_fp8.unavailable(device)) is not None:
         raise ValueError(f"precision 'fp8' cannot run on {device}: {reason}")
+
+
+def check_batch_invariant(device: torch.device) -> None:
+    """ValueError where no products are known that do not go by the number of rows."""
+    if device.type != "cuda" or not HAVE_TRITON:
+        raise ValueError(
+            f"batch_invariant=True needs a CUDA device and Triton: on {device}, libraries choose "
+            "how they add up by the number of rows"
+        )
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:

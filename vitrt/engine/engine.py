@@ -19,6 +19,7 @@ from vitrt.engine.batch import Batch, PixelBatch
 from vitrt.engine.buckets import AUTO_MAX_PATCHES
 from vitrt.engine.device import (
     budget_from_memory,
+    check_batch_invariant,
     check_precision,
     resolve_device,
     resolve_dtype,
@@ -75,12 +76,17 @@ class Engine:
         weight = next(tower.parameters())
         self.device = weight.device
         self.dtype = weight.dtype
+        if runtime.batch_invariant:
+            check_batch_invariant(self.device)
+            tower.fix_products()  # for all engines on this tower
+            tower.compile_kernels()
         attention = resolve_attention(
             runtime.attention,
             device=self.device,
             dtype=self.dtype,
             head_dim=self.config.head_dim,
             window_patches=tower.window_patches,
+            batch_invariant=runtime.batch_invariant,
         )
         self.runner = self._make_runner(attention)
         self._uploader = PixelUploader(self.device)
@@ -101,6 +107,8 @@ class Engine:
         device = resolve_device(runtime.device)
         dtype = resolve_dtype(runtime.dtype, device)
         check_precision(runtime.precision, device, dtype)
+        if runtime.batch_invariant:
+            check_batch_invariant(device)
         tower = load_tower(config, tensors, device=device, dtype=dtype, parallel=parallel)
         if runtime.precision == "fp8":
             tower.use_float8(runtime.fp8_skip_blocks)

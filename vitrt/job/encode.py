@@ -268,4 +268,5 @@ def run_identity(
         precision=runtime.precision
         if runtime.precision == "auto"
         else f"{runtime.precision}, {runtime.fp8_skip_blocks} blocks skipped",
+        batch_invariant=runtime.batch_invariant,
     )

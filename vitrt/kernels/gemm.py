@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrt.kernels import gemm_aten, gemm_quack
-from vitrt.kernels.gemm_table import Choice, Kind, Product, Table, table_for
+from vitrt.kernels import gemm_aten, gemm_quack, gemm_triton
+from vitrt.kernels.gemm_table import Choice, Kind, Product, Table, Tile, table_for
 
 Activation: TypeAlias = Literal["gelu_tanh", "gelu", "quick_gelu", "swiglu"] | None
 
@@ -43,6 +43,7 @@ def linear(
     activation: Activation = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
     """act(x W^T + b), or residual + (x W^T + b).
 
@@ -54,6 +55,8 @@ def linear(
             "swiglu"; not together with `residual`.
         residual: [M, N], float32 or of x's dtype, left as it is unless it is `out`.
         out: where the result goes, [M, N] ([M, N / 2] for swiglu), rows contiguous.
+        fixed: on a GPU, one kernel and one tile whatever M is, so that no row of the result
+            depends on how many there are.
 
     Returns [M, N] ([M, N / 2] for swiglu) in the dtype of x, or of the residual; rounded once where
     an epilogue carries everything.
@@ -70,18 +73,24 @@ def linear(
         None if bias is None else bias.dtype,
         None if residual is None else residual.dtype,
         x.device,
+        fixed,
     )
     function = _resolved.get(key)
     if function is None:
-        function = _resolve(kind, x, weight, bias, residual)
+        function = _resolve(kind, x, weight, bias, residual, fixed)
         if len(_resolved) >= _MAX_RESOLVED:
             _resolved.clear()
         _resolved[key] = function
     return function(x, weight, bias, residual, out)
 
 
-def fuses_residual(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear(..., residual=...)` beats the bare product and a fused add and norm."""
+def fuses_residual(x: Tensor, weight: Tensor, *, fixed: bool = False) -> bool:
+    """Whether `linear(..., residual=...)` beats the bare product and a fused add and norm.
+
+    `fixed` ones always carry the residual.
+    """
+    if fixed:
+        return True
     if not x.is_cuda:
         return x.device.type == "cpu"
     key = ("fuses", x.shape, weight.shape, x.dtype, x.device)
@@ -102,8 +111,20 @@ def choose(kind: Kind, m: int, n: int, k: int, dtype: torch.dtype, device: torch
     return table.choice(Product(kind, n, k), m) or _CUBLAS[kind]
 
 
+def fixed_tile(kind: Kind, weight: Tensor, bias: Tensor | None) -> Tile | None:
+    """The tile of quack that runs a `fixed` product; None: gemm_triton.py's own."""
+    n, k = weight.shape
+    table = None if bias is None else _usable_table(kind, n, k, weight.dtype, weight.device)
+    return None if table is None else table.one_tile(Product(kind, n, k))
+
+
 def compile_product(
-    weight: Tensor, bias: Tensor | None, *, activation: Activation = None, residual: bool = False
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: Activation = None,
+    residual: bool = False,
+    fixed: bool = False,
 ) -> int:
     """Compiles what `linear` may run with this weight at any M; returns how many kernels.
 
@@ -116,6 +137,8 @@ def compile_product(
     if table is None:
         return 0
     tiles = table.tiles(Product(kind, n, k))
+    if fixed:
+        tiles = [tile for tile in (fixed_tile(kind, weight, bias),) if tile is not None]
     for tile in tiles:
         gemm_quack.compiled(kind, tile, weight.dtype, weight.device)
     return len(tiles)
@@ -130,7 +153,12 @@ def _usable_table(
 
 
 def _resolve(
-    kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    kind: Kind,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    fixed: bool = False,
 ) -> Any:
     """The function (x, weight, bias, residual, out) that runs this product from now on."""
     given = {t.dtype for t in (x, weight, bias) if t is not None}
@@ -142,6 +170,11 @@ def _resolve(
     if x.device.type == "cpu":
         return partial(gemm_aten.on_cpu, kind)
     m, (n, k) = x.shape[0], weight.shape
+    if fixed:
+        tile = fixed_tile(kind, weight, bias)
+        if tile is not None and gemm_quack.takes_residual(residual):
+            return gemm_quack.compiled(kind, tile, x.dtype, x.device)
+        return partial(gemm_triton.product, kind)
     if bias is None or not x.is_cuda or m == 0:
         return partial(gemm_aten.product_then_kernel, kind)
     chosen = choose(kind, m, n, k, x.dtype, x.device)

@@ -24,6 +24,7 @@ Implementation: TypeAlias = Literal["addmm", "mm", "quack"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
+_MANY_ROWS = 8192
 _TILE = re.compile(r"(\d+)x(\d+)([pc])(\d+)x(\d+)(?:/(\d+))?")
 
 
@@ -111,6 +112,17 @@ class Table:
         """Every tile that `choice` can name for this product, whatever M is."""
         used = (choice.tile for _, choice in self._nearest(product))
         return sorted({tile for tile in used if tile is not None})
+
+    def one_tile(self, product: Product) -> Tile | None:
+        """The tile for every M: that of many rows, each sum in one piece. None without one."""
+        rows = [
+            (m, choice.tile)
+            for m, choice in self._nearest(product)
+            if choice.tile is not None and choice.tile.split_k == 1
+        ]
+        if not rows:
+            return None
+        return min(rows, key=lambda row: abs(log(row[0] / _MANY_ROWS)))[1]
 
     def _nearest(self, product: Product) -> list[tuple[int, Choice]]:
         """The rows of this product or, if it was not measured, of the one nearest in N and K.

@@ -55,6 +55,7 @@ class Linear(nn.Module):
     """y = act(x W^T + b), whole on every rank. Fills `weight` [N, K] and `bias` [N]."""
 
     float8: Float8Weight | None = None  # for x in e4m3
+    fixed = False  # whether one kernel and tile runs it whatever the rows; see gemm.linear
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == E4M3:
             return self._linear_float8(x)
-        return linear(x, self.weight, self.bias, activation=self.activation)
+        return linear(x, self.weight, self.bias, activation=self.activation, fixed=self.fixed)
 
     def _linear_float8(
         self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None
@@ -94,7 +95,7 @@ class Linear(nn.Module):
 
     def compile_kernels(self) -> None:
         """Compile what this product may run, so that no forward waits for a compiler."""
-        compile_product(self.weight, self.bias, activation=self.activation)
+        compile_product(self.weight, self.bias, activation=self.activation, fixed=self.fixed)
         if self.float8 is not None:
             compile_fp8(self.float8.weight, activation=self.activation)
 
@@ -231,7 +232,7 @@ class RowParallelLinear(Linear):
         """x [T, K / tp] -> [T, N], in `out` where it is given."""
         assert self.bias is not None
         if self.parallel.tp_size == 1:
-            return linear(x, self.weight, self.bias, out=out)
+            return linear(x, self.weight, self.bias, out=out, fixed=self.fixed)
         return torch.add(self._sum(x, "alone"), self.bias, out=out)
 
     def _sum(self, x: Tensor, use: str, out: Tensor | None = None) -> Tensor:
@@ -261,8 +262,8 @@ class RowParallelLinear(Linear):
                 x = to_e4m3(x, self.float8.in_scale)
             self._linear_float8(x, residual=residual, out=residual)
             return norm(residual, spare)
-        if self.parallel.tp_size == 1 and fuses_residual(x, self.weight):
-            linear(x, self.weight, self.bias, residual=residual, out=residual)
+        if self.parallel.tp_size == 1 and fuses_residual(x, self.weight, fixed=self.fixed):
+            linear(x, self.weight, self.bias, residual=residual, out=residual, fixed=self.fixed)
             return norm(residual, spare)
         read = spare is not None and spare.data_ptr() == x.data_ptr()
         # The norm may stay where the sum is: mergers, which run between blocks, use another place.
@@ -271,7 +272,7 @@ class RowParallelLinear(Linear):
 
     def compile_kernels(self) -> None:
         if self.parallel.tp_size == 1:
-            compile_product(self.weight, self.bias, residual=self.adds_residual)
+            compile_product(self.weight, self.bias, residual=self.adds_residual, fixed=self.fixed)
         if self.float8 is not None:
             compile_fp8(self.float8.weight, residual=self.adds_residual)
 

@@ -193,6 +193,19 @@ class VisionTower(RotaryPosMixin, nn.Module):
             for index in range(skip_blocks, self.config.depth):
                 self.block(index).use_float8()
 
+    def fix_products(self) -> None:
+        """Run every product by one kernel and tile whatever the rows: features then do not depend
+        on what else is in a batch. ValueError for a tower that tensor-parallel ranks share.
+        """
+        if self.block(0).attn.proj.parallel.tp_size > 1:
+            raise ValueError(
+                "batch_invariant runs on whole towers only: how ranks sum goes by the size of a "
+                "batch; use tp 1, or leave it off"
+            )
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.fixed = True
+
     def compile_kernels(self) -> None:
         """Compile the kernels of all products, once a shape."""
         for module in self.modules():

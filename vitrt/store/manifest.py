@@ -199,6 +199,7 @@ class RunIdentity:
     layers: str = NO_LAYERS  # whose hidden states are kept, from 0
     merged: bool = True  # whether merged tokens are
     precision: str = "auto"  # of products, where it is not the dtype's own
+    batch_invariant: bool = False  # whether features do not depend on what else is in a batch
 
     @classmethod
     def shared(cls) -> list[str]:
