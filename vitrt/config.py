@@ -142,10 +142,23 @@ class VideoConfig:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     cap_pixels_per_frame: bool = False
+    # Frames of a video that are looked at: so many, or so many a second within bounds.
+    fps: float | None = 2.0  # None: all, within the bounds
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
     max_video_tokens: int = 0  # what the cap goes by: of the clip, or by the rule "clip" of a frame
 
     def __post_init__(self) -> None:
         _check_limits(self.min_pixels, self.max_pixels)
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError(
+                f"fps {self.fps} and num_frames {self.num_frames} exclude each other: give one"
+            )
+        if self.min_frames > self.max_frames:
+            raise ValueError(
+                f"min_frames {self.min_frames} is larger than max_frames {self.max_frames}"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], family_rule: VideoRule) -> VideoConfig:
@@ -168,7 +181,27 @@ class VideoConfig:
             image_std=_channels(values, "image_std"),
             cap_pixels_per_frame=bool(values.get("cap_pixels_per_frame", False)),
             max_video_tokens=positive_integer("max_video_tokens", values["max_video_tokens"]),
+            **_sampling(values),
         )
+
+
+_SAMPLING = ("fps", "num_frames", "min_frames", "max_frames")
+
+
+def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings: fps, num_frames, min_frames, max_frames, where they say something of them."""
+    found: dict[str, Any] = {
+        name: positive_integer(name, values[name])
+        for name in _SAMPLING[1:]
+        if values.get(name) is not None
+    }
+    if (fps := values.get("fps")) is not None:
+        if not isinstance(fps, int | float) or isinstance(fps, bool) or not fps > 0:
+            raise ValueError(f"fps must be a number above 0, got {fps!r}")
+        found["fps"] = float(fps)
+    elif "num_frames" in found:
+        found["fps"] = None
+    return found
 
 
 def video_rule(data: Mapping[str, Any]) -> VideoRule | None:
@@ -277,6 +310,11 @@ class RuntimeConfig:
         None  # of a clip, counted as the checkpoint's video processor does
     )
     video_max_pixels: int | None = None
+    fps: float | None = None  # frames of a video taken a second; None: as the checkpoint says
+    num_frames: int | None = None  # the same in all
+    min_frames: int | None = None  # bounds of what fps gives
+    max_frames: int | None = None
+    animation: Literal["first", "all"] = "first"  # frames of an animated GIF, WebP or PNG
     max_batch_tokens: int | None = None  # patches of one forward; None: chosen from free memory
     resize: Literal["pillow", "torch"] = "pillow"  # or "torch": whose bicubic, bit for bit
     graph_memory_mib: float = 4096.0
@@ -308,7 +346,20 @@ class RuntimeConfig:
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{low} {least} is larger than {high} {most}")
+        sampling = self.sampling()
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError(f"fps {self.fps} and num_frames {self.num_frames} exclude each other")
+        least, most = sampling.get("min_frames", 0), sampling.get("max_frames", math.inf)
+        if least > most:
+            raise ValueError(f"min_frames {least} is larger than max_frames {most}")
+        if self.animation not in ("first", "all"):
+            raise ValueError(f'animation must be "first" or "all", got {self.animation!r}')
         if not self.graph_memory_mib >= 0:
             raise ValueError(
                 f"graph_memory_mib must not be negative, got {self.graph_memory_mib!r}"
             )
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of a VideoConfig that the user chose in place of the checkpoint's."""
+        chosen = _sampling({name: getattr(self, name) for name in _SAMPLING})
+        return {"num_frames": None, **chosen} if "fps" in chosen else chosen

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -31,7 +32,7 @@ from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_toget
 from vitrt.engine.stages import Stages
 from vitrt.features import EncoderOutput, ImageFeatures, join, join_pooled
 from vitrt.images.decode import ImageError, check_images
-from vitrt.images.processor import ImageInput, ImageProcessor, PreparedImage, normalisation_table
+from vitrt.images.processor import ImageInput, ImageProcessor, Prepared, normalisation_table
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -108,6 +109,11 @@ class VisionEncoder:
         max_pixels: int | None = None,
         video_min_pixels: int | None = None,
         video_max_pixels: int | None = None,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        animation: Literal["first", "all"] = "first",
         max_batch_tokens: int | None = None,
         resize: Literal["pillow", "torch"] = "pillow",
         graph_memory_mib: float = RuntimeConfig().graph_memory_mib,
@@ -133,6 +139,10 @@ class VisionEncoder:
             video_min_pixels, video_max_pixels: bounds of a clip, instead of the checkpoint's video
                 processor's: of a frame's area in Qwen2-VL and Qwen2.5-VL, of frames x height x
                 width in newer families.
+            fps, num_frames: frames of a video that are looked at, a second or in all; None: as the
+                checkpoint says, else 2 a second.
+            min_frames, max_frames: bounds of what `fps` gives; None: the checkpoint's, else 4, 768.
+            animation: of an animated GIF, WebP or PNG, the "first" frame, or "all" as a clip.
             max_batch_tokens: patches per forward; None: chosen from free memory.
             resize: "pillow" or "torch": which of transformers' backends to be bit-equal to.
             graph_memory_mib: how much device memory recorded graphs may take.
@@ -168,6 +178,11 @@ class VisionEncoder:
             max_pixels=max_pixels,
             video_min_pixels=video_min_pixels,
             video_max_pixels=video_max_pixels,
+            fps=fps,
+            num_frames=num_frames,
+            min_frames=min_frames,
+            max_frames=max_frames,
+            animation=animation,
             max_batch_tokens=max_batch_tokens,
             resize=resize,
             graph_memory_mib=graph_memory_mib,
@@ -288,21 +303,23 @@ class VisionEncoder:
 
     @outside_compiler
     def encode_prepared(
-        self, images: Sequence[PreparedImage], *, layers: Iterable[int] = (), merged: bool = True
+        self, images: Sequence[Prepared], *, layers: Iterable[int] = (), merged: bool = True
     ) -> list[ImageFeatures]:
         """Features of images that `processor.prepare` made ready, as one batch."""
         return self.run_prepared(images, Request.of(layers, merged=merged, depth=self.config.depth))
 
-    def run_prepared(
-        self, images: Sequence[PreparedImage], request: Request
-    ) -> list[ImageFeatures]:
+    def run_prepared(self, images: Sequence[Prepared], request: Request) -> list[ImageFeatures]:
         """The same with what is wanted as one value."""
         if not images:
             return []
         grids = [image.grid_thw for image in images]
         batch = PixelBatch([image.pixels for image in images], grids, self.table)
         output = self.engine.run(batch, request)
-        return split_by_image(output, grids, self.config.spatial_merge_size, request)
+        features = split_by_image(output, grids, self.config.spatial_merge_size, request)
+        return [
+            each if image.times is None else replace(each, times=image.times)
+            for each, image in zip(features, images, strict=True)
+        ]
 
     def stages(self, request: Request = TOKENS) -> Stages[ImageInput]:
         """What a pipeline does with images, to answer `request`."""
@@ -322,7 +339,7 @@ class VisionEncoder:
     ) -> tuple[Stages[Piece], list[tuple[int, int, int]]]:
         """What data-parallel ranks share: how to prepare a piece of an image, and their grids."""
 
-        def prepare(piece: Piece) -> PreparedImage:
+        def prepare(piece: Piece) -> Prepared:
             span = piece.start, piece.stop
             return self.processor.prepare(images[piece.index], span=span)
 

@@ -28,6 +28,8 @@ class ImageFeatures:
     # [layers, t, h, w, hidden_size]: after each of `layers`, patches in raster order; on request.
     hidden: Tensor | None = None
     layers: tuple[int, ...] = ()  # that `hidden` holds, in its order, from 0
+    # Seconds of the grid's frames in their video, each the middle of those merged into it.
+    times: tuple[float, ...] | None = None
 
     @property
     def merged(self) -> bool:
@@ -109,6 +111,7 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
         first.merge_size,
         along(1, [part.hidden for part in parts]),
         first.layers,
+        _join_times(parts),
     )
 
 
@@ -118,7 +121,13 @@ def join_pooled(parts: Sequence[ImageFeatures]) -> ImageFeatures:
     rows = torch.stack([n * part.embeddings for n, part in zip(frames, parts, strict=True)])
     first = parts[0]
     grid = (sum(frames), *first.grid_thw[1:])
-    return ImageFeatures(rows.sum(0) / sum(frames), None, grid, first.merge_size)
+    return ImageFeatures(
+        rows.sum(0) / sum(frames), None, grid, first.merge_size, times=_join_times(parts)
+    )
+
+
+def _join_times(parts: Sequence[ImageFeatures]) -> tuple[float, ...] | None:
+    return sum((part.times or () for part in parts), ()) or None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,8 +27,11 @@ def run_video_processors(
 ) -> list[dict[str, Any]]:
     """What transformers makes of each clip, uint8 [F, H, W, 3].
 
-    A case holds `rule` and the `settings` of the processor. A result holds `grid`, `values`
-    (pixel_values, float32), and the `rule` and `size` of the processor.
+    A case holds `rule` and the `settings` of the processor, or the `folder` of a checkpoint, and
+    where it is no array that counts but a video file, its `path`, or for sampling alone its `total`
+    frames and `rate`. A result holds `grid`, `values`
+    (pixel_values, float32), and the `rule` and `size` of the processor; of a file, the `indices` of
+    the frames taken.
     """
     np.savez(folder / "clips.npz", *clips)
     (folder / "cases.json").write_text(json.dumps(list(cases)))
@@ -100,6 +103,30 @@ def _processor(case: dict[str, Any]) -> Any:
     return getattr(transformers, CLASSES[case["rule"]])(**case["settings"])
 
 
+def _sample(processor: Any, case: dict[str, Any], metadata: Any) -> list[int]:
+    chosen = {"fps": processor.fps, "num_frames": processor.num_frames}
+    if chosen["num_frames"] is not None:
+        chosen["fps"] = None
+    names = ("min_frames", "max_frames", "temporal_patch_size")
+    more = {name: getattr(processor, name) for name in names}
+    return [int(i) for i in processor.sample_frames(metadata=metadata, **chosen, **more)]
+
+
+def _sampled_file(processor: Any, case: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
+    """The frames of a video file that the processor takes, read by transformers through PyAV."""
+    from transformers.video_utils import load_video
+
+    frames, metadata = load_video(
+        case["path"],
+        backend="pyav",
+        sample_indices_fn=lambda metadata, **_: _sample(processor, case, metadata),
+    )
+    # Its reader gives a frame once, however often it was asked for.
+    wanted = metadata.frames_indices
+    places = {index: place for place, index in enumerate(dict.fromkeys(wanted))}
+    return np.asarray(frames)[[places[index] for index in wanted]], wanted
+
+
 def _run(folder: Path) -> None:
     try:
         import torchvision  # noqa: F401
@@ -110,7 +137,17 @@ def _run(folder: Path) -> None:
     results, values = [], []
     for index, case in enumerate(cases):
         processor = _processor(case)
-        clip = clips[f"arr_{index}"]
+        taken = None
+        if "total" in case:
+            metadata = {"total_num_frames": case["total"], "fps": case["rate"]}
+            taken = _sample(processor, case, types.SimpleNamespace(**metadata))
+            results.append({"indices": taken})
+            values.append(np.zeros(0))
+            continue
+        if "path" in case:
+            clip, taken = _sampled_file(processor, case)
+        else:
+            clip = clips[f"arr_{index}"]
         features = processor(
             videos=[clip],
             do_sample_frames=False,
@@ -120,7 +157,7 @@ def _run(folder: Path) -> None:
         size = {key: processor.size[key] for key in ("shortest_edge", "longest_edge")}
         rule = {name: rule for rule, name in CLASSES.items()}[type(processor).__name__]
         grid = features["video_grid_thw"][0].tolist()
-        results.append({"grid": grid, "rule": rule, "size": size})
+        results.append({"grid": grid, "rule": rule, "size": size, "indices": taken})
         values.append(features["pixel_values_videos"].numpy())
     np.savez(folder / "values.npz", *values)
     (folder / "results.json").write_text(json.dumps(results))

@@ -33,7 +33,7 @@ from vitrt.engine.batcher import pack
 from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.engine import Engine
 from vitrt.images.decode import decode, name_of
-from vitrt.images.processor import PreparedImage, patches_reference
+from vitrt.images.processor import Prepared, patches_reference
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
 
@@ -47,7 +47,7 @@ _RUNS = 3  # of a batch with graphs: the second one records, the third one repla
 class _Sample:
     """An image as vitrt takes it, and as transformers' processor made it."""
 
-    prepared: PreparedImage
+    prepared: Prepared
     pixel_values: Tensor  # float32 [T, P]
     name: str
     equal: bool  # to what vitrt makes of it, bit by bit

@@ -101,7 +101,7 @@ def encode_together(
                 raise report["error"]
             raise RuntimeError(f"data-parallel rank {rank} failed: {report['error']}")
     counts = [report["inputs"] for report in reports]
-    frames = [piece for report in reports for piece, _ in report["pieces"]]
+    frames = [piece for report in reports for piece, _, _ in report["pieces"]]
     if len(set(counts)) > 1 or not _is_whole(frames, counts[0]):
         raise ValueError(
             f"encode was given different images on the {len(counts)} data-parallel ranks (they "
@@ -115,7 +115,7 @@ def encode_together(
 def _report(own: list[PieceFeatures], inputs: int, problem: Exception | None) -> dict[str, Any]:
     return {
         "inputs": inputs,
-        "pieces": [(part.piece, part.features.grid_thw) for part in own],
+        "pieces": [(part.piece, part.features.grid_thw, part.features.times) for part in own],
         "error": None if problem is None else _sendable(problem),
     }
 
@@ -153,7 +153,7 @@ def _share(
     levels = len(engine.config.deepstack_visual_indexes)
     everything: list[PieceFeatures] = []
     for rank, report in enumerate(reports):
-        tokens = [prod(grid) // merge**2 for _, grid in report["pieces"]]
+        tokens = [prod(grid) // merge**2 for _, grid, _ in report["pieces"]]
         if not tokens:
             continue
         shape = (1 + levels, sum(tokens), engine.config.out_hidden_size)
@@ -163,9 +163,11 @@ def _share(
             for level in range(levels):
                 torch.cat([_level(part.features, level) for part in own], out=rows[1 + level])
         dist.broadcast(rows, group_src=rank, group=engine.parallel.dp_group)
-        for (piece, grid), part in zip(report["pieces"], rows.split(tokens, dim=1), strict=True):
+        parts = rows.split(tokens, dim=1)
+        for (piece, grid, times), part in zip(report["pieces"], parts, strict=True):
             deepstack = part[1:] if levels else None
-            everything.append(PieceFeatures(piece, ImageFeatures(part[0], deepstack, grid, merge)))
+            features = ImageFeatures(part[0], deepstack, grid, merge, times=times)
+            everything.append(PieceFeatures(piece, features))
     return everything
 
 

@@ -32,7 +32,7 @@ class HostMemoryError(ValueError):
 
 
 class Splitter(Generic[I, R]):
-    """Runs batches: a clip over the budget in several forwards, others whole.
+    """Runs batches: a clip over the budget, or a lazy one, in several forwards, others whole.
 
     What exceeds the device's memory goes in smaller parts, and so does all that comes later. What
     the host lacks memory for, and what is refused, is halved until it is one image's own error.
@@ -74,10 +74,14 @@ class Splitter(Generic[I, R]):
                 parts[:0] = [part[:half], part[half:]]
 
     def _features(self, part: Sequence[Prepared]) -> list[ImageFeatures]:
-        run = self._stages.run
-        if len(part) > 1 or part[0].num_patches <= self.budget:
-            return run(part)
-        return [self._stages.join([run([piece])[0] for piece in part[0].split(self.budget)])]
+        lazy = any(image.is_lazy for image in part)
+        if not lazy and (len(part) > 1 or part[0].num_patches <= self.budget):
+            return self._stages.run(part)
+        return [self._one_by_one(image.split(self.budget)) for image in part]
+
+    def _one_by_one(self, pieces: Sequence[Prepared]) -> ImageFeatures:
+        """The pieces of an image through the device, one at a time in memory."""
+        return self._stages.join([self._stages.run([piece])[0] for piece in pieces])
 
     def _patches(self, part: Sequence[Prepared]) -> int:
         """Patches of the largest forward that the part takes."""
@@ -106,7 +110,7 @@ class Splitter(Generic[I, R]):
     def _explained(self, error: Exception, image: Prepared, lacking: str | None) -> Exception:
         if lacking is None:
             return error
-        frames, height, width = image.pixels.shape[:3]
+        frames, height, width = image.shape
         patches = image.num_patches
         size = f"{height} x {width}" + (f", {frames} frames" if frames > 1 else "")
         found = f"resized to {size} pixels it has {patches} patches"

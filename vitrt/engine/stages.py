@@ -18,7 +18,21 @@ class Prepared(Protocol):
     """An image or clip, ready for the device."""
 
     @property
-    def pixels(self) -> Any: ...  # uint8 [F, H, W, 3]
+    def pixels(self) -> Any:
+        """uint8 [F, H, W, 3]; of what is lazy, decoded now, which may raise a ValueError."""
+        ...
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether its runs of frames are decoded as they are asked for, one after the other."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...  # F, H, W
+    @property
+    def nbytes(self) -> int: ...  # of memory that it takes while it waits
+    @property
+    def times(self) -> tuple[float, ...] | None: ...  # seconds, of the frames of its grid
     @property
     def grid_thw(self) -> tuple[int, int, int]: ...
     @property

@@ -103,7 +103,7 @@ class Window(Generic[K, I]):
             self._taken += 1
             error = future.exception()
             if error is None:
-                self._bytes -= future.result().pixels.nbytes
+                self._bytes -= future.result().nbytes
             self._changed.notify_all()
         if error is not None and not isinstance(error, Exception):
             raise error
@@ -118,7 +118,7 @@ class Window(Generic[K, I]):
             raise RuntimeError("stopped")  # nobody takes it
         image = self._prepare(item)
         with self._changed:
-            self._bytes += image.pixels.nbytes
+            self._bytes += image.nbytes
         return image
 
     def __enter__(self) -> Window[K, I]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -113,11 +114,20 @@ def decode(image: str | os.PathLike[str] | bytes | Image.Image, name: str) -> Im
 
     Raises ImageError where Pillow cannot read it.
     """
-    try:
+    with reading(name):
         if isinstance(image, Image.Image):
             return _upright_rgb(image, name)
-        with _open(image) as opened:
+        with open_image(image) as opened:
             return _upright_rgb(opened, name)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever Pillow raises inside as an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a format that Pillow can read") from error
     except Image.DecompressionBombError as error:
@@ -141,7 +151,7 @@ def size_of(image: PlainInput) -> tuple[int, int]:
         return height, width
     if isinstance(image, Image.Image):
         return _upright_size(image)
-    with _open(image) as opened:
+    with open_image(image) as opened:
         return _upright_size(opened)
 
 
@@ -150,7 +160,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
+def open_image(image: str | os.PathLike[str] | bytes) -> Image.Image:
     """A file or its content as Pillow opens it, not yet loaded. Refuses what is no regular file."""
     content = content_of(image)
     try:

@@ -9,52 +9,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import UnidentifiedImageError
 
 from vitrt.config import PreprocessorConfig, RuntimeConfig, VideoConfig
+from vitrt.images.animation import count_frames, frames_of
 from vitrt.images.clips import clip_size
 from vitrt.images.decode import ImageError, ImageInput, check_array, decode, name_of, size_of
-from vitrt.images.inputs import plain_input
-from vitrt.images.pixels import copy_pixels
-from vitrt.images.resize import RESIZE_NAMES, Resize, resize_pillow, resize_torch, smart_resize
+from vitrt.images.inputs import PlainInput, plain_input
+from vitrt.images.prepared import (
+    MAX_HELD_BYTES,
+    Frames,
+    LazyImage,
+    Prepared,
+    PreparedImage,
+    frame_size,
+)
+from vitrt.images.resize import RESIZE_NAMES, Resize, smart_resize
+from vitrt.images.sampling import sample_frames
+from vitrt.images.video import VideoFile, open_video
 
 __all__ = [
     "ImageError",
     "ImageInput",
     "ImageProcessor",
+    "Prepared",
     "PreparedImage",
     "normalisation_table",
     "patches_reference",
     "smart_resize",
 ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedImage:
-    """An image or clip, decoded and resized: all that the tower still has to do is normalise it."""
-
-    pixels: np.ndarray  # uint8 [F, H, W, 3], C-contiguous; F = 1 for an image
-    grid_thw: tuple[int, int, int]  # patches: frames (after temporal merging), rows, columns
-
-    @property
-    def num_patches(self) -> int:
-        return prod(self.grid_thw)
-
-    def split(self, most_patches: int) -> list[PreparedImage]:
-        """Runs of its frames with at most so many patches each, or of one frame that has more."""
-        t, h, w = self.grid_thw
-        longest = max(most_patches // (h * w), 1)
-        step = len(self.pixels) // t  # frames of one temporal patch
-        starts = range(0, t, longest)
-        return [
-            PreparedImage(
-                self.pixels[start * step : (start + longest) * step],
-                (min(longest, t - start), h, w),
-            )
-            for start in starts
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +54,7 @@ class ImageProcessor:
         video: what the checkpoint says of clips, whose frames are then resized as its video
             processor does it, by torch; None: frames are resized as images.
         frame_min_pixels, frame_max_pixels: the user's bounds of a clip's frame, see `clip_size`.
+        animation: of an animated GIF, WebP or PNG, the "first" frame as an image, "all" as a clip.
 
     Raises:
         ValueError: a size below 1, limits that cross or cannot hold one merged token, an unknown
@@ -83,6 +70,7 @@ class ImageProcessor:
     video: VideoConfig | None = None
     frame_min_pixels: int | None = None
     frame_max_pixels: int | None = None
+    animation: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge_size", "temporal_patch_size", "min_pixels"):
@@ -113,6 +101,7 @@ class ImageProcessor:
                 video,
                 min_pixels=runtime.video_min_pixels or video.min_pixels,
                 max_pixels=runtime.video_max_pixels or video.max_pixels,
+                **runtime.sampling(),
             )
         return cls(
             patch_size=preprocessor.patch_size,
@@ -124,6 +113,7 @@ class ImageProcessor:
             video=video,
             frame_min_pixels=None if runtime.video_min_pixels else runtime.min_pixels,
             frame_max_pixels=None if runtime.video_max_pixels else runtime.max_pixels,
+            animation=runtime.animation,
         )
 
     @property
@@ -159,13 +149,21 @@ class ImageProcessor:
         return rows, height // self.patch_size, width // self.patch_size
 
     def grid_of(self, image: ImageInput) -> tuple[int, int, int]:
-        """The grid that `prepare` will give an image or clip, without decoding it.
+        """The grid that `prepare` will give an image or clip, from its header.
 
         Raises whatever an image that cannot be read makes its reader raise.
         """
-        plain = plain_input(image, name_of(image))
-        frames = len(plain) if isinstance(plain, np.ndarray) and plain.ndim == 4 else 1
-        return self.grid(*size_of(plain), frames)
+        name = name_of(image)
+        plain = plain_input(image, name)
+        if isinstance(plain, np.ndarray):
+            return self.grid(*size_of(plain), len(plain) if plain.ndim == 4 else 1)
+        try:
+            size = size_of(plain)
+            return self.grid(*size, count_frames(plain) if self.animation == "all" else 1)
+        except UnidentifiedImageError:
+            if (video := open_video(plain, name)) is None:
+                raise
+        return self.grid(video.height, video.width, len(self._sampled(video)))
 
     def prepare(
         self,
@@ -173,16 +171,17 @@ class ImageProcessor:
         name: str | None = None,
         *,
         span: tuple[int, int] | None = None,
-    ) -> PreparedImage:
-        """Decode and resize one image, or a clip given as an array [F, H, W, 3].
+    ) -> Prepared:
+        """Decode and resize an image, or a clip: an array [F, H, W, 3], a video file, an animation.
 
         A clip whose frames do not fill the last temporal patch has its last frame repeated; one of
-        a single frame is an image.
+        a single frame is an image. A video is sampled as its processor does it, and a long one is
+        decoded when its pixels are asked for.
 
         Args:
-            image: a path, a file: or data: URL, the bytes of an image file, an open file, a PIL
-                image, datasets' {"bytes", "path"}, a uint8 array, or a uint8 tensor whose layout
-                its shape or `Pixels` says.
+            image: a path, a file: or data: URL, the bytes of a file, an open file, a PIL image,
+                datasets' {"bytes", "path"}, a uint8 array, or a uint8 tensor whose layout its shape
+                or `Pixels` says.
             name: what error messages call the image; None: its path, or a description of it.
             span: of a clip, only these frames of its grid, [start, stop): at the size that they
                 have in the whole.
@@ -191,48 +190,64 @@ class ImageProcessor:
             ImageError: the image cannot be read, decoded or resized.
         """
         name = name_of(image) if name is None else name
-        frames: list[Image.Image | np.ndarray]
-        plain = plain_input(image, name)
-        if isinstance(plain, np.ndarray):
-            array = check_array(plain, name)
-            frames = list(array) if array.ndim == 4 else [array]
-            height, width = array.shape[-3:-1]
+        source = self._source(plain_input(image, name), name)
+        if isinstance(source, VideoFile):
+            height, width = source.height, source.width
+            indices = self._sampled(source)
         else:
-            decoded = decode(plain, name)
-            frames = [decoded]
-            width, height = decoded.size
+            height, width = frame_size(source.frames[0])
+            indices = list(range(len(source.frames)))
         try:
-            grid_t, grid_h, grid_w = self.grid(height, width, len(frames))
+            grid = self.grid(height, width, len(indices))
         except ValueError as error:
             raise ImageError(f"{name}: {error}") from error
-        size = grid_h * self.patch_size, grid_w * self.patch_size
-        first, last = 0, 1
-        if is_clip := len(frames) > 1:
-            start, stop = span or (0, grid_t)
-            first, last = start * self.temporal_patch_size, stop * self.temporal_patch_size
-            grid_t = stop - start
-        resize = "torch" if is_clip and self.video is not None else self.resize
-        pixels = np.empty((last - first, *size, 3), dtype=np.uint8)
-        for index, target in enumerate(pixels, start=first):
-            if index < len(frames):
-                _resize_frame(frames[index], target, resize)
-            else:
-                target[...] = pixels[index - first - 1]
-        return PreparedImage(pixels, (grid_t, grid_h, grid_w))
+        whole = self._lazy(source, indices, grid)
+        part = whole.rows(*span) if span is not None and len(indices) > 1 else whole
+        if isinstance(source, VideoFile):
+            source.last_wanted = part.indices[-1]
+            if 3 * prod(part.shape) > MAX_HELD_BYTES:
+                return part
+        return part.decoded()
 
+    def _source(self, plain: PlainInput, name: str) -> Frames | VideoFile:
+        if isinstance(plain, np.ndarray):
+            array = check_array(plain, name)
+            return Frames(list(array) if array.ndim == 4 else [array])
+        try:
+            return (
+                frames_of(plain, name) if self.animation == "all" else Frames([decode(plain, name)])
+            )
+        except ImageError as error:
+            unknown = isinstance(error.__cause__, UnidentifiedImageError)
+            video = open_video(plain, name) if unknown else None
+            if video is None:
+                raise
+            return video
 
-def _resize_frame(frame: Image.Image | np.ndarray, out: np.ndarray, resize: Resize) -> None:
-    """Write the frame into `out`, uint8 [H, W, 3], at the size of that."""
-    height, width = out.shape[:2]
-    if resize == "pillow":
-        image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
-        copy_pixels(resize_pillow(image, (height, width)), out)
-        return
-    if isinstance(frame, Image.Image):
-        array = np.empty((frame.height, frame.width, 3), dtype=np.uint8)
-        copy_pixels(frame, array)
-        frame = array
-    out[...] = resize_torch(frame, (height, width))
+    def _sampled(self, video: VideoFile) -> list[int]:
+        rule = self.video or VideoConfig("frame", 1, 1, (0, 0, 0), (1, 1, 1))
+        try:
+            return sample_frames(rule, len(video.times), video.rate, self.temporal_patch_size)
+        except ValueError as error:
+            raise ImageError(f"{video.name}: {error}") from error
+
+    def _lazy(
+        self, source: Frames | VideoFile, indices: list[int], grid: tuple[int, int, int]
+    ) -> LazyImage:
+        size = grid[1] * self.patch_size, grid[2] * self.patch_size
+        if len(indices) == 1:
+            return LazyImage(source, tuple(indices), grid, size, self.resize, None)
+        step = self.temporal_patch_size
+        filled = (*indices, *indices[-1:] * (grid[0] * step - len(indices)))
+        times = None
+        if source.times is not None:  # of a temporal patch, the middle of its frames
+            seconds = [source.times[index] for index in filled]
+            times = tuple(
+                (seconds[first] + seconds[first + step - 1]) / 2
+                for first in range(0, len(filled), step)
+            )
+        resize = self.resize if self.video is None else "torch"
+        return LazyImage(source, filled, grid, size, resize, times)
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Resize) -> np.ndarray:
@@ -257,7 +272,7 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float], resize: Res
 
 
 def patches_reference(
-    prepared: PreparedImage,
+    prepared: Prepared,
     table: np.ndarray,
     patch_size: int,
     temporal_patch_size: int,
@@ -270,7 +285,7 @@ def patches_reference(
     `table` is one for all, [3, 256], or that of images and that of clips, [2, 3, 256].
     """
     if table.ndim == 3:
-        table = table[int(len(prepared.pixels) > 1)]
+        table = table[int(prepared.shape[0] > 1)]
     grid_t, grid_h, grid_w = prepared.grid_thw
     pixels = np.moveaxis(prepared.pixels, -1, 1)  # [F, 3, H, W]
     values = table[np.arange(3)[None, :, None, None], pixels]

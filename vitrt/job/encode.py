@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from vitrt.checkpoint.fingerprint import fingerprint
 from vitrt.checkpoint.opened import Checkpoint
-from vitrt.config import RuntimeConfig
+from vitrt.config import PreprocessorConfig, RuntimeConfig
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
@@ -262,6 +262,7 @@ def run_identity(
         min_pixels=runtime.min_pixels or preprocessor.min_pixels,
         max_pixels=runtime.max_pixels or preprocessor.max_pixels,
         resize=runtime.resize,
+        video=_video_text(preprocessor, runtime),
         pool=options.pool,
         layers=layers_text(layers),
         merged=options.merged,
@@ -270,3 +271,10 @@ def run_identity(
         else f"{runtime.precision}, {runtime.fp8_skip_blocks} blocks skipped",
         batch_invariant=runtime.batch_invariant,
     )
+
+
+def _video_text(preprocessor: PreprocessorConfig, runtime: RuntimeConfig) -> str:
+    """What decides the frames of a video and their size."""
+    processor = ImageProcessor.from_configs(preprocessor, runtime)
+    limits = processor.frame_min_pixels, processor.frame_max_pixels
+    return f"{processor.video}, frames of {limits}, {processor.animation} of animations"

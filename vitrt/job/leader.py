@@ -50,24 +50,28 @@ def follow(stages: Stages[Any], parallel: ParallelContext) -> None:
 
 
 def _send(images: Sequence[Prepared], parallel: ParallelContext) -> None:
-    header = [(image.pixels.shape, image.grid_thw) for image in images]
+    pixels = [image.pixels for image in images]
+    header = [
+        (part.shape, image.grid_thw, image.times)
+        for part, image in zip(pixels, images, strict=True)
+    ]
     with connected():
         dist.broadcast_object_list([header], group_src=0, group=parallel.control)
         if images:
-            joined = np.concatenate([image.pixels.reshape(-1) for image in images])
+            joined = np.concatenate([part.reshape(-1) for part in pixels])
             dist.broadcast(torch.from_numpy(joined), group_src=0, group=parallel.control)
 
 
 def _receive(parallel: ParallelContext) -> list[PreparedImage]:
-    box: list[list[tuple[tuple[int, ...], tuple[int, int, int]]]] = [[]]
+    box: list[list[tuple[tuple[int, ...], tuple[int, int, int], Any]]] = [[]]
     with connected():
         dist.broadcast_object_list(box, group_src=0, group=parallel.control)
         header = box[0]
-        sizes = [torch.Size(shape).numel() for shape, _ in header]
+        sizes = [torch.Size(shape).numel() for shape, _, _ in header]
         joined = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         if header:
             dist.broadcast(joined, group_src=0, group=parallel.control)
     return [
-        PreparedImage(part.view(shape).numpy(), grid)
-        for part, (shape, grid) in zip(joined.split(sizes), header, strict=True)
+        PreparedImage(part.view(shape).numpy(), grid, times)
+        for part, (shape, grid, times) in zip(joined.split(sizes), header, strict=True)
     ]

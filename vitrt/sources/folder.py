@@ -13,6 +13,8 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from itertools import islice, takewhile
 
 from vitrt.sources.record import Record
@@ -22,6 +24,13 @@ IMAGE_EXTENSIONS = frozenset(
     for name in (
         *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"),
         *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif", "heic", "heif", "tga", "ico"),
+    )
+)
+VIDEO_EXTENSIONS = frozenset(
+    f".{name}"
+    for name in (
+        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "m2ts", "wmv", "flv"),
+        *("3gp", "ogv"),
     )
 )
 _KINDS_NAMED = 6
@@ -155,7 +164,14 @@ def would_be_met(relative: str, *, all_files: bool = False) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    """Whether its suffix is that of an image, or of a video where PyAV is there to read it."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMAGE_EXTENSIONS or (suffix in VIDEO_EXTENSIONS and _reads_videos())
+
+
+@cache
+def _reads_videos() -> bool:
+    return find_spec("av") is not None
 
 
 def named(image_id: str, path: str) -> Record:

@@ -66,7 +66,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         merge_size = merge_size_of(metadata)
         if f"{image_id}/pooled" in names:
             row = shard.get_tensor(f"{image_id}/pooled")
-            return ImageFeatures(row[None], None, entry.grid_thw, merge_size)
+            return ImageFeatures(row[None], None, entry.grid_thw, merge_size, times=entry.times)
         deepstack, hidden = f"{image_id}/deepstack", f"{image_id}/hidden"
         return ImageFeatures(
             shard.get_tensor(f"{image_id}/embeddings"),
@@ -75,6 +75,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
             merge_size,
             shard.get_tensor(hidden) if hidden in names else None,
             parse_layers(metadata),
+            entry.times,
         )
 
     def __iter__(self) -> Iterator[str]:

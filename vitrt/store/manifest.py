@@ -79,6 +79,7 @@ class Entry:
     mtime: float  # of the source, in seconds
     replaces: str | None = None  # the shard of the older entry that this one takes the place of
     crc32: str | None = None  # of the whole shard, in hex; None in folders of an older version
+    times: tuple[float, ...] | None = None  # seconds, of the grid's frames; None of an image
 
     def line(self) -> str:
         record = {name: value for name, value in asdict(self).items() if value is not None}
@@ -103,7 +104,10 @@ class Entry:
         values["id"].encode()  # half a surrogate pair is no text, and no image's id
         for name in ("shard", "crc32"):  # the same for many images: in memory once
             values[name] = values[name] and intern(values[name])
-        return cls(**values | {"grid_thw": tuple(grid)})
+        times = values["times"]
+        if times is not None and any(type(time) not in (int, float) for time in times):
+            raise ValueError(f"not an entry: times is {times!r}")
+        return cls(**values | {"grid_thw": tuple(grid), "times": times and tuple(times)})
 
 
 # As json.loads gives them: bool, though an int, is none here.
@@ -116,6 +120,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mtime": (float, int),
     "replaces": (str, type(None)),
     "crc32": (str, type(None)),
+    "times": (list, type(None)),
 }
 
 
@@ -200,6 +205,7 @@ class RunIdentity:
     merged: bool = True  # whether merged tokens are
     precision: str = "auto"  # of products, where it is not the dtype's own
     batch_invariant: bool = False  # whether features do not depend on what else is in a batch
+    video: str = "unknown"  # how clips are sampled and sized; unknown in folders of older versions
 
     @classmethod
     def shared(cls) -> list[str]:
@@ -221,6 +227,8 @@ class RunIdentity:
             f"{name} is {theirs[name]} there and {mine[name]} now"
             for name in self.shared()
             if name != "weights" and name in theirs and theirs[name] != mine[name]
+            # A folder that says nothing of videos holds none.
+            if name != "video" or "unknown" not in (theirs[name], mine[name])
         ]
         if metadata.get("weights", self.weights) != self.weights:
             same_name = metadata.get("model") == self.model

@@ -154,6 +154,7 @@ class FeatureWriter:
                 image.mtime,
                 replaces,
                 crc32,
+                features.times and tuple(round(time, 6) for time in features.times),
             ).line()
             for image, features, replaces in held
         )

@@ -1,0 +1,118 @@
+"""Videos through an encoder: run by run in bounded memory, with their times, beside images."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.videos import write_video
+from vitrt import ImageError, VisionEncoder
+from vitrt.images import prepared as prepared_file
+from vitrt.images import processor as processor_file
+
+MEMORY = """
+import resource, sys
+import torch
+from vitrt import VisionEncoder
+
+torch.set_num_threads(1)
+model, video, frames = sys.argv[1:]
+encoder = VisionEncoder.from_pretrained(
+    model, device="cpu", fps=1000.0, max_frames=10**6, video_max_pixels=10**9, max_batch_tokens=2048
+)
+encoder.encode([video], layers=())
+features = encoder.encode([video])[0]
+assert features.grid_thw[0] == int(frames) // 2, features.grid_thw
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - features.embeddings.nbytes // 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "a.mp4", 61, (96, 128), codec="libx264")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_video_equals_its_frames_as_an_array(
+    family: str, video: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(f"tiny_{family}")
+    encoder = VisionEncoder.from_pretrained(model, device="cpu")
+    prepared = encoder.processor.prepare(video)
+    image = np.zeros((64, 64, 3), np.uint8)
+    first, clip, last = encoder.encode([image, video, image])
+    assert clip.times == prepared.times and len(clip.times) == clip.grid_thw[0]
+    assert first.times is None and last.times is None
+    (alone,) = encoder.encode_prepared([prepared])
+    torch.testing.assert_close(clip.embeddings, alone.embeddings, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first.embeddings, last.embeddings, rtol=1e-5, atol=1e-5)
+    assert clip.clone().times == clip.times
+
+
+def test_a_long_video_run_by_run_equals_one_pass(
+    tiny_qwen3_vl: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu", fps=25.0)
+    (whole,) = encoder.encode([video])
+    for module in (prepared_file, processor_file):
+        monkeypatch.setattr(module, "MAX_HELD_BYTES", 40_000)
+    runs = []
+    run = encoder.engine.run
+    monkeypatch.setattr(encoder.engine, "run", lambda b, r: (runs.append(b.grids), run(b, r))[1])
+    (lazy,) = encoder.encode([video])
+    assert len(runs) > 3
+    assert lazy.grid_thw == whole.grid_thw and lazy.times == whole.times
+    torch.testing.assert_close(lazy.embeddings, whole.embeddings, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lazy.deepstack, whole.deepstack, rtol=1e-5, atol=1e-5)
+    (pieces,) = encoder.stream([video])
+    torch.testing.assert_close(pieces.embeddings, whole.embeddings, rtol=1e-5, atol=1e-5)
+
+
+def test_one_broken_video_spoils_nobody_elses(
+    tiny_qwen3_vl: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is found only when its frames are asked for."""
+    for module in (prepared_file, processor_file):
+        monkeypatch.setattr(module, "MAX_HELD_BYTES", 100_000)
+    broken = write_video(tmp_path / "broken.mkv", 60, (96, 128), codec="mpeg4")
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    broken.write_bytes(content)
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu", fps=25.0)
+    decode = type(encoder.processor.prepare(video).source)._decode
+
+    def ends_early(self):
+        for number, frame in enumerate(decode(self)):
+            if number > 30 and self.name.endswith("short.mp4"):
+                return
+            yield frame
+
+    monkeypatch.setattr(type(encoder.processor.prepare(video).source), "_decode", ends_early)
+    short = tmp_path / "short.mp4"
+    short.write_bytes(video.read_bytes())
+    image = np.zeros((64, 64, 3), np.uint8)
+    results = list(encoder.stream([image, short, video, image], on_error="yield"))
+    assert isinstance(results[1], ImageError)
+    assert "short.mp4: cannot be read as a video: it ends before frame 31 of 61" in str(results[1])
+    assert [r.grid_thw[0] for r in results if not isinstance(r, ImageError)] == [1, 31, 1]
+
+
+def test_memory_does_not_grow_with_the_video(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    """3,000 frames against 300, all of them looked at."""
+    used = []
+    for frames in (300, 3000):
+        path = write_video(tmp_path / f"{frames}.mp4", frames, (128, 160), codec="mpeg4")
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(tiny_qwen3_vl), str(path), str(frames)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        used.append(int(done.stdout))
+    assert used[1] < 1.1 * used[0], f"{used[0]} KiB, then {used[1]} KiB"

@@ -1,0 +1,167 @@
+"""Images and clips that are ready for the device: decoded and resized, or as soon as asked for.
+
+Shapes: F frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from vitrt.images.pixels import copy_pixels
+from vitrt.images.resize import Resize, resize_pillow, resize_torch
+
+MAX_HELD_BYTES = 32 << 20  # of the pixels of a video at a time
+
+Frame = Image.Image | np.ndarray  # RGB; an array is uint8 [H, W, 3]
+
+
+class FrameSource(Protocol):
+    """Where the frames of an image or clip come from."""
+
+    def read(self, indices: Sequence[int], take: Callable[[int, Frame], None]) -> None:
+        """Give `take` the place in `indices`, which ascend, and the frame of each of them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frames:
+    """Frames that are in memory."""
+
+    frames: Sequence[Frame]
+    times: tuple[float, ...] | None = None  # of each, in seconds
+
+    def read(self, indices: Sequence[int], take: Callable[[int, Frame], None]) -> None:
+        for place, index in enumerate(indices):
+            take(place, self.frames[index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedImage:
+    """An image or clip, decoded and resized: all that the tower still has to do is normalise it."""
+
+    pixels: np.ndarray  # uint8 [F, H, W, 3], C-contiguous; F = 1 for an image
+    grid_thw: tuple[int, int, int]  # patches: frames (after temporal merging), rows, columns
+    times: tuple[float, ...] | None = None  # seconds, of the grid's frames; None for an image
+    is_lazy = False
+
+    @property
+    def num_patches(self) -> int:
+        return prod(self.grid_thw)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """F, H, W."""
+        frames, height, width, _ = self.pixels.shape
+        return frames, height, width
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory, until it is run."""
+        return self.pixels.nbytes
+
+    def split(self, most_patches: int) -> list[PreparedImage]:
+        """Runs of its frames with at most so many patches each, or of one frame that has more."""
+        t, h, w = self.grid_thw
+        longest = max(most_patches // (h * w), 1)
+        step = len(self.pixels) // t  # frames of one temporal patch
+        return [
+            PreparedImage(
+                self.pixels[start * step : (start + longest) * step],
+                (min(longest, t - start), h, w),
+                self.times and self.times[start : start + longest],
+            )
+            for start in range(0, t, longest)
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazyImage:
+    """An image or clip that is decoded when its pixels are asked for, each time anew.
+
+    A video asked for one run of frames after the other, as `split` gives them, is decoded once,
+    and no more than a run of its frames is in memory.
+    """
+
+    source: FrameSource
+    indices: tuple[int, ...]  # of its frames, ascending: one, or as many as temporal patches take
+    grid_thw: tuple[int, int, int]
+    size: tuple[int, int]  # H, W
+    resize: Resize
+    times: tuple[float, ...] | None
+    is_lazy = True
+    nbytes = 0
+
+    @property
+    def num_patches(self) -> int:
+        return prod(self.grid_thw)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """F, H, W."""
+        return len(self.indices), *self.size
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8 [F, H, W, 3]. Raises ImageError where a video ends early or is broken."""
+        pixels = np.empty((*self.shape, 3), dtype=np.uint8)
+
+        def take(place: int, frame: Frame) -> None:
+            if place and self.indices[place] == self.indices[place - 1]:
+                pixels[place] = pixels[place - 1]
+            else:
+                resize_frame(frame, pixels[place], self.resize)
+
+        self.source.read(self.indices, take)
+        return pixels
+
+    def rows(self, start: int, stop: int) -> LazyImage:
+        """Those frames of the grid alone."""
+        t, h, w = self.grid_thw
+        step = len(self.indices) // t  # frames of one temporal patch
+        return replace(
+            self,
+            indices=self.indices[start * step : stop * step],
+            grid_thw=(min(stop, t) - start, h, w),
+            times=self.times and self.times[start:stop],
+        )
+
+    def split(self, most_patches: int) -> list[LazyImage]:
+        """Runs of frames with at most so many patches, and 32 MiB of pixels, or of one frame."""
+        t, h, w = self.grid_thw
+        held = MAX_HELD_BYTES // (3 * prod(self.shape) // t)
+        longest = max(min(most_patches // (h * w), held), 1)
+        return [self.rows(start, start + longest) for start in range(0, t, longest)]
+
+    def decoded(self) -> PreparedImage:
+        return PreparedImage(self.pixels, self.grid_thw, self.times)
+
+
+Prepared: TypeAlias = PreparedImage | LazyImage
+
+
+def frame_size(frame: Frame) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    if isinstance(frame, Image.Image):
+        return frame.height, frame.width
+    height, width = frame.shape[:2]
+    return height, width
+
+
+def resize_frame(frame: Frame, out: np.ndarray, resize: Resize) -> None:
+    """Write an RGB frame into `out`, uint8 [H, W, 3], at the size of that."""
+    height, width = out.shape[:2]
+    if resize == "pillow":
+        image = Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame
+        copy_pixels(resize_pillow(image, (height, width)), out)
+        return
+    if isinstance(frame, Image.Image):
+        array = np.empty((frame.height, frame.width, 3), dtype=np.uint8)
+        copy_pixels(frame, array)
+        frame = array
+    out[...] = resize_torch(frame, (height, width))

@@ -1,0 +1,182 @@
+"""Video files: what they hold, and their frames, decoded as they are asked for.
+
+Decoding goes through PyAV, which brings FFmpeg along. Frames are counted in the packets, not in the
+header: containers leave the number out, or count frames that an edit list cuts off. Frames are
+turned upright by the rotation that the file names.
+
+Shapes: F frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitrt.images.inputs import ImageError, PlainInput, content_of, shorten
+
+_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def is_video(content: str | io.BytesIO) -> bool:
+    """Whether the first bytes of a file, or of its content, are those of a video container."""
+    if isinstance(content, io.BytesIO):
+        start = content.getvalue()[:16]
+    else:
+        with open(content, "rb") as file:
+            start = file.read(16)
+    return (
+        (start[4:8] == b"ftyp" and start[8:12] not in _IMAGE_BRANDS)
+        or start[4:8] in (b"moov", b"mdat", b"wide", b"free")
+        or start[:4] in (b"\x1aE\xdf\xa3", b"OggS", b"\0\0\1\xba", b"\0\0\1\xb3", b"0&\xb2u")
+        or (start[:4] == b"RIFF" and start[8:12] == b"AVI ")
+        or start[:3] == b"FLV"
+        or (start[:1] == b"G" and start[1:2] in (b"@", b"\0", b"A", b"_"))  # a transport stream
+    )
+
+
+def open_video(image: PlainInput, name: str) -> VideoFile | None:
+    """None where it is no video. Raises ImageError where it is one that cannot be read."""
+    if isinstance(image, Image.Image | np.ndarray):
+        return None
+    content = content_of(image)
+    return VideoFile(content, name) if is_video(content) else None
+
+
+class VideoFile:
+    """A video whose frames are read in order, best; threads may share it."""
+
+    def __init__(self, content: str | io.BytesIO, name: str) -> None:
+        """`content` is a path, or what such a file holds; `name` is for messages.
+
+        Raises:
+            ImageError: PyAV is missing, there is no video in it, or it is broken.
+        """
+        self.name = name
+        self._content = content
+        self._lock = threading.Lock()
+        self._frames: Generator[Any] | None = None  # of the decoder
+        self._position = -1  # of the frame that it gave last
+        self._array: np.ndarray | None = None  # that frame, converted
+        self.last_wanted: int | None = None  # behind it the decoder is let go of
+        self.rate: float | None  # frames a second, on average
+        self.times: tuple[float, ...]  # of each frame, seconds from the first one
+        self.rate, self.times = self._scan()
+        self.height, self.width = self._first_size()  # upright
+
+    def read(self, indices: Sequence[int], take: Callable[[int, np.ndarray], None]) -> None:
+        """Give `take` the place in `indices` and the frame, uint8 [H, W, 3], of each of them.
+
+        They ascend, and may repeat. Goes on where the last call ended, or from the start of the
+        file for what lies before that. Raises ImageError where a frame cannot be had.
+        """
+        with self._lock, _explaining(self.name):
+            for place, index in enumerate(indices):
+                take(place, self._frame(index))
+            if indices[-1] == self.last_wanted:
+                self._close()
+
+    def _frame(self, index: int) -> np.ndarray:
+        if self._frames is None or index < self._position:
+            self._close()
+            self._frames = self._decode()
+        frame = None
+        while self._position < index:
+            frame = next(self._frames, None)
+            if frame is None:
+                self._close()
+                raise ValueError(f"it ends before frame {index} of {len(self.times)}")
+            self._position += 1
+        if frame is not None:
+            self._array = _upright(frame)
+            if self._array.shape[:2] != (self.height, self.width):
+                raise ValueError(
+                    f"frame {index} has {self._array.shape[0]} x {self._array.shape[1]} pixels, "
+                    f"the first one {self.height} x {self.width}"
+                )
+        assert self._array is not None
+        return self._array
+
+    def _decode(self) -> Generator[Any]:
+        with _open(self._content) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            yield from container.decode(video=0)
+
+    def _close(self) -> None:
+        if self._frames is not None:
+            self._frames.close()
+        self._frames, self._position, self._array = None, -1, None
+
+    def _scan(self) -> tuple[float | None, tuple[float, ...]]:
+        """The frame rate and the frames' times, from the packets."""
+        with _explaining(self.name), _open(self._content) as container:
+            if not container.streams.video:
+                raise ValueError("it has no video stream")
+            stream = container.streams.video[0]
+            stamps, packets = [], 0
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets += 1
+                    if not packet.is_discard:
+                        stamps.append(packet.dts if packet.pts is None else packet.pts)
+            if stream.frames > packets:
+                raise ValueError(
+                    f"truncated: its header counts {stream.frames} frames, it holds {packets}"
+                )
+            if not stamps:
+                raise ValueError("it holds no frame")
+            rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+            times = _times(stamps, float(stream.time_base or 0), float(rate) if rate else None)
+            if not rate and times[-1] > 0:
+                rate = (len(times) - 1) / times[-1]
+        return float(rate) if rate else None, times
+
+    def _first_size(self) -> tuple[int, int]:
+        with _explaining(self.name):
+            frame = next(decoder := self._decode(), None)
+            decoder.close()
+            if frame is None:
+                raise ValueError("none of its frames can be decoded")
+        sides = frame.height, frame.width
+        return sides if frame.rotation % 180 == 0 else sides[::-1]
+
+
+def _times(stamps: list[int | None], unit: float, rate: float | None) -> tuple[float, ...]:
+    """Seconds from the first frame to each: by stamps, or by the rate where some have none."""
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    if len(known) == len(stamps) and unit:
+        return tuple((stamp - known[0]) * unit for stamp in known)
+    return tuple(index / (rate or 24.0) for index in range(len(stamps)))
+
+
+def _upright(frame: Any) -> np.ndarray:
+    array = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90)  # counterclockwise, as numpy turns
+    return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
+
+
+def _open(content: str | io.BytesIO) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("a video is read through PyAV: pip install 'vitrt[video]'") from error
+    if isinstance(content, io.BytesIO):
+        content = io.BytesIO(content.getbuffer())  # with a position of its own
+    return av.open(content, metadata_errors="replace")
+
+
+@contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    """What FFmpeg, or this file, finds wrong as the one error of an input."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # av.FFmpegError has no base of its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name}: cannot be read as a video: {shorten(reason)}") from error
