@@ -54,6 +54,12 @@ def test_end_to_end_rate() -> None:
     assert "of the device's" in out
 
 
+def test_video_rate(tiny_qwen3_vl: Path) -> None:
+    size = ("--height", 120, "--width", 160, "--seconds", 2, "--clips", 2, "--rounds", 1)
+    out = run("bench/video.py", tiny_qwen3_vl, "--device", "cpu", *size)
+    assert "stream reaches" in out
+
+
 TINY = ("--tiny", "--models", "qwen3-vl-8b", "--workloads", "1x64,mixed16", "--seconds", 0.01)
 
 

@@ -314,7 +314,7 @@ class RuntimeConfig:
     num_frames: int | None = None  # the same in all
     min_frames: int | None = None  # bounds of what fps gives
     max_frames: int | None = None
-    animation: Literal["first", "all"] = "first"  # frames of an animated GIF, WebP or PNG
+    frames: Literal["first", "all"] = "first"  # frames of an animated GIF, WebP or PNG
     max_batch_tokens: int | None = None  # patches of one forward; None: chosen from free memory
     resize: Literal["pillow", "torch"] = "pillow"  # or "torch": whose bicubic, bit for bit
     graph_memory_mib: float = 4096.0
@@ -352,8 +352,8 @@ class RuntimeConfig:
         least, most = sampling.get("min_frames", 0), sampling.get("max_frames", math.inf)
         if least > most:
             raise ValueError(f"min_frames {least} is larger than max_frames {most}")
-        if self.animation not in ("first", "all"):
-            raise ValueError(f'animation must be "first" or "all", got {self.animation!r}')
+        if self.frames not in ("first", "all"):
+            raise ValueError(f'frames must be "first" or "all", got {self.frames!r}')
         if not self.graph_memory_mib >= 0:
             raise ValueError(
                 f"graph_memory_mib must not be negative, got {self.graph_memory_mib!r}"

@@ -113,7 +113,7 @@ class VisionEncoder:
         num_frames: int | None = None,
         min_frames: int | None = None,
         max_frames: int | None = None,
-        animation: Literal["first", "all"] = "first",
+        frames: Literal["first", "all"] = "first",
         max_batch_tokens: int | None = None,
         resize: Literal["pillow", "torch"] = "pillow",
         graph_memory_mib: float = RuntimeConfig().graph_memory_mib,
@@ -142,7 +142,7 @@ class VisionEncoder:
             fps, num_frames: frames of a video that are looked at, a second or in all; None: as the
                 checkpoint says, else 2 a second.
             min_frames, max_frames: bounds of what `fps` gives; None: the checkpoint's, else 4, 768.
-            animation: of an animated GIF, WebP or PNG, the "first" frame, or "all" as a clip.
+            frames: of an animated GIF, WebP or PNG, the "first" frame, or "all" as a clip.
             max_batch_tokens: patches per forward; None: chosen from free memory.
             resize: "pillow" or "torch": which of transformers' backends to be bit-equal to.
             graph_memory_mib: how much device memory recorded graphs may take.
@@ -182,7 +182,7 @@ class VisionEncoder:
             num_frames=num_frames,
             min_frames=min_frames,
             max_frames=max_frames,
-            animation=animation,
+            frames=frames,
             max_batch_tokens=max_batch_tokens,
             resize=resize,
             graph_memory_mib=graph_memory_mib,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 import vitrt.encoder
 from tests.support.checkpoints import reference_tower
+from tests.support.videos import write_video
 from vitrt.attention import registry, sdpa
 from vitrt.attention.base import BackendSpec
 from vitrt.checkpoint.extract import extract_tower
@@ -335,3 +337,9 @@ def test_every_backend_and_mode_of_a_gpu(folder: Path):
         (dtype, graphs) for dtype in (torch.float32, torch.bfloat16) for graphs in (False, True)
     }
     assert not any("no graph" in row.note for row in result.rows), table
+
+
+def test_videos_are_passed_over(photos: Path, tmp_path: Path):
+    inputs = shutil.copytree(photos, tmp_path / "in")
+    write_video(inputs / "a.mp4")
+    assert choose_images([str(inputs)]) == [str(inputs / "a.png"), str(inputs / "b.jpg")]

@@ -149,7 +149,7 @@ def test_what_the_user_chooses(tmp_path: Path) -> None:
         ({"fps": 0}, "fps must be a number above 0"),
         ({"fps": 2, "num_frames": 4}, "exclude each other"),
         ({"min_frames": 9, "max_frames": 8}, "min_frames 9 is larger than max_frames 8"),
-        ({"animation": "some"}, 'animation must be "first" or "all"'),
+        ({"frames": "some"}, 'frames must be "first" or "all"'),
     ):
         with pytest.raises(ValueError, match=said):
             RuntimeConfig(**wrong)
@@ -281,7 +281,7 @@ def test_animations(file_format: str) -> None:
     content = buffer.getvalue()
     alone = processor().prepare(content)
     assert alone.grid_thw[0] == 1 and alone.times is None
-    ours = processor(animation="all")
+    ours = processor(frames="all")
     for same in (content, Image.open(io.BytesIO(content))):
         clip = ours.prepare(same)
         assert clip.grid_thw == ours.grid_of(same)
@@ -290,4 +290,4 @@ def test_animations(file_format: str) -> None:
         np.testing.assert_array_equal(clip.pixels, expected.pixels)
     still = ours.prepare(rgb[0])
     assert still.grid_thw == alone.grid_thw
-    refused(content[: len(content) // 2], "cannot be read as an image", animation="all")
+    refused(content[: len(content) // 2], "cannot be read as an image", frames="all")

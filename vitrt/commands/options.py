@@ -27,7 +27,7 @@ RUNTIME = {
     "num_frames": "the same in all",
     "min_frames": "fewest of what --fps gives",
     "max_frames": "most",
-    "animation": "of an animated GIF, WebP or PNG: the first frame, or all as a clip",
+    "frames": "of an animated GIF, WebP or PNG: the first frame, or all as a clip",
     "precision": "of the blocks' products: auto (the dtype's) or fp8, faster and coarser",
     "fp8_skip_blocks": "first blocks that fp8 leaves in the dtype",
     "batch_invariant": "features are the same bits whatever else is in a batch",

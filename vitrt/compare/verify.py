@@ -34,6 +34,7 @@ from vitrt.engine.device import check_precision, dtype_name, resolve_device, res
 from vitrt.engine.engine import Engine
 from vitrt.images.decode import decode, name_of
 from vitrt.images.processor import Prepared, patches_reference
+from vitrt.sources.folder import is_video_name
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
 
@@ -107,6 +108,8 @@ def verify(
 def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | Image]:
     """The first `most` images of the inputs (None: MOST_IMAGES), or without inputs made-up ones.
 
+    Videos among them are passed over.
+
     ValueError for inputs that hold no image.
     """
     if not inputs:
@@ -114,7 +117,9 @@ def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | 
     most = MOST_IMAGES if most is None else most
     if most < 1:
         raise ValueError(f"most images must be at least 1, got {most}")
-    sources = list(islice(Inputs(inputs), most + 1))
+    # transformers reads videos through what need not be installed here.
+    images = (record for record in Inputs(inputs) if not is_video_name(record.id))
+    sources = list(islice(images, most + 1))
     if not sources:
         raise ValueError(f"no image in {', '.join(inputs)}")
     if len(sources) > most:

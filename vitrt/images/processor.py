@@ -54,7 +54,7 @@ class ImageProcessor:
         video: what the checkpoint says of clips, whose frames are then resized as its video
             processor does it, by torch; None: frames are resized as images.
         frame_min_pixels, frame_max_pixels: the user's bounds of a clip's frame, see `clip_size`.
-        animation: of an animated GIF, WebP or PNG, the "first" frame as an image, "all" as a clip.
+        frames: of an animated GIF, WebP or PNG, the "first" frame as an image, "all" as a clip.
 
     Raises:
         ValueError: a size below 1, limits that cross or cannot hold one merged token, an unknown
@@ -70,7 +70,7 @@ class ImageProcessor:
     video: VideoConfig | None = None
     frame_min_pixels: int | None = None
     frame_max_pixels: int | None = None
-    animation: Literal["first", "all"] = "first"
+    frames: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge_size", "temporal_patch_size", "min_pixels"):
@@ -113,7 +113,7 @@ class ImageProcessor:
             video=video,
             frame_min_pixels=None if runtime.video_min_pixels else runtime.min_pixels,
             frame_max_pixels=None if runtime.video_max_pixels else runtime.max_pixels,
-            animation=runtime.animation,
+            frames=runtime.frames,
         )
 
     @property
@@ -159,7 +159,7 @@ class ImageProcessor:
             return self.grid(*size_of(plain), len(plain) if plain.ndim == 4 else 1)
         try:
             size = size_of(plain)
-            return self.grid(*size, count_frames(plain) if self.animation == "all" else 1)
+            return self.grid(*size, count_frames(plain) if self.frames == "all" else 1)
         except UnidentifiedImageError:
             if (video := open_video(plain, name)) is None:
                 raise
@@ -214,9 +214,7 @@ class ImageProcessor:
             array = check_array(plain, name)
             return Frames(list(array) if array.ndim == 4 else [array])
         try:
-            return (
-                frames_of(plain, name) if self.animation == "all" else Frames([decode(plain, name)])
-            )
+            return frames_of(plain, name) if self.frames == "all" else Frames([decode(plain, name)])
         except ImageError as error:
             unknown = isinstance(error.__cause__, UnidentifiedImageError)
             video = open_video(plain, name) if unknown else None

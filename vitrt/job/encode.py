@@ -277,4 +277,4 @@ def _video_text(preprocessor: PreprocessorConfig, runtime: RuntimeConfig) -> str
     """What decides the frames of a video and their size."""
     processor = ImageProcessor.from_configs(preprocessor, runtime)
     limits = processor.frame_min_pixels, processor.frame_max_pixels
-    return f"{processor.video}, frames of {limits}, {processor.animation} of animations"
+    return f"{processor.video}, frames of {limits}, {processor.frames} of animations"

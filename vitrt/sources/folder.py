@@ -166,7 +166,11 @@ def would_be_met(relative: str, *, all_files: bool = False) -> bool:
 def is_image_name(name: str) -> bool:
     """Whether its suffix is that of an image, or of a video where PyAV is there to read it."""
     suffix = os.path.splitext(name)[1].lower()
-    return suffix in IMAGE_EXTENSIONS or (suffix in VIDEO_EXTENSIONS and _reads_videos())
+    return suffix in IMAGE_EXTENSIONS or (is_video_name(name) and _reads_videos())
+
+
+def is_video_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
 
 
 @cache
