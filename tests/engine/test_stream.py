@@ -176,7 +176,7 @@ def test_a_source_that_stalled_once_is_trusted_again(place: int, full_batches: b
 
 
 def prepared(number: int) -> Any:
-    image = SimpleNamespace(num_patches=16, number=number, pixels=np.zeros(16, np.uint8))
+    image = SimpleNamespace(num_patches=16, number=number, is_lazy=False, nbytes=16)
     image.split = lambda most: [image]
     return image
 
