@@ -287,7 +287,7 @@ def test_many_small_images_are_each_looked_at_once():
     weighed = 0
 
     class Small:
-        pixels = np.zeros(16, np.uint8)
+        nbytes, is_lazy = 16, False
 
         @property
         def num_patches(self) -> int:
