@@ -62,6 +62,7 @@ def arrays(batch: Sequence[tuple[int, int, int]], factor: int, seed: int = 0) ->
     return images
 
 
+CLIPS = {"video_max_pixels": 10**8}  # of these none is resized
 Place = tuple[int, int, int]  # frame, row, column of a patch
 
 
@@ -148,7 +149,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> tuple[VisionEncoder, Any]:
-    return VisionEncoder.from_pretrained(folder, device="cpu"), reference_tower(folder)
+    return VisionEncoder.from_pretrained(folder, device="cpu", **CLIPS), reference_tower(folder)
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
@@ -218,7 +219,7 @@ def test_stream_and_several_batches_give_the_same(pair):
         [(1, 2, 3), (1, 5, 7), (2, 3, 3), (1, 8, 8), (1, 1, 4)], encoder.processor.factor
     )
     packed = encoder.encode(images, layers=[2, -1])
-    small = VisionEncoder.from_pretrained(encoder.name, device="cpu", max_batch_tokens=100)
+    small = VisionEncoder.from_pretrained(encoder.name, device="cpu", max_batch_tokens=100, **CLIPS)
     for other in (
         list(encoder.stream(images, layers=[2, -1])),
         small.encode(images, layers=[2, -1]),
@@ -262,7 +263,9 @@ def test_kept_layers_leave_less_room_in_a_batch(pair):
     rooms = [encoder.engine.patches_for(request) for request in asked]
     assert rooms[0] == encoder.max_batch_tokens
     assert rooms == sorted(rooms, reverse=True) and len(set(rooms)) == 6
-    chosen = VisionEncoder.from_pretrained(encoder.name, device="cpu", max_batch_tokens=100)
+    chosen = VisionEncoder.from_pretrained(
+        encoder.name, device="cpu", max_batch_tokens=100, **CLIPS
+    )
     assert chosen.engine.patches_for(Request((0, 1))) == 100
 
 
