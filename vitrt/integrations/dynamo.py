@@ -22,7 +22,7 @@ from dynamo.vllm.multimodal_utils.custom_encoder.backend import Preprocessed, Vi
 
 from vitrt.encoder import VisionEncoder
 from vitrt.images.decode import ImageError
-from vitrt.images.processor import PreparedImage
+from vitrt.images.processor import Prepared
 
 __all__ = ["VitrtEncoder"]
 
@@ -33,7 +33,7 @@ _MOST_BYTES = 64 << 20
 _NAME = "the image"  # what a client reads: no path, address or identifier of this server
 
 
-class VitrtEncoder(VisionEncoderBackend[str, PreparedImage, Qwen3VLImageEncoding]):  # type: ignore[misc]
+class VitrtEncoder(VisionEncoderBackend[str, Prepared, Qwen3VLImageEncoding]):  # type: ignore[misc]
     """Images by URL in, packed features out. The cost of an image is its patches."""
 
     max_batch_cost = 16384
@@ -44,7 +44,7 @@ class VitrtEncoder(VisionEncoderBackend[str, PreparedImage, Qwen3VLImageEncoding
         self._encoder = VisionEncoder.from_pretrained(model_id)
         self._encoder.warmup()
 
-    def preprocess(self, raw: str) -> Preprocessed[PreparedImage]:
+    def preprocess(self, raw: str) -> Preprocessed[Prepared]:
         """Fetch, decode and resize; in Dynamo's threads, on the CPU.
 
         ValueError, which the client is told, for an image that cannot be had or used.
@@ -53,7 +53,7 @@ class VitrtEncoder(VisionEncoderBackend[str, PreparedImage, Qwen3VLImageEncoding
         return Preprocessed(item=prepared, cost=prod(prepared.grid_thw))
 
     def forward_batch(
-        self, items: Sequence[PreparedImage], target_bucket: int | None = None
+        self, items: Sequence[Prepared], target_bucket: int | None = None
     ) -> list[Qwen3VLImageEncoding]:
         """Features on the CPU, finished. RuntimeError, since a batch is of several clients."""
         try:

@@ -28,7 +28,7 @@ from vitrt.engine.pipeline import stream_features
 from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures
 from vitrt.images.decode import ImageError
-from vitrt.images.processor import PreparedImage
+from vitrt.images.processor import Prepared
 from vitrt.integrations.ray_actor import limit_memory, open_model
 from vitrt.store.content import to_bytes
 
@@ -47,7 +47,7 @@ _POOLS = ("none", "mean")
 class _Queued:
     """An image that waits for a batch."""
 
-    image: PreparedImage
+    image: Prepared
     cost: int  # its patches; the whole budget of a batch where it has more
 
 
@@ -143,7 +143,7 @@ class EncoderService:
                 raise _RefusedError(413, f"{name}: it has more than {self._most_bytes} bytes")
         return bytes(content)
 
-    async def _prepare(self, content: bytes, name: str) -> PreparedImage:
+    async def _prepare(self, content: bytes, name: str) -> Prepared:
         try:
             return await _in(
                 self._decoders, lambda: self._encoder.processor.prepare(content, name=name)
@@ -165,7 +165,7 @@ class EncoderService:
             logger.exception("a batch of %d images failed", len(images))
             raise
 
-    def _encode(self, images: Sequence[PreparedImage]) -> list[ImageFeatures | Exception]:
+    def _encode(self, images: Sequence[Prepared]) -> list[ImageFeatures | Exception]:
         results = stream_features(
             self._stages, images, failed=lambda error: error, full_batches=True, workers=1
         )
