@@ -20,6 +20,8 @@ from PIL import Image
 
 from vitrt.images.inputs import ImageError, PlainInput, content_of, shorten
 
+# Pillow was asked first; the name and the first bytes may both mislead.
+_UNREAD = "not an image, and cannot be read as a video"
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -114,7 +116,7 @@ class VideoFile:
 
     def _scan(self) -> tuple[float | None, tuple[float, ...]]:
         """The frame rate and the frames' times, from the packets."""
-        with _explaining(self.name), _open(self._content) as container:
+        with _explaining(self.name, _UNREAD), _open(self._content) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
             stream = container.streams.video[0]
@@ -137,7 +139,7 @@ class VideoFile:
         return float(rate) if rate else None, times
 
     def _first_size(self) -> tuple[int, int]:
-        with _explaining(self.name):
+        with _explaining(self.name, _UNREAD):
             frame = next(decoder := self._decode(), None)
             decoder.close()
             if frame is None:
@@ -171,7 +173,7 @@ def _open(content: str | io.BytesIO) -> Any:
 
 
 @contextmanager
-def _explaining(name: str) -> Iterator[None]:
+def _explaining(name: str, what: str = "cannot be read as a video") -> Iterator[None]:
     """What FFmpeg, or this file, finds wrong as the one error of an input."""
     try:
         yield
@@ -179,4 +181,4 @@ def _explaining(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # av.FFmpegError has no base of its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name}: cannot be read as a video: {shorten(reason)}") from error
+        raise ImageError(f"{name}: {what}: {shorten(reason)}") from error
