@@ -435,5 +435,6 @@ def test_another_model_is_refused_and_a_moved_one_is_not(tmp_path: Path) -> None
     encode(folder, output, identity=replace(IDENTITY, model="/moved/here"))
     with pytest.raises(FolderMismatchError, match="model is some/model there and other now"):
         encode(folder, output, identity=replace(IDENTITY, model="other", weights="f" * 16))
-    with pytest.raises(FolderMismatchError, match="weights of model some/model, or its adapter, changed"):
+    changed = "weights of model some/model, or its adapter, changed"
+    with pytest.raises(FolderMismatchError, match=changed):
         encode(folder, output, identity=replace(IDENTITY, weights="f" * 16))
