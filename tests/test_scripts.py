@@ -33,7 +33,11 @@ def test_what_programs_import_exists(folder: str) -> None:
     for program in programs:
         for node in ast.walk(ast.parse(program.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitrt"):
-                module = importlib.import_module(str(node.module))
+                try:
+                    module = importlib.import_module(str(node.module))
+                except ModuleNotFoundError as error:
+                    assert error.name == "ray", error  # an extra that tests do without
+                    continue
                 for alias in node.names:
                     if not hasattr(module, alias.name):  # then a module of the package
                         importlib.import_module(f"{node.module}.{alias.name}")
