@@ -43,6 +43,25 @@ def test_what_programs_import_exists(folder: str) -> None:
                         importlib.import_module(f"{node.module}.{alias.name}")
 
 
+def test_the_demo_needs_no_test_package(tmp_path: Path) -> None:
+    """It is installed with the extra `demo`, which brings none of them."""
+    blocked = ["pytest", "hypothesis", "sentence_transformers"]
+    for script, arguments in (
+        ("make_checkpoint.py", [tmp_path / "checkpoint"]),
+        ("demo.py", ["photos", tmp_path / "photos"]),
+    ):
+        program = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({blocked}))
+sys.argv = {[script, *map(str, arguments)]}
+runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert any((tmp_path / "checkpoint").glob("*.safetensors"))
+    assert any((tmp_path / "photos").iterdir())
+
+
 def test_damaged_images(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     where = ("--checkpoint", tiny_qwen3_vl, "--folder", tmp_path)
     assert "300 damaged images: " in run("stress/damaged_images.py", "--images", 300, *where)
