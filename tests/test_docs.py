@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "scripts/results/README.md")
 FOLDERS = ("vitrt", "scripts", "tests", "configs", "examples", ".ci")
 _PATH = re.compile(rf"(?:\./)?(?:{'|'.join(map(re.escape, FOLDERS))})(?:/[\w.{{}}-]+)*/?")
 
@@ -19,7 +20,7 @@ def paths_in(text: str) -> set[str]:
     return {word for word in whole if _PATH.fullmatch(word) and not re.search("[A-Z]{4}", word)}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_in_the_documents_exist(document: str) -> None:
     found = paths_in((ROOT / document).read_text())
     assert len(found) >= 3
