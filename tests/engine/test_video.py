@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.support.videos import write_video
 from vitrt import ImageError, VisionEncoder
 from vitrt.images import prepared as prepared_file
 from vitrt.images import processor as processor_file
+from vitrt.images.prepared import LazyImage, PreparedImage
 
 MEMORY = """
 import resource, sys
@@ -71,6 +74,39 @@ def test_a_long_video_run_by_run_equals_one_pass(
     torch.testing.assert_close(lazy.deepstack, whole.deepstack, rtol=1e-5, atol=1e-5)
     (pieces,) = encoder.stream([video])
     torch.testing.assert_close(pieces.embeddings, whole.embeddings, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_long_video_is_decoded_while_the_device_works(
+    stream: bool, tiny_qwen3_vl: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run of frames goes through the tower before the next one is decoded."""
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu", fps=25.0)
+    for module in (prepared_file, processor_file):
+        monkeypatch.setattr(module, "MAX_HELD_BYTES", 80_000)
+    runs = len(encoder.processor.prepare(video).split(10**9))
+    decoded = [threading.Event() for _ in range(runs)]
+    ready, ran = iter(decoded), iter(range(runs))
+    pixels, run = LazyImage.decoded, encoder.engine.run
+
+    def decode(self: LazyImage) -> PreparedImage:
+        try:
+            return pixels(self)
+        finally:
+            next(ready).set()
+
+    def wait_and_run(batch: Any, request: Any) -> Any:
+        number = next(ran)
+        assert number + 1 == runs or decoded[number + 1].wait(20), "nothing was decoded ahead"
+        assert not any(event.is_set() for event in decoded[number + 2 :]), "too much was"
+        return run(batch, request)
+
+    monkeypatch.setattr(LazyImage, "decoded", decode)
+    monkeypatch.setattr(encoder.engine, "run", wait_and_run)
+    before = threading.active_count()
+    (features,) = encoder.stream([video]) if stream else encoder.encode([video])
+    assert runs > 3 and features.grid_thw[0] == 31
+    assert threading.active_count() == before
 
 
 def test_one_broken_video_spoils_nobody_elses(

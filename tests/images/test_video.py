@@ -242,14 +242,21 @@ def test_a_long_video_is_decoded_run_by_run(
     ours = processor(replace(CLIP, fps=None))
     whole = ours.prepare(path)
     assert whole.shape[0] == 62 and not whole.is_lazy
-    monkeypatch.setattr(prepared_file, "MAX_HELD_BYTES", 5 * 2 * 3 * 64 * 96)
-    monkeypatch.setattr("vitrt.images.processor.MAX_HELD_BYTES", 5 * 2 * 3 * 64 * 96)
+    run = 5 * 2 * 3 * 64 * 96
+    monkeypatch.setattr(prepared_file, "MAX_HELD_BYTES", 2 * run)
+    monkeypatch.setattr("vitrt.images.processor.MAX_HELD_BYTES", 2 * run)
     lazy = ours.prepare(path)
-    assert isinstance(lazy, LazyImage) and lazy.nbytes == 0
+    assert isinstance(lazy, LazyImage)
+    assert lazy.nbytes - lazy.source.nbytes == run  # the first of them, and an open decoder
+    assert lazy.source.nbytes >= 64 * 96 * 3 / 2 * 9
     assert (lazy.grid_thw, lazy.shape, lazy.times) == (whole.grid_thw, whole.shape, whole.times)
     opened = []
     decode = lazy.source._decode
     monkeypatch.setattr(lazy.source, "_decode", lambda: (opened.append(1), decode())[1])
+    runs = list(lazy.runs())
+    assert [each.grid_thw[0] for each in runs] == [5] * 6 + [1] and not opened
+    np.testing.assert_array_equal(np.concatenate([each.pixels for each in runs]), whole.pixels)
+    assert lazy.nbytes == 0
     pieces = lazy.split(10**9)
     assert [piece.grid_thw[0] for piece in pieces] == [5] * 6 + [1]
     np.testing.assert_array_equal(np.concatenate([p.pixels for p in pieces]), whole.pixels)

@@ -49,13 +49,16 @@ class Pipeline(Generic[K, I, R]):
         stages: Stages[I],
         deliver: Deliver[R],
         *,
+        join: Callable[[Sequence[R]], R] | None = None,
         workers: int | None = None,
         in_order: bool = True,
         full_batches: bool = True,
         ahead: int | None = None,
         ahead_bytes: int = DEFAULT_AHEAD_BYTES,
     ) -> None:
-        """`workers` threads prepare (None: as cores permit). At most `ahead` items (None: two a
+        """`join` makes one result of those of a clip's runs of frames; None: results are features.
+
+        `workers` threads prepare (None: as cores permit). At most `ahead` items (None: two a
         worker) and about `ahead_bytes` of pixels wait to be batched.
         """
         workers = workers or default_workers()
@@ -65,7 +68,7 @@ class Pipeline(Generic[K, I, R]):
             most_items=ahead or 2 * workers,
             most_bytes=ahead_bytes,
         )
-        self._splitter = Splitter(stages, deliver)
+        self._splitter: Splitter[I, R] = Splitter(stages, deliver, join or stages.join)  # type: ignore[arg-type]
         self._pace = _Pace(stages.device, full_batches=full_batches)
         self._in_order = in_order
         self._held: list[tuple[K, Prepared | Exception]] = []  # prepared, to be batched
@@ -258,7 +261,7 @@ def features_of(stages: Stages[I], items: Sequence[I]) -> list[ImageFeatures]:
     has one.
     """
     if len(items) == 1:  # not worth a thread
-        ((result,),) = Splitter(stages, _at_once).run([stages.prepare(items[0])])
+        ((result,),) = Splitter(stages, _at_once, stages.join).run([stages.prepare(items[0])])
         return [raise_it(result) if isinstance(result, Exception) else result]
     return list(stream_features(stages, items, failed=raise_it, full_batches=True))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import groupby
 from typing import Generic, TypeAlias, TypeVar
 
 import torch
@@ -38,19 +40,23 @@ class Splitter(Generic[I, R]):
     the host lacks memory for, and what is refused, is halved until it is one image's own error.
     """
 
-    def __init__(self, stages: Stages[I], deliver: Deliver[R]) -> None:
+    def __init__(
+        self, stages: Stages[I], deliver: Deliver[R], join: Callable[[Sequence[R]], R]
+    ) -> None:
+        """`join` makes one result of those of a clip's runs of frames."""
         self.budget = stages.max_batch_patches  # patches of one forward
         self._stages = stages
         self._deliver = deliver
+        self._join = join
         self._largest = 0  # patches of the largest forward that fitted so far
 
     def run(self, images: Sequence[Prepared]) -> Iterator[Sequence[R | Exception]]:
         """What is delivered of each image, or its error, in their order, part by part."""
-        parts = [list(images)] if images else []
+        parts = self._parts(images)
         while parts:
             part = parts.pop(0)
             try:
-                results = self._deliver(partial(self._features, part))
+                results = self._results(part)
             except Exception as error:  # which keeps the part's memory while it lives
                 lacking = memory_lacking(error, self._stages.device)
                 if lacking is None and not isinstance(error, ValueError):
@@ -66,22 +72,35 @@ class Splitter(Generic[I, R]):
                 yield [refused]
             elif lacking == "device":
                 self._lower_budget(part)
-                waiting = [image for other in (part, *parts) for image in other]
-                groups = pack([image.num_patches for image in waiting], self.budget)
-                parts = [[waiting[index] for index in group] for group in groups]
+                parts = self._parts([image for other in (part, *parts) for image in other])
             else:
                 half = len(part) // 2
                 parts[:0] = [part[:half], part[half:]]
 
-    def _features(self, part: Sequence[Prepared]) -> list[ImageFeatures]:
-        lazy = any(image.is_lazy for image in part)
-        if not lazy and (len(part) > 1 or part[0].num_patches <= self.budget):
-            return self._stages.run(part)
-        return [self._one_by_one(image.split(self.budget)) for image in part]
+    def _parts(self, images: Sequence[Prepared]) -> list[list[Prepared]]:
+        """What goes together: what is lazy alone, the others as the budget permits."""
+        parts: list[list[Prepared]] = []
+        for lazy, together in groupby(images, key=lambda image: image.is_lazy):
+            group = list(together)
+            if lazy:
+                parts += [[image] for image in group]
+            else:
+                packed = pack([image.num_patches for image in group], self.budget)
+                parts += [[group[index] for index in indices] for indices in packed]
+        return parts
 
-    def _one_by_one(self, pieces: Sequence[Prepared]) -> ImageFeatures:
-        """The pieces of an image through the device, one at a time in memory."""
-        return self._stages.join([self._stages.run([piece])[0] for piece in pieces])
+    def _results(self, part: Sequence[Prepared]) -> Sequence[R]:
+        if len(part) > 1 or not (part[0].is_lazy or part[0].num_patches > self.budget):
+            return self._deliver(partial(self._stages.run, part))
+        with closing(self._pieces(part[0])) as pieces:
+            results = [self._deliver(partial(self._stages.run, [piece]))[0] for piece in pieces]
+        return [self._join(results)]
+
+    def _pieces(self, image: Prepared) -> Generator[Prepared]:
+        """Its runs of frames, each to go through the device before the next is asked for."""
+        with closing(image.runs()) as runs:
+            for run in runs:
+                yield from run.split(self.budget)
 
     def _patches(self, part: Sequence[Prepared]) -> int:
         """Patches of the largest forward that the part takes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ class Prepared(Protocol):
 
     @property
     def is_lazy(self) -> bool:
-        """Whether its runs of frames are decoded as they are asked for, one after the other."""
+        """Whether it is a clip that is decoded as its `runs` are asked for."""
         ...
 
     @property
@@ -39,6 +39,13 @@ class Prepared(Protocol):
     def num_patches(self) -> int: ...
     def split(self, most_patches: int) -> Sequence[Prepared]:
         """Runs of its frames with at most so many patches each, or of one frame that has more."""
+        ...
+
+    def runs(self) -> Generator[Prepared]:
+        """All of it, of what is lazy in runs of frames that are decoded, the next one ahead.
+
+        Raises a ValueError where one cannot be. To be closed where it is not read to its end.
+        """
         ...
 
 

@@ -5,8 +5,10 @@ Shapes: F frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol, TypeAlias
 
@@ -16,13 +18,18 @@ from PIL import Image
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import Resize, resize_pillow, resize_torch
 
-MAX_HELD_BYTES = 32 << 20  # of the pixels of a video at a time
+MAX_HELD_BYTES = 32 << 20  # of the pixels of a video at a time: of two runs of its frames
 
 Frame = Image.Image | np.ndarray  # RGB; an array is uint8 [H, W, 3]
 
 
 class FrameSource(Protocol):
     """Where the frames of an image or clip come from."""
+
+    @property
+    def nbytes(self) -> int:
+        """About, of what it holds of its own to give them."""
+        ...
 
     def read(self, indices: Sequence[int], take: Callable[[int, Frame], None]) -> None:
         """Give `take` the place in `indices`, which ascend, and the frame of each of them."""
@@ -35,6 +42,7 @@ class Frames:
 
     frames: Sequence[Frame]
     times: tuple[float, ...] | None = None  # of each, in seconds
+    nbytes = 0
 
     def read(self, indices: Sequence[int], take: Callable[[int, Frame], None]) -> None:
         for place, index in enumerate(indices):
@@ -53,6 +61,13 @@ class PreparedImage:
     @property
     def num_patches(self) -> int:
         return prod(self.grid_thw)
+
+    def decoded(self) -> PreparedImage:
+        return self
+
+    def runs(self) -> Generator[PreparedImage]:
+        """It is one."""
+        yield self
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,8 +99,8 @@ class PreparedImage:
 class LazyImage:
     """An image or clip that is decoded when its pixels are asked for, each time anew.
 
-    A video asked for one run of frames after the other, as `split` gives them, is decoded once,
-    and no more than a run of its frames is in memory.
+    A video asked for one run of frames after the other, as `runs` does it, is decoded once, and no
+    more than two runs of its frames are in memory.
     """
 
     source: FrameSource
@@ -94,8 +109,13 @@ class LazyImage:
     size: tuple[int, int]  # H, W
     resize: Resize
     times: tuple[float, ...] | None
+    begun: list[PreparedImage] = field(default_factory=list)  # its first run, once
     is_lazy = True
-    nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory, until it is run."""
+        return sum(run.nbytes for run in self.begun) + self.source.nbytes
 
     @property
     def num_patches(self) -> int:
@@ -129,20 +149,52 @@ class LazyImage:
             indices=self.indices[start * step : stop * step],
             grid_thw=(min(stop, t) - start, h, w),
             times=self.times and self.times[start:stop],
+            begun=[],
         )
 
     def split(self, most_patches: int) -> list[LazyImage]:
-        """Runs of frames with at most so many patches, and 32 MiB of pixels, or of one frame."""
+        """Runs of frames with at most so many patches, and 16 MiB of pixels, or of one frame."""
         t, h, w = self.grid_thw
-        held = MAX_HELD_BYTES // (3 * prod(self.shape) // t)
+        held = MAX_HELD_BYTES // 2 // (3 * prod(self.shape) // t)
         longest = max(min(most_patches // (h * w), held), 1)
         return [self.rows(start, start + longest) for start in range(0, t, longest)]
+
+    def begin(self) -> LazyImage:
+        """Decode the first run now: for whoever asks for `runs` first. Itself."""
+        self.begun.append(self.split(self.num_patches)[0].decoded())
+        return self
+
+    def runs(self) -> Generator[PreparedImage]:
+        """All of it, run by run: while one is looked at, a thread decodes the next.
+
+        Raises ImageError where a run cannot be decoded, after those before it.
+        """
+        rest = self.split(self.num_patches)[len(self.begun) :]
+
+        def ordered() -> Iterator[Prepared]:
+            while self.begun:
+                yield self.begun.pop()  # and let go of it
+            yield from rest
+
+        return decoded_ahead(ordered())
 
     def decoded(self) -> PreparedImage:
         return PreparedImage(self.pixels, self.grid_thw, self.times)
 
 
 Prepared: TypeAlias = PreparedImage | LazyImage
+
+
+def decoded_ahead(runs: Iterable[Prepared]) -> Generator[PreparedImage]:
+    """Each run decoded, by a thread that is one ahead; `runs` are asked for as it comes to them."""
+    waiting: deque[Future[PreparedImage]] = deque()
+    with ThreadPoolExecutor(1, "vitrt-decode") as thread:
+        for run in runs:
+            waiting.append(thread.submit(run.decoded))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def frame_size(frame: Frame) -> tuple[int, int]:

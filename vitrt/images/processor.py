@@ -175,8 +175,8 @@ class ImageProcessor:
         """Decode and resize an image, or a clip: an array [F, H, W, 3], a video file, an animation.
 
         A clip whose frames do not fill the last temporal patch has its last frame repeated; one of
-        a single frame is an image. A video is sampled as its processor does it, and a long one is
-        decoded when its pixels are asked for.
+        a single frame is an image. A video is sampled as its processor does it, and of a long one
+        only the first frames are decoded before its pixels are asked for.
 
         Args:
             image: a path, a file: or data: URL, the bytes of a file, an open file, a PIL image,
@@ -206,7 +206,7 @@ class ImageProcessor:
         if isinstance(source, VideoFile):
             source.last_wanted = part.indices[-1]
             if 3 * prod(part.shape) > MAX_HELD_BYTES:
-                return part
+                return part.begin()
         return part.decoded()
 
     def _source(self, plain: PlainInput, name: str) -> Frames | VideoFile:

@@ -10,6 +10,7 @@ Shapes: F frames, H and W pixels.
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from vitrt.images.inputs import ImageError, PlainInput, content_of, shorten
 
 # Pillow was asked first; the name and the first bytes may both mislead.
 _UNREAD = "not an image, and cannot be read as a video"
+_MOST_THREADS, _REFERENCES = 16, 8  # of FFmpeg's decoders: threads, each with a frame, and frames
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -70,6 +72,14 @@ class VideoFile:
         self.times: tuple[float, ...]  # of each frame, seconds from the first one
         self.rate, self.times = self._scan()
         self.height, self.width = self._first_size()  # upright
+
+    @property
+    def nbytes(self) -> int:
+        """About, of the frames that an open decoder keeps."""
+        if self._frames is None:
+            return 0
+        frames = min(os.cpu_count() or 1, _MOST_THREADS) + _REFERENCES
+        return frames * self.height * self.width * 3 // 2
 
     def read(self, indices: Sequence[int], take: Callable[[int, np.ndarray], None]) -> None:
         """Give `take` the place in `indices` and the frame, uint8 [H, W, 3], of each of them.

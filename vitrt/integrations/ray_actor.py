@@ -90,8 +90,9 @@ class RayEncoder(EncoderActor):
     def __call__(self, batch: Batch) -> Iterator[pa.Table]:
         """Equal batches come out in equal pieces, as Ray asks of one that it runs again."""
         ids = batch[self._columns[0]].tolist() if self._columns[0] in batch else []
+        to_host = ToHost(self._stages)
         pipeline: Pipeline[int, Record, OnHost] = Pipeline(
-            self._stages, ToHost(self._stages.device), workers=self._options.workers
+            self._stages, to_host, join=to_host.join, workers=self._options.workers
         )
         rows: list[dict[str, Any]] = []
         held = 0
@@ -113,8 +114,7 @@ class RayEncoder(EncoderActor):
             if self._options.on_error == "fail":
                 raise ValueError(message) from result
             return {self._columns[0]: image_id, "error": message}
-        features, transfer = result
-        transfer.wait()
+        features = result.wait()
         row = {
             self._columns[0]: image_id,
             "grid_thw": list(features.grid_thw),
@@ -142,9 +142,9 @@ def _one_behind(results: Iterable[Result]) -> Iterator[Result]:
     held: list[Result] = []
     newest: Transfer | None = None
     for key, result in results:
-        if not isinstance(result, Exception) and result[1] is not newest:
+        if not isinstance(result, Exception) and result.transfers[-1] is not newest:
             yield from held
-            held, newest = [], result[1]
+            held, newest = [], result.transfers[-1]
         held.append((key, result))
     yield from held
 

@@ -70,9 +70,11 @@ def encode_records(
     outcome = Outcome()
     behind = WriteBehind(writer, progress, encoded.shard_of_id, stop.request)
     workers = workers or default_workers()
+    to_host = ToHost(stages)
     pipeline: Pipeline[Record, Record, OnHost] = Pipeline(
         stages,
-        ToHost(stages.device),
+        to_host,
+        join=to_host.join,
         workers=workers,
         in_order=False,
         ahead=max(_AHEAD_PER_WORKER * workers, _MIN_AHEAD),
@@ -132,16 +134,15 @@ def _write(
     part: list[tuple[Record, OnHost | Exception]], behind: WriteBehind
 ) -> list[tuple[Record, Exception]]:
     """Hand on what was encoded; the others are left."""
-    records, features, failed = [], [], []
+    records, results, failed = [], [], []
     for record, result in part:
         if isinstance(result, Exception):
             failed.append((record, result))
         else:
             records.append(record)
-            features.append(result[0])
-            transfer = result[1]  # one for all of a part
+            results.append(result)
     if records:
-        behind.put(Encoded(records, features, transfer))
+        behind.put(Encoded(records, results))
     return failed
 
 

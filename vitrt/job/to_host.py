@@ -1,21 +1,25 @@
 """Features of a batch to the host, beside the work on the next one.
 
 On a GPU nothing here waits for the device: features are copied into page-locked memory on a stream
-of their own, and `Transfer.wait` is for another thread.
+of their own, and `OnHost.wait` is for another thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vitrt.engine.memory import page_locked
+from vitrt.engine.stages import Stages
 from vitrt.features import ImageFeatures
+
+Join: TypeAlias = Callable[[Sequence[ImageFeatures]], ImageFeatures]
 
 
 @dataclass(slots=True)
@@ -35,23 +39,52 @@ class Transfer:
             self.events = None
         self.on_device = None
 
+    def let_go(self) -> bool:
+        """Of what was copied already; False where it was not yet."""
+        events = self.events
+        if events is not None and not events[2].query():
+            return False
+        self.on_device = None
+        return True
 
-OnHost: TypeAlias = tuple[ImageFeatures, Transfer]  # an image's, and what it waits for
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """An image's features, or those of a clip's runs of frames; each with what it waits for."""
+
+    parts: list[tuple[ImageFeatures, Transfer]]
+    join: Join
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        """One for each batch that had to do with it; several images may share one."""
+        return [transfer for _, transfer in self.parts]
+
+    def wait(self) -> ImageFeatures:
+        """The features, once they are there."""
+        for transfer in self.transfers:
+            transfer.wait()
+        return self.join([features for features, _ in self.parts])
 
 
 class ToHost:
     """Delivers what a batch computes on the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, stages: Stages[Any]) -> None:
+        self._device = device = stages.device
+        self._join_features = stages.join
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._under_way: deque[Transfer] = deque()
 
     def __call__(self, compute: Callable[[], list[ImageFeatures]]) -> list[OnHost]:
+        # Of a long clip, which nobody waits for before its last run, not all stays on the device.
+        while self._under_way and self._under_way[0].let_go():
+            self._under_way.popleft()
         if self._copies is None:
             began = time.perf_counter()
             features = compute()
             transfer = Transfer(time.perf_counter() - began)
-            return [(each, transfer) for each in features]
+            return [self._result(each, transfer) for each in features]
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         copied = torch.cuda.Event()
         stream = torch.cuda.current_stream(self._device)
@@ -63,7 +96,15 @@ class ToHost:
             on_host = [_on_host(each) for each in features]
             copied.record(self._copies)
         transfer = Transfer(events=(started, ended, copied), on_device=features)
-        return [(each, transfer) for each in on_host]
+        self._under_way.append(transfer)
+        return [self._result(each, transfer) for each in on_host]
+
+    def join(self, results: Sequence[OnHost]) -> OnHost:
+        """Of a clip, from those of its runs of frames; joined by whoever waits for it."""
+        return OnHost([part for result in results for part in result.parts], self._join_features)
+
+    def _result(self, features: ImageFeatures, transfer: Transfer) -> OnHost:
+        return OnHost([(features, transfer)], self._join_features)
 
 
 def _on_host(features: ImageFeatures) -> ImageFeatures:

@@ -9,9 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from vitrt.features import ImageFeatures
 from vitrt.job.progress import Progress
-from vitrt.job.to_host import Transfer
+from vitrt.job.to_host import OnHost, Transfer
 from vitrt.sources.record import Record
 from vitrt.store.durable import OutputError
 from vitrt.store.writer import FeatureWriter, tokens_of
@@ -24,8 +23,7 @@ class Encoded:
     """What one forward made."""
 
     records: list[Record]
-    features: list[ImageFeatures]  # pooled ones have one row, float32
-    transfer: Transfer
+    results: list[OnHost]  # pooled ones have one row, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +104,14 @@ class WriteBehind:
             self._on_failure()
 
     def _write(self, encoded: Encoded) -> None:
-        encoded.transfer.wait()
-        replaced = 0
-        for record, features in zip(encoded.records, encoded.features, strict=True):
+        replaced = tokens = 0
+        transfers: dict[int, Transfer] = {}
+        for record, result in zip(encoded.records, encoded.results, strict=True):
+            features = result.wait()
+            tokens += tokens_of(features)
+            transfers |= {id(transfer): transfer for transfer in result.transfers}
             old = self._replaced(record.id)
             self._writer.add(record, features, replaces=old)
             replaced += old is not None
-        tokens = sum(map(tokens_of, encoded.features))
-        self._progress.count_batch(
-            len(encoded.records), tokens, encoded.transfer.seconds, replaced=replaced
-        )
+        seconds = sum(transfer.seconds for transfer in transfers.values())
+        self._progress.count_batch(len(encoded.records), tokens, seconds, replaced=replaced)
