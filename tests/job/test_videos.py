@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.ranks import run_ranks
 from tests.support.videos import write_video
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.cli import main
@@ -26,10 +27,13 @@ def inputs(tmp_path: Path) -> Path:
     return folder
 
 
+def command(model: Path, inputs: Path, output: Path) -> list[str]:
+    folders = [str(model), str(inputs), "--output", str(output)]
+    return ["-m", "vitrt", "encode", *folders, "--device", "cpu"]
+
+
 def encode(model: Path, inputs: Path, output: Path, *more: str) -> int:
-    return main(
-        ["encode", str(model), str(inputs), "--output", str(output), "--device", "cpu", *more]
-    )
+    return main([*command(model, inputs, output)[2:], *more])
 
 
 def test_a_folder_of_images_and_videos(tiny_qwen3_vl: Path, inputs: Path, tmp_path: Path) -> None:
@@ -71,6 +75,29 @@ def test_other_frames_are_another_run(
 def test_a_pooled_video_keeps_its_times(tiny_qwen3_vl: Path, inputs: Path, tmp_path: Path) -> None:
     assert encode(tiny_qwen3_vl, inputs, tmp_path / "out", "--pool", "mean") == 0
     assert FeatureStore(tmp_path / "out")["odd.MKV"].times == (0.25, 1.25, 2.25, 3.0)
+
+
+def test_ranks_share_one_long_clip(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_video(folder / "long.mp4", 64, (96, 128), codec="libx264")
+    Image.new("RGB", (90, 60), "red").save(folder / "still.png")
+    limits = ["--fps", "25"]
+    for bound in ("--video-min-pixels", "--video-max-pixels"):
+        limits += [bound, str(64 * 400 * 500)]
+    code, said = run_ranks(2, *command(tiny_qwen3_vl, folder, tmp_path / "two"), *limits, "-v")
+    assert code == 0, said
+    assert "of long.mp4 for another rank" in said
+    assert encode(tiny_qwen3_vl, folder, tmp_path / "one", *limits) == 0
+    one, two = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "two")
+    assert sorted(two) == sorted(one) == ["long.mp4", "still.png"]
+    lines = [line for path in (tmp_path / "two").glob("manifest-*") for line in path.open()]
+    assert len(lines) == 2  # each once
+    for name in one:
+        assert two[name].grid_thw == one[name].grid_thw and two[name].times == one[name].times
+        torch.testing.assert_close(two[name].embeddings, one[name].embeddings, rtol=1e-4, atol=1e-5)
+    assert not list((tmp_path / "two").glob(".part*"))
+    assert main(["check", str(tmp_path / "two")]) == 0
 
 
 def test_without_pyav_videos_are_left_out_and_counted(

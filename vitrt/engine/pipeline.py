@@ -142,12 +142,16 @@ class Pipeline(Generic[K, I, R]):
             if self.window.is_ready():
                 self._held.append(self.window.take())
                 patches += _patches(self._held[-1])
-            elif self.window.ended or (self._held and self._pace.wants_more()):
+            elif self.window.ended or self._may_go():
                 return
             elif self._held and not self._pace.full_batches:
                 self.window.wait(_POLL)
             else:
                 self.window.wait()
+
+    def _may_go(self) -> bool:
+        """Whether what is held goes before there is more."""
+        return bool(self._held) and (self.window.paused or self._pace.wants_more())
 
     def _suffices(self, patches: int) -> bool:
         """Whether a batch would be no better for waiting."""

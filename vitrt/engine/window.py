@@ -32,7 +32,7 @@ class Window(Generic[K, I]):
         self._items: deque[tuple[K, Future[Prepared]]] = deque()
         self._submitted = self._taken = 0
         self._bytes = 0  # prepared and waiting
-        self._closed = False
+        self._closed = self._paused = False
         self.failure: BaseException | None = None  # of what submits
         self._stopped = False  # not an Event, whose `set` takes a lock
 
@@ -53,6 +53,11 @@ class Window(Generic[K, I]):
         return self._closed and not self._items  # in this order
 
     @property
+    def paused(self) -> bool:
+        """Whether all that came was taken, and nothing comes for now."""
+        return self._paused and not self._items  # in this order
+
+    @property
     def waiting(self) -> int:
         """Items prepared and not yet taken."""
         return sum(future.done() for _, future in list(self._items))
@@ -69,8 +74,13 @@ class Window(Generic[K, I]):
             number, self._submitted = self._submitted, self._submitted + 1
             future = self._pool.submit(self._prepare_in_turn, item, number)
             self._items.append((key, future))
+            self._paused = False
             self._changed.notify_all()
         return True
+
+    def pause(self) -> None:
+        """Nothing comes for now: what came before need not wait for it. Until the next `submit`."""
+        self._paused = True
 
     def close(self, failure: BaseException | None = None) -> None:
         """Nothing more comes, because of `failure` if there was one."""

@@ -5,9 +5,8 @@ Shapes: F frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol, TypeAlias
@@ -110,6 +109,7 @@ class LazyImage:
     resize: Resize
     times: tuple[float, ...] | None
     begun: list[PreparedImage] = field(default_factory=list)  # its first run, once
+    in_runs: Callable[[], Iterator[Prepared]] | None = None  # what `runs` decodes, if not all of it
     is_lazy = True
 
     @property
@@ -150,6 +150,7 @@ class LazyImage:
             grid_thw=(min(stop, t) - start, h, w),
             times=self.times and self.times[start:stop],
             begun=[],
+            in_runs=None,
         )
 
     def split(self, most_patches: int) -> list[LazyImage]:
@@ -169,14 +170,13 @@ class LazyImage:
 
         Raises ImageError where a run cannot be decoded, after those before it.
         """
+        return decoded_ahead(self.in_runs() if self.in_runs is not None else self._in_runs())
+
+    def _in_runs(self) -> Iterator[Prepared]:
         rest = self.split(self.num_patches)[len(self.begun) :]
-
-        def ordered() -> Iterator[Prepared]:
-            while self.begun:
-                yield self.begun.pop()  # and let go of it
-            yield from rest
-
-        return decoded_ahead(ordered())
+        while self.begun:
+            yield self.begun.pop()  # and let go of it
+        yield from rest
 
     def decoded(self) -> PreparedImage:
         return PreparedImage(self.pixels, self.grid_thw, self.times)
@@ -186,15 +186,18 @@ Prepared: TypeAlias = PreparedImage | LazyImage
 
 
 def decoded_ahead(runs: Iterable[Prepared]) -> Generator[PreparedImage]:
-    """Each run decoded, by a thread that is one ahead; `runs` are asked for as it comes to them."""
-    waiting: deque[Future[PreparedImage]] = deque()
+    """Each run decoded, by a thread that is one ahead and asks for them as it comes to them."""
+    source = iter(runs)
+
+    def decode_next() -> PreparedImage | None:
+        run = next(source, None)
+        return None if run is None else run.decoded()
+
     with ThreadPoolExecutor(1, "vitrt-decode") as thread:
-        for run in runs:
-            waiting.append(thread.submit(run.decoded))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        ahead = thread.submit(decode_next)
+        while (run := ahead.result()) is not None:
+            ahead = thread.submit(decode_next)
+            yield run
 
 
 def frame_size(frame: Frame) -> tuple[int, int]:

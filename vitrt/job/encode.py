@@ -23,17 +23,19 @@ from vitrt.engine.request import Request
 from vitrt.engine.stages import Stages
 from vitrt.images.processor import ImageProcessor
 from vitrt.job.leader import follow, leading
+from vitrt.job.long_clips import LongClips
 from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress, Snapshot
 from vitrt.job.run import Outcome, encode_records, prepare_with
 from vitrt.job.stop import Stop
 from vitrt.parallel.context import SINGLE, ParallelContext
+from vitrt.parallel.shared_parts import SharedParts
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
-from vitrt.store.durable import flush_folder, make_folder
+from vitrt.store.durable import discard, flush_folder, make_folder
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
-from vitrt.store.manifest import RunIdentity, layers_text
+from vitrt.store.manifest import TEMPORARY_NAME, RunIdentity, layers_text, matching
 from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
 from vitrt.store.writer import FeatureWriter
 
@@ -57,6 +59,11 @@ class Ranks(Protocol):
     rank: int  # of those that write, from 0
     size: int
 
+    @property
+    def parts(self) -> SharedParts | None:
+        """Of what is too long for one of them."""
+        ...
+
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, in their order; returns when all have called this.
 
@@ -74,6 +81,7 @@ class Alone:
 
     rank = 0
     size = 1
+    parts: SharedParts | None = None
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -144,6 +152,8 @@ def encode_folder(
         if ranks.rank == 0 and len(reports) == ranks.size:
             dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
             compact(output, dropped)
+            for path in matching(output, TEMPORARY_NAME):  # parts that nobody needed
+                discard(path)
             flush_folder(output)
     return Summary.of(reports)
 
@@ -234,6 +244,7 @@ def _run(
     if ranks.size > 1:
         shared = ranks.share(asdict(record) for record in records)
         records = (Record(**values) for values in shared)
+    pool = options.pool == "mean"
     return encode_records(
         stages.preparing(prepare_with(processor.prepare)),
         records,
@@ -243,6 +254,7 @@ def _run(
         stop=stop,
         workers=options.workers,
         on_error=options.on_error,
+        clips=LongClips(ranks.parts, output, pool=pool) if ranks.parts else None,
     )
 
 

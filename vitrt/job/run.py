@@ -18,10 +18,12 @@ from vitrt.engine.stages import Prepared, Stages
 from vitrt.engine.workers import default_workers
 from vitrt.images.processor import ImageError
 from vitrt.job.listing import Listing
+from vitrt.job.long_clips import ClipPart, LongClips
 from vitrt.job.progress import Progress
 from vitrt.job.stop import Stop
 from vitrt.job.to_host import OnHost, ToHost
 from vitrt.job.write_behind import Encoded, Skipped, WriteBehind
+from vitrt.parallel.shared_parts import LeavingError
 from vitrt.sources.folder import shown
 from vitrt.sources.record import Record
 from vitrt.store.encoded_index import EncodedIndex
@@ -56,11 +58,13 @@ def encode_records(
     stop: Stop,
     workers: int | None = None,
     on_error: Literal["skip", "fail"] = "skip",
+    clips: LongClips | None = None,
 ) -> Outcome:
     """Encode every record that `encoded` does not hold in its present state.
 
     On return everything encoded is durable; after an error everything that was encoded before it
     is, where the disk permits. An error also requests `stop`: `records` that listen to it end.
+    `clips` are those that ranks share.
 
     Raises:
         OutputError: the disk refused.
@@ -68,7 +72,8 @@ def encode_records(
         InputError: from the listing.
     """
     outcome = Outcome()
-    behind = WriteBehind(writer, progress, encoded.shard_of_id, stop.request)
+    behind = WriteBehind(writer, progress, encoded.shard_of_id, stop.request, clips)
+    stages = clips.stages(stages) if clips else stages
     workers = workers or default_workers()
     to_host = ToHost(stages)
     pipeline: Pipeline[Record, Record, OnHost] = Pipeline(
@@ -82,20 +87,23 @@ def encode_records(
     # Not the pipeline: `stop` and `progress` outlive the encoder, and NCCL cannot be left while
     # there are recorded graphs.
     window = pipeline.window
-    listing = Listing(_not_encoded(records, encoded, progress, stop), window)
+    listed = _not_encoded(records, encoded, progress, stop)
+    listing = Listing(listed, window, clips.parts) if clips else Listing(listed, window)
     stop.then(window.stop)
     progress.listing = lambda: (listing.listed, listing.all_listed)
     progress.queues = lambda: (window.waiting, behind.waiting)
     with listing, pipeline:
         try:
             for part in pipeline.parts():
-                for record, error in _write(part, behind):
+                for record, error in _write(part, behind, clips):
                     message = _skip(record, error, behind)
                     old = encoded.shard_of_id(record.id)
                     if old is not None and record.problem is None:
                         outcome.dropped.append((record.id, old))
                     if on_error == "fail":
                         raise SkippedImageError(message)
+        except LeavingError:
+            stop.request()
         except BaseException:
             stop.request()
             raise
@@ -103,6 +111,8 @@ def encode_records(
             # Also on the way out of an error, and before the listing has ended, which may take a
             # slow disk a while: what was encoded is kept.
             behind.finish()
+            if clips:
+                clips.close()
     outcome.interrupted = stop.requested
     return outcome
 
@@ -113,6 +123,8 @@ def prepare_with(prepare: Callable[..., Prepared]) -> Callable[[Record], Prepare
     def prepare_record(record: Record) -> Prepared:
         if record.problem is not None:
             raise ImageError(f"{record.id}: {record.problem}")
+        if isinstance(record, ClipPart):
+            return prepare(record.load(), name=record.id, span=record.span)
         return prepare(record.load(), name=record.id)
 
     return prepare_record
@@ -131,11 +143,18 @@ def _not_encoded(
 
 
 def _write(
-    part: list[tuple[Record, OnHost | Exception]], behind: WriteBehind
+    part: list[tuple[Record, OnHost | Exception]], behind: WriteBehind, clips: LongClips | None
 ) -> list[tuple[Record, Exception]]:
     """Hand on what was encoded; the others are left."""
     records, results, failed = [], [], []
     for record, result in part:
+        if clips and isinstance(record, ClipPart):
+            if isinstance(result, Exception):
+                logger.debug("%s: left to its owner", record.id, exc_info=result)
+                clips.leave(record)
+                continue
+        elif clips:
+            clips.finished(record)
         if isinstance(result, Exception):
             failed.append((record, result))
         else:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from vitrt.job.long_clips import ClipPart, LongClips
 from vitrt.job.progress import Progress
 from vitrt.job.to_host import OnHost, Transfer
 from vitrt.sources.record import Record
@@ -47,11 +48,14 @@ class WriteBehind:
         progress: Progress,
         replaced: Callable[[str], str | None],
         on_failure: Callable[[], None],
+        clips: LongClips | None = None,
     ) -> None:
         """`replaced` names the shard that holds an older state of an image of that id.
 
-        `on_failure` is called, in the writing thread, as soon as an error waits to surface.
+        `on_failure` is called, in the writing thread, as soon as an error waits to surface. Parts
+        of other ranks' clips go to `clips`.
         """
+        self._clips = clips
         self._writer = writer
         self._progress = progress
         self._replaced = replaced
@@ -104,14 +108,18 @@ class WriteBehind:
             self._on_failure()
 
     def _write(self, encoded: Encoded) -> None:
-        replaced = tokens = 0
+        images = replaced = tokens = 0
         transfers: dict[int, Transfer] = {}
         for record, result in zip(encoded.records, encoded.results, strict=True):
             features = result.wait()
-            tokens += tokens_of(features)
             transfers |= {id(transfer): transfer for transfer in result.transfers}
+            if self._clips is not None and isinstance(record, ClipPart):
+                self._clips.give(record, features)
+                continue
+            images += 1
+            tokens += tokens_of(features)
             old = self._replaced(record.id)
             self._writer.add(record, features, replaces=old)
             replaced += old is not None
         seconds = sum(transfer.seconds for transfer in transfers.values())
-        self._progress.count_batch(len(encoded.records), tokens, seconds, replaced=replaced)
+        self._progress.count_batch(images, tokens, seconds, replaced=replaced)

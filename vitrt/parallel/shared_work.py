@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from vitrt.parallel.shared_parts import SharedParts
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -38,6 +40,7 @@ class SharedWork:
         """`check` raises where another rank failed; `leaving`: whether this one was interrupted."""
         self.rank = rank
         self.size = size
+        self.parts = SharedParts(store, size, leaving=leaving)
         self._store = store
         self._check = check
         self._leaving = leaving

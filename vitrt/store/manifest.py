@@ -21,7 +21,7 @@ from vitrt.version import __version__
 SHARD_NAME = re.compile(r"features-(\d{5})-(\d{5,})\.safetensors")
 MANIFEST_NAME = re.compile(r"manifest-(\d{5})\.jsonl")
 ERRORS_NAME = re.compile(r"errors-(\d{5})\.jsonl")
-TEMPORARY_NAME = re.compile(r"\.((features|manifest)-[\d-]+|shard-numbers)\.tmp")
+TEMPORARY_NAME = re.compile(r"\.((features|manifest|part)-[\d-]+|shard-numbers)\.tmp")
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,11 @@ def manifest_name(rank: int) -> str:
 
 def errors_name(rank: int) -> str:
     return f"errors-{rank:05}.jsonl"
+
+
+def part_name(offer: int, part: int) -> str:
+    """Of a file in which a part of a clip goes from one rank to another."""
+    return f".part-{offer:05}-{part:05}.tmp"
 
 
 def matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
