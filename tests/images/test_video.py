@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_a_long_video_is_decoded_run_by_run(
     assert (lazy.grid_thw, lazy.shape, lazy.times) == (whole.grid_thw, whole.shape, whole.times)
     opened = []
     decode = lazy.source._decode
-    monkeypatch.setattr(lazy.source, "_decode", lambda: (opened.append(1), decode())[1])
+    monkeypatch.setattr(lazy.source, "_decode", lambda start: (opened.append(1), decode(start))[1])
     runs = list(lazy.runs())
     assert [each.grid_thw[0] for each in runs] == [5] * 6 + [1] and not opened
     np.testing.assert_array_equal(np.concatenate([each.pixels for each in runs]), whole.pixels)
@@ -269,6 +270,49 @@ def test_a_long_video_is_decoded_run_by_run(
     span = ours.prepare(path, span=(3, 9))
     np.testing.assert_array_equal(span.pixels, whole.pixels[6:18])
     assert span.times == whole.times[3:9]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rotation"),
+    [
+        ("a.mp4", "libx264", 0),  # whose frames are stored in another order
+        ("b.mkv", "libx264", 0),
+        ("c.ts", "libx264", 0),
+        ("d.mp4", "mpeg4", 90),
+        ("e.webm", "libvpx-vp9", 0),
+        ("f.avi", "mpeg4", 0),
+    ],
+)
+def test_a_frame_amid_a_video_is_decoded_from_the_key_before_it(
+    name: str, codec: str, rotation: int, tmp_path: Path
+) -> None:
+    path = write_video(tmp_path / name, 61, codec=codec, gop=10, rotation=rotation)
+    whole: dict[int, np.ndarray] = {}
+    VideoFile(str(path), name).read(range(61), lambda _, f: whole.update({len(whole): f}))
+    video = VideoFile(str(path), name)
+    decode, decoded = video._decode, []
+
+    def counted(start: int = 0) -> Iterator[Any]:
+        for frame in decode(start):
+            decoded.append(frame)
+            yield frame
+
+    video._decode = counted  # type: ignore[method-assign]
+    for index in (60, 37, 38, 20, 19, 3):
+        found = []
+        video.read([index], lambda _, frame, found=found: found.append(frame))
+        np.testing.assert_array_equal(found[0], whole[index])
+    if name != "f.avi":  # whose frames have no stamps of their own
+        assert len(video._keys) >= 5 and len(decoded) <= 6 * 10
+
+
+def test_stamps_that_a_decoder_does_not_give_are_not_trusted(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 61, codec="libx264", gop=10)
+    video, whole = VideoFile(str(path), "a"), read_all(path)
+    video._stamps = [stamp + 1 for stamp in video._stamps]
+    found: list[np.ndarray] = []
+    video.read([45, 46], lambda _, frame: found.append(frame))
+    np.testing.assert_array_equal(found, whole[45:47])
 
 
 def test_a_video_of_one_frame_is_an_image(tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ def test_a_broken_clip_is_one_error_of_its_owner(
 ) -> None:
     decode = VideoFile._decode
 
-    def ends_early(self: VideoFile) -> Any:
-        for number, frame in enumerate(decode(self)):
+    def ends_early(self: VideoFile, start: int = 0) -> Any:
+        for number, frame in enumerate(decode(self, start), start):
             if number > 30:
                 return
             yield frame

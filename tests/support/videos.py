@@ -17,10 +17,14 @@ def write_video(
     rate: int | Fraction = 25,
     codec: str = "mpeg4",
     rotation: int = 0,
+    gop: int | None = None,
     stamps: list[int] | None = None,
     seed: int = 0,
 ) -> Path:
-    """A video of a changing picture. `stamps` are the frames' times in milliseconds."""
+    """A video of a changing picture.
+
+    `gop`: frames from one key frame to the next; `stamps`: the frames' times in milliseconds.
+    """
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 200, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8)
     base = base.repeat(8, 0).repeat(8, 1)[: size[0], : size[1]]
@@ -29,6 +33,8 @@ def write_video(
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         if codec == "gif":
             stream.pix_fmt = "rgb8"
+        if gop is not None:
+            stream.gop_size = gop
         if rotation:
             stream.set_display_rotation(rotation)
         if stamps is not None:

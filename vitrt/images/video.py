@@ -12,8 +12,10 @@ from __future__ import annotations
 import io
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,8 @@ class VideoFile:
         self.last_wanted: int | None = None  # behind it the decoder is let go of
         self.rate: float | None  # frames a second, on average
         self.times: tuple[float, ...]  # of each frame, seconds from the first one
+        self._stamps: list[int]  # of each frame, in the file's unit of time
+        self._keys: list[int]  # frames that decoding can start at, the first one always
         self.rate, self.times = self._scan()
         self.height, self.width = self._first_size()  # upright
 
@@ -96,7 +100,8 @@ class VideoFile:
     def _frame(self, index: int) -> np.ndarray:
         if self._frames is None or index < self._position:
             self._close()
-            self._frames = self._decode()
+            start = self._keys[bisect_right(self._keys, index) - 1]
+            self._frames, self._position = self._decode(start), start - 1
         frame = None
         while self._position < index:
             frame = next(self._frames, None)
@@ -114,10 +119,23 @@ class VideoFile:
         assert self._array is not None
         return self._array
 
-    def _decode(self) -> Generator[Any]:
-        with _open(self._content) as container:
+    def _decode(self, start: int = 0) -> Generator[Any]:
+        """The frames from `start` on, which is 0 or in `_keys`."""
+        if start:
+            stamp = self._stamps[start]
+            with _open(self._content) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                container.seek(stamp, stream=stream)
+                frames = container.decode(stream)
+                found = next((f for f in frames if f.pts is None or f.pts >= stamp), None)
+                if found is not None and found.pts == stamp:
+                    yield found
+                    yield from frames
+                    return
+        with _open(self._content) as container:  # from the first one: always right
             container.streams.video[0].thread_type = "AUTO"
-            yield from container.decode(video=0)
+            yield from islice(container.decode(video=0), start, None)
 
     def _close(self) -> None:
         if self._frames is not None:
@@ -130,12 +148,14 @@ class VideoFile:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
             stream = container.streams.video[0]
-            stamps, packets = [], 0
+            stamps, shown, keys, packets = [], [], [], 0
             for packet in container.demux(stream):
                 if packet.size:
                     packets += 1
                     if not packet.is_discard:
                         stamps.append(packet.dts if packet.pts is None else packet.pts)
+                        shown.append(packet.pts)
+                        keys += [packet.pts] if packet.is_keyframe else []
             if stream.frames > packets:
                 raise ValueError(
                     f"truncated: its header counts {stream.frames} frames, it holds {packets}"
@@ -146,6 +166,7 @@ class VideoFile:
             times = _times(stamps, float(stream.time_base or 0), float(rate) if rate else None)
             if not rate and times[-1] > 0:
                 rate = (len(times) - 1) / times[-1]
+            self._stamps, self._keys = _starts(shown, keys)
         return float(rate) if rate else None, times
 
     def _first_size(self) -> tuple[int, int]:
@@ -164,6 +185,19 @@ def _times(stamps: list[int | None], unit: float, rate: float | None) -> tuple[f
     if len(known) == len(stamps) and unit:
         return tuple((stamp - known[0]) * unit for stamp in known)
     return tuple(index / (rate or 24.0) for index in range(len(stamps)))
+
+
+def _starts(stamps: list[int | None], keys: list[int | None]) -> tuple[list[int], list[int]]:
+    """Every frame's stamp, and the places of those in `keys`, where no frame is in doubt.
+
+    That is where each has a stamp of its own, and the first one is a key: what a decoder leaves out
+    before the first key would be counted here. Else no stamps, and the first frame alone.
+    """
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    if len(set(known)) < len(stamps) or known[0] not in keys:
+        return [], [0]
+    places = {stamp: place for place, stamp in enumerate(known)}
+    return known, sorted(places[key] for key in keys if key is not None)
 
 
 def _upright(frame: Any) -> np.ndarray:
