@@ -72,11 +72,6 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
     run("stress/memory.py", "--images", 2000, 20_000, "--folder", tmp_path)
 
 
-def test_end_to_end_rate() -> None:
-    out = run("bench/end_to_end.py", "--tiny", "--images", 20, "--size", "90x60", "--workers", 1)
-    assert "of the device's" in out
-
-
 def test_video_rate(tiny_qwen3_vl: Path) -> None:
     size = ("--height", 120, "--width", 160, "--seconds", 2, "--clips", 2, "--rounds", 1)
     out = run("bench/video.py", tiny_qwen3_vl, "--device", "cpu", *size)

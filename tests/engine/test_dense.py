@@ -380,6 +380,8 @@ def test_hidden_states_on_a_gpu(folder: Path):
 def test_ranks_that_share_a_tower_stop_together(pair, photos: Path, tmp_path: Path):
     """Both ranks must leave the tower after the same layer, or one waits for ever."""
     encoder, _ = pair
+    if encoder.config.model_type not in ("qwen2_5_vl", "qwen3_vl"):
+        pytest.skip("of each tower class one family is enough")
     command = ["-m", "vitrt", "encode", encoder.name, str(photos), "--output", str(tmp_path)]
     command += ["--device", "cpu", "--tp", "2", "--layers=3,1", "--no-merged"]
     code, output = run_ranks(2, *command)

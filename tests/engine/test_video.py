@@ -142,7 +142,7 @@ def test_memory_does_not_grow_with_the_video(tiny_qwen3_vl: Path, tmp_path: Path
     """3,000 frames against 300, all of them looked at."""
     used = []
     for frames in (300, 3000):
-        path = write_video(tmp_path / f"{frames}.mp4", frames, (128, 160), codec="mpeg4")
+        path = write_video(tmp_path / f"{frames}.mp4", frames, (96, 112), codec="mpeg4")
         done = subprocess.run(
             [sys.executable, "-c", MEMORY, str(tiny_qwen3_vl), str(path), str(frames)],
             capture_output=True,

@@ -85,7 +85,7 @@ def generated(model: Any, inputs: dict[str, Any], **options: Any) -> list[int]:
     # Random language models fall into a rut at once, where every input gives the same tokens; the
     # penalty keeps the choice open at each of them.
     options |= {"do_sample": False, "repetition_penalty": 3.0, "pad_token_id": 0}
-    out = model.generate(**inputs, max_new_tokens=32, min_new_tokens=32, **options)
+    out = model.generate(**inputs, max_new_tokens=16, min_new_tokens=16, **options)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
