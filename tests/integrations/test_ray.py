@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ from tests.support.commands import Vitrt, vitrt  # noqa: F401
 from tests.support.ray_cluster import local_ray
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.features import ImageFeatures
-from vitrt.integrations.ray import DatasetSummary, RayEncoder, encode_dataset, from_bytes
+from vitrt.integrations.ray import (
+    DatasetSummary,
+    RayEncoder,
+    encode_dataset,
+    encode_parquet,
+    from_bytes,
+)
 from vitrt.job.options import EncodeOptions
 from vitrt.store.check import check_folder
 
@@ -142,6 +149,41 @@ def test_rows_of_features_as_parquet(tiny_qwen3_vl: Path, tmp_path: Path) -> Non
         assert got["error"] is None and got["grid_thw"] == list(wanted.grid_thw)
         assert got["tokens"] == len(wanted.embeddings)
         assert_near(from_bytes(got["features"]), wanted)
+
+
+def test_parquet_is_resumed_by_id(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
+    rows, output = rows_of(30), tmp_path / "out"
+    rows[20]["image"] = b"broken"
+    first = encode_parquet(ray.data.from_items(rows[:12]), tiny_qwen3_vl, output, batch_size=5)
+    assert (first.images, first.skipped, first.resumed) == (12, 0, 0) and first.tokens > 12
+    done = sorted(output.glob("*.parquet"))
+    (output / "torn.parquet").write_bytes(done[0].read_bytes()[:-100])
+    pooled = EncodeOptions(pool="mean")
+    with pytest.raises(ValueError, match="another run: pool is none there and mean now"):
+        encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, options=pooled)
+
+    second = encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, batch_size=5)
+    assert (second.images, second.skipped, second.resumed) == (17, 1, 12)
+    assert not (output / "torn.parquet").exists() and set(done) < set(output.glob("*.parquet"))
+    again = encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, batch_size=5)
+    assert again == DatasetSummary(resumed=30)
+
+    listed = [row for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["id"] for row in listed) == [row["id"] for row in rows]
+    found = {row["id"]: row for row in listed}
+    assert "0020.png" in found["0020.png"]["error"]
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    for index in (0, 15, 29):
+        (wanted,) = encoder.encode([rows[index]["image"]])
+        assert_near(from_bytes(found[rows[index]["id"]]["features"]), wanted)
+
+    over = replace(pooled, overwrite=True)
+    encode_parquet(ray.data.from_items(rows[:3]), tiny_qwen3_vl, output, options=over)
+    (vectors,) = [pq.read_table(path) for path in output.glob("*.parquet")]
+    assert sorted(vectors.column("id").to_pylist()) == [row["id"] for row in rows[:3]]
+    pq.write_table(pa.table({"id": ["x"]}), output / "other.parquet")
+    with pytest.raises(ValueError, match="not written by encode_parquet"):
+        encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, options=pooled)
 
 
 def test_a_folder_of_another_run_is_refused(tiny_qwen3_vl: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Ray Data: rows with images in, rows with features or an output folder out, by actors.
 
     dataset.map_batches(RayEncoder, fn_constructor_kwargs={"model": model}, ...)   # rows
-    encode_dataset(dataset, model, "features", actors=8)                          # a folder
+    encode_dataset(dataset, model, "features", actors=8)   # a folder as `vitrt encode` writes it
+    encode_parquet(dataset, model, "rows", actors=8)       # the rows in Parquet files
 
 Ray reads, spreads, retries and writes; an actor is one encoder, whose batches are packed by
 patches. Imported by whoever uses Ray, and by nothing else here.
@@ -11,19 +12,24 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.data
-import torch
 
 from vitrt.config import RuntimeConfig
-from vitrt.engine.device import dtype_name, resolve_dtype
-from vitrt.integrations.ray_actor import Batch, EncoderActor, RayEncoder, open_model
+from vitrt.integrations.ray_actor import (
+    Batch,
+    DatasetSummary,
+    EncoderActor,
+    RayEncoder,
+    open_model,
+    settled,
+)
+from vitrt.integrations.ray_parquet import encode_parquet
 from vitrt.job.encode import open_output, run_identity
 from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress
@@ -36,17 +42,7 @@ from vitrt.store.manifest import RunIdentity, manifest_name
 from vitrt.store.recovery import compact, recover
 from vitrt.store.writer import FeatureWriter
 
-__all__ = ["DatasetSummary", "RayEncoder", "encode_dataset", "from_bytes"]
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetSummary:
-    """What `encode_dataset` did; of an actor that died, what its batches came to when run again."""
-
-    images: int = 0  # encoded
-    tokens: int = 0  # merged ones
-    skipped: int = 0  # each is named in the folder's errors-*.jsonl
-    resumed: int = 0  # that the folder held before
+__all__ = ["DatasetSummary", "RayEncoder", "encode_dataset", "encode_parquet", "from_bytes"]
 
 
 def encode_dataset(
@@ -84,9 +80,7 @@ def encode_dataset(
         ray.exceptions.RayError: what an actor raised; what was finished before stays valid.
     """
     options = options or EncodeOptions()
-    if num_gpus is None:
-        num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    runtime = _settled(runtime or RuntimeConfig(), num_gpus)
+    runtime, num_gpus = settled(runtime or RuntimeConfig(), num_gpus)
     checkpoint = open_model(model, runtime, adapter, revision)
     identity = run_identity(checkpoint, replace(runtime, device="cpu"), options)
     folder = Path(output).resolve()
@@ -171,12 +165,3 @@ def _claim_rank(folder: Path) -> int:
             (folder / manifest_name(rank)).open("xb").close()
             return rank
     raise AssertionError
-
-
-def _settled(runtime: RuntimeConfig, num_gpus: float) -> RuntimeConfig:
-    """What "auto" is where the actors run, which need not be where this does."""
-    device = runtime.device
-    if device == "auto":
-        device = "cuda" if num_gpus else "cpu"
-    dtype = dtype_name(resolve_dtype(runtime.dtype, torch.device(device)))
-    return replace(runtime, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
+from vitrt.engine.device import dtype_name, resolve_dtype
 from vitrt.engine.pipeline import Pipeline
 from vitrt.engine.request import Request
 from vitrt.integrations.row_records import row_record
@@ -29,6 +30,16 @@ Batch = Mapping[str, np.ndarray]
 Result = tuple[int, "OnHost | Exception"]
 
 _TABLE_BYTES = 32 << 20  # of features in one piece of a batch's rows
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSummary:
+    """What a run did; of an actor that died, what its batches came to when they ran again."""
+
+    images: int = 0  # encoded
+    tokens: int = 0  # merged ones
+    skipped: int = 0  # named in errors-*.jsonl of a folder, in the column error of rows
+    resumed: int = 0  # that were there before
 
 
 class EncoderActor:
@@ -89,7 +100,7 @@ class RayEncoder(EncoderActor):
 
     def __call__(self, batch: Batch) -> Iterator[pa.Table]:
         """Equal batches come out in equal pieces, as Ray asks of one that it runs again."""
-        ids = batch[self._columns[0]].tolist() if self._columns[0] in batch else []
+        ids = self.ids(batch)
         to_host = ToHost(self._stages)
         pipeline: Pipeline[int, Record, OnHost] = Pipeline(
             self._stages, to_host, join=to_host.join, workers=self._options.workers
@@ -105,6 +116,11 @@ class RayEncoder(EncoderActor):
                     rows, held = [], 0
         if rows:
             yield self._table(rows)
+
+    def ids(self, batch: Batch) -> list[Any]:
+        """Those of the rows, as the id column has them."""
+        name = self._columns[0]
+        return batch[name].tolist() if name in batch else []
 
     def _row(self, image_id: Any, result: OnHost | Exception) -> dict[str, Any]:
         if isinstance(result, Exception):
@@ -167,6 +183,20 @@ def open_model(
         min_pixels=runtime.min_pixels,
         max_pixels=runtime.max_pixels,
     )
+
+
+def settled(runtime: RuntimeConfig, num_gpus: float | None) -> tuple[RuntimeConfig, float]:
+    """What "auto" is where the actors run, which need not be where this does, and an actor's GPUs.
+
+    `num_gpus` None: one, where Ray has any.
+    """
+    if num_gpus is None:
+        num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if num_gpus else "cpu"
+    dtype = dtype_name(resolve_dtype(runtime.dtype, torch.device(device)))
+    return replace(runtime, device=device, dtype=dtype), num_gpus
 
 
 def limit_memory() -> None:

@@ -1,0 +1,168 @@
+"""Rows of features as Parquet files, resumed by id."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from pyarrow import fs
+
+from vitrt.config import RuntimeConfig
+from vitrt.integrations.ray_actor import (
+    Batch,
+    DatasetSummary,
+    RayEncoder,
+    open_model,
+    settled,
+)
+from vitrt.job.encode import run_identity
+from vitrt.job.options import EncodeOptions
+from vitrt.store.manifest import RunIdentity
+
+logger = logging.getLogger(__name__)
+
+
+def encode_parquet(
+    dataset: ray.data.Dataset,
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    actors: int = 1,
+    num_gpus: float | None = None,
+    num_cpus: float = 1,
+    batch_size: int = 1024,
+    runtime: RuntimeConfig | None = None,
+    options: EncodeOptions | None = None,
+    image_column: str = "image",
+    id_column: str = "id",
+    adapter: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> DatasetSummary:
+    """Write RayEncoder's rows of every id that the files in `output` do not hold yet.
+
+    An id is taken as done by itself, whatever became of its image; a row with an error counts, too.
+    A file that a killed run left unfinished is removed first. One run at a time.
+
+    Args:
+        output: a folder that all nodes share, or a URL of pyarrow's (s3://, gs://).
+        Others as `encode_dataset` takes them; `options.overwrite` removes the files first.
+
+    Raises:
+        ValueError: about the model, or files of another run; nothing was written.
+        ray.exceptions.RayError: what an actor raised; what was finished before stays.
+    """
+    options = options or EncodeOptions()
+    runtime, num_gpus = settled(runtime or RuntimeConfig(), num_gpus)
+    checkpoint = open_model(model, runtime, adapter, revision)
+    identity = run_identity(checkpoint, replace(runtime, device="cpu"), options)
+    files = _Files.of(output)
+    if options.overwrite:
+        files.remove()
+    before = files.held([id_column], identity)
+    dataset.map_batches(
+        _ParquetEncoder,
+        fn_constructor_kwargs={
+            "done": ray.put(before.column(id_column)) if before.num_rows else None,
+            "identity": identity,
+            "model": model,
+            "image_column": image_column,
+            "id_column": id_column,
+            "options": options,
+            "runtime": runtime,
+            "adapter": adapter,
+            "revision": revision,
+        },
+        batch_size=batch_size,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+    ).write_parquet(files.path, filesystem=files.system)
+    rows = files.held(["tokens", "error"], identity, but=files.names)
+    skipped = rows.num_rows - rows.column("error").null_count
+    tokens = sum(rows.column("tokens").drop_null().to_pylist())
+    return DatasetSummary(rows.num_rows - skipped, tokens, skipped, before.num_rows)
+
+
+class _ParquetEncoder(RayEncoder):
+    """Leaves out what is done, and says in the metadata which run its rows are of."""
+
+    def __init__(self, done: ray.ObjectRef | None, identity: RunIdentity, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._done = frozenset(() if done is None else ray.get(done).to_pylist())
+        self._metadata = identity.metadata()
+
+    def __call__(self, batch: Batch) -> Iterator[pa.Table]:
+        ids = self.ids(batch)
+        left = [place for place, image_id in enumerate(ids) if image_id not in self._done]
+        for table in super().__call__({name: column[left] for name, column in batch.items()}):
+            yield table.replace_schema_metadata(self._metadata)
+
+
+@dataclass(slots=True)
+class _Files:
+    """The Parquet files of a folder."""
+
+    system: fs.FileSystem
+    path: str
+    names: frozenset[str] = field(default_factory=frozenset)  # that `held` has read
+
+    @classmethod
+    def of(cls, output: str | os.PathLike[str]) -> _Files:
+        text = os.fspath(output)
+        if "://" in text:
+            return cls(*fs.FileSystem.from_uri(text))
+        return cls(fs.LocalFileSystem(), os.path.abspath(text))
+
+    def _list(self) -> list[str]:
+        found = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.path for info in found if info.path.endswith(".parquet"))
+
+    def remove(self) -> None:
+        for path in self._list():
+            self.system.delete_file(path)
+
+    def held(
+        self, columns: list[str], identity: RunIdentity, but: frozenset[str] = frozenset()
+    ) -> pa.Table:
+        """Those columns of all files; of a file that is not whole nothing, and it is removed.
+
+        ValueError where a file is of another run, or has no such column.
+        """
+        tables = []
+        for path in self._list():
+            if path in but:
+                continue
+            try:
+                file = pq.ParquetFile(path, filesystem=self.system)
+            except pa.ArrowInvalid as error:
+                logger.warning("removing %s, which a run left unfinished: %s", path, error)
+                self.system.delete_file(path)
+                continue
+            with file:
+                self._check(path, file.schema_arrow, columns, identity)
+                tables.append(file.read(columns=columns))
+            self.names |= {path}
+        empty = pa.table({name: pa.nulls(0) for name in columns})
+        return pa.concat_tables([*tables] or [empty], promote_options="permissive")
+
+    def _check(
+        self, path: str, schema: pa.Schema, columns: list[str], identity: RunIdentity
+    ) -> None:
+        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        if "format" not in metadata or not set(columns) <= set(schema.names):
+            raise ValueError(
+                f"{path} was not written by encode_parquet, or has no columns "
+                f"{', '.join(columns)}, but {', '.join(schema.names)}: choose another output"
+            )
+        if differences := identity.differences(metadata):
+            raise ValueError(
+                f"{path} is of another run: {'; '.join(differences)}. Choose another output, or "
+                "overwrite"
+            )
