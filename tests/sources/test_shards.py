@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -419,17 +422,69 @@ def test_rows_are_read_forward_in_bounded_memory(
         assert sum(map(len, run._kept)) <= 2 * row_reader._KEPT_BATCHES
 
 
-def test_rows_behind_a_damaged_page_say_so(tmp_path: Path) -> None:
+def test_rows_before_a_damaged_page_are_read_and_those_behind_it_say_so(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"image": [bytes([row]) * 5000 for row in range(200)]})
-    pq.write_table(table, path, compression="zstd", data_page_size=1 << 16, use_dictionary=False)
+    pages = {"data_page_size": 1 << 16, "use_dictionary": False, "write_batch_size": 5}
+    pq.write_table(table, path, compression="zstd", row_group_size=150, **pages)
     data = bytearray(path.read_bytes())
-    data[data.index(b"\x28\xb5\x2f\xfd")] ^= 0xFF  # how a page in zstd begins
+    starts = [
+        found.start() for found in re.finditer(re.escape(b"\x28\xb5\x2f\xfd"), data)
+    ]  # zstd's pages
+    assert len(starts) > 12
+    data[starts[7]] ^= 0xFF  # whose first row is 105
     path.write_bytes(data)
     records = list(Inputs([path]))
-    for record in (records[5], records[5], records[150]):
-        with pytest.raises((OSError, ValueError), match="ZSTD|is damaged before this row: ZSTD"):
-            record.load()
+    read = 0
+    for row, record in enumerate(records):
+        try:
+            assert record.load() == bytes([row]) * 5000
+            read += 1
+        except (OSError, ValueError) as error:
+            problem = "ZSTD" if row == 105 else "it is damaged before this row: ZSTD"
+            assert problem in str(error) and 105 <= row < 150
+    assert read == 105 + 50  # the other row group is whole
+    assert records[50].load() == bytes([50]) * 5000  # once more, from before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        1700000001,
+        1700000001.5,
+        "1700000001",
+        "2024-05-01T12:00:01Z",
+        "2024-05-01 12:00:01.25",
+        "Wed, 01 May 2024 12:00:01 GMT",
+        "20240501120001",  # FTP's
+        datetime(2024, 5, 1, 12, 0, 1),  # without a zone: the same on every host
+        datetime(2024, 5, 1, 12, 0, 1, tzinfo=timezone.utc),
+        datetime(2024, 5, 1, 14, 0, 1, tzinfo=timezone(timedelta(hours=2))),
+    ],
+)
+@pytest.mark.parametrize("key", ["mtime", "LastModified", "modify", "Last-Modified"])
+def test_the_times_of_file_systems_are_understood(key: str, changed: Any) -> None:
+    size, mtime = location.remote_state({"size": 7, key: changed, "ETag": "x"})
+    assert size == 7 and mtime > 1e9
+    if isinstance(changed, datetime) or (isinstance(changed, str) and "12:00:01" in changed):
+        assert int(mtime) == 1714564801
+    assert location.remote_state({"size": 7, key: changed, "ETag": "y"}) == (7, mtime)
+
+
+def test_what_is_no_time_gives_way_to_the_tag() -> None:
+    for value in ("yesterday", "", None, float("nan"), True, ["x"]):
+        first, same, other = (
+            location.remote_state({"size": None, "LastModified": value, "ETag": tag})
+            for tag in ("a", "a", "b")
+        )
+        assert first == same != other and first[0] == 0
+    # What was made once and written again since: the tag tells, the time of its making does not.
+    made = {"size": 1, "created": "2024-05-01T12:00:01Z"}
+    assert location.remote_state({**made, "etag": "a"}) != location.remote_state(
+        {**made, "etag": "b"}
+    )
+    assert location.remote_state(made)[1] == 1714564801
+    assert location.remote_state({}) == (0, 0.0)
 
 
 def test_the_tail_of_a_remote_tar_is_read_once(

@@ -61,7 +61,7 @@ def test_a_shard_may_be_as_large_as_a_number_can_say(tmp_path: Path) -> None:
 
 
 def test_files_follow_the_contract(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, replace(IDENTITY, dtype="bfloat16"))
+    writer = FeatureWriter(tmp_path, replace(IDENTITY, dtype="bfloat16"), shard_mib=1)
     one = features(3, 1, torch.bfloat16)
     two = ImageFeatures(features(5, 2, torch.bfloat16).embeddings, None, (1, 10, 2))
     writer.add(Record("a.jpg", "/x/a.jpg", 123, 1.5), one)
@@ -172,7 +172,7 @@ def test_store_reads_all_ranks_from_several_threads(
 
 
 def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, IDENTITY)
+    writer = FeatureWriter(tmp_path, IDENTITY, shard_mib=1)
     writer.add(Record("a", "a"), features(4))
     writer.close()
     store = FeatureStore(tmp_path)
@@ -182,7 +182,7 @@ def test_stores_can_be_sent_to_other_processes(tmp_path: Path) -> None:
 
 
 def test_store_maps_instead_of_reading(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, IDENTITY)
+    writer = FeatureWriter(tmp_path, IDENTITY, shard_mib=1)
     writer.add(Record("a", "a"), features(4))
     writer.close()
     first = FeatureStore(tmp_path)["a"].embeddings
@@ -201,7 +201,7 @@ def test_store_of_another_folder(tmp_path: Path) -> None:
 
 def test_pooled_rows_are_one_table(tmp_path: Path) -> None:
     written = {f"{index}.png": features(1 + index, index) for index in range(7)}
-    writer = FeatureWriter(tmp_path, replace(IDENTITY, pool="mean"))
+    writer = FeatureWriter(tmp_path, replace(IDENTITY, pool="mean"), shard_mib=1)
     for name, feature in written.items():
         writer.add(Record(name, name), pooled(feature))
     writer.close()
@@ -218,7 +218,7 @@ def test_pooled_rows_are_one_table(tmp_path: Path) -> None:
 
 
 def test_whole_features_are_no_table(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, IDENTITY)
+    writer = FeatureWriter(tmp_path, IDENTITY, shard_mib=1)
     writer.add(Record("a", "a"), features())
     writer.close()
     with pytest.raises(ValueError, match="--pool mean"):

@@ -7,15 +7,28 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from contextlib import suppress
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from hashlib import blake2b
+from math import isfinite
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
-_TAGS = ("ETag", "etag", "version_id", "blob_id", "md5Hash")
+_TIMES = (
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "last-modified",
+    "updated",
+    "modified",
+    "modify",
+    "timeModified",
+)
+_TAGS = ("ETag", "etag", "version_id", "blob_id", "md5Hash", "content_md5", "sha", "checksum")
 _STREAM_BYTES = 8 << 20  # of one request, while a file is read from end to end
 
 
@@ -88,24 +101,43 @@ def state_of(location: str) -> tuple[int, float]:
 
 
 def remote_state(info: Mapping[str, Any]) -> tuple[int, float]:
-    """The same by what a file system says of a file.
+    """The same by what a file system says of a file, whatever its kind calls and writes it.
 
     Where it has no times, the second is a number that changes with its tag of the content.
     """
     size = int(info.get("size") or 0)
-    for key in _TIMES:
-        value = info.get(key)
-        if isinstance(value, str):
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-        if isinstance(value, datetime):
-            value = value.timestamp()
-        if isinstance(value, int | float):
-            return size, float(value)
+    times = (_seconds(info.get(key)) for key in _TIMES)
+    if (changed := next((time for time in times if time is not None), None)) is not None:
+        return size, changed
     for key in _TAGS:
         if info.get(key):
             tag = blake2b(str(info[key]).encode(), digest_size=6)
             return size, float(int.from_bytes(tag.digest(), "little"))
-    return size, 0.0
+    return size, _seconds(info.get("created")) or 0.0  # changes where files are written as a whole
+
+
+def _seconds(value: Any) -> float | None:
+    """A time as ISO 8601, RFC 1123 or a number say it, or a datetime; None where it is none.
+
+    Where no zone is given it is UTC, so that every host finds the same.
+    """
+    if isinstance(value, str):
+        value = _parse_time(value.strip())
+    if isinstance(value, datetime):
+        zone = value.tzinfo or timezone.utc
+        return value.replace(tzinfo=zone).timestamp()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and isfinite(value) else None
+
+
+def _parse_time(text: str) -> float | datetime | None:
+    with suppress(ValueError):
+        return float(text)
+    with suppress(ValueError):
+        return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    with suppress(ValueError, TypeError):  # the latter of older Pythons
+        return parsedate_to_datetime(text)
+    return None
 
 
 def walk_remote(

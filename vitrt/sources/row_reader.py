@@ -16,6 +16,7 @@ from vitrt.sources.location import is_url, open_location
 
 _BATCH_ROWS = 64
 _KEPT_BATCHES = 16  # behind the newest, for threads that are late
+_KEPT_SINGLE = 64  # where a batch is one row
 _OPEN_RUNS = 4
 _PAGE_BYTES = 1 << 20  # read at once: a row group may be the whole file
 
@@ -44,24 +45,23 @@ def open_rows(location: str) -> Iterator[tuple[Any, Iterator[tuple[int, Callable
         yield reader.schema, _whole(reader)
 
 
-def _row_groups(file: Any) -> Iterator[tuple[int, Callable[[str], Iterator[Any]]]]:
+def _row_groups(file: Any) -> Iterator[tuple[int, Callable[..., Iterator[Any]]]]:
     for group in range(file.num_row_groups):
 
-        def batches(column: str, group: int = group) -> Iterator[Any]:
-            found = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column])
+        def batches(column: str, rows: int = _BATCH_ROWS, group: int = group) -> Iterator[Any]:
+            found = file.iter_batches(rows, row_groups=[group], columns=[column])
             return (batch.column(0) for batch in found)
 
         yield file.metadata.row_group(group).num_rows, batches
 
 
-def _whole(reader: Any) -> Iterator[tuple[int, Callable[[str], Iterator[Any]]]]:
+def _whole(reader: Any) -> Iterator[tuple[int, Callable[..., Iterator[Any]]]]:
     """The only run of a stream: its length is known at its end, so it is read once for all."""
     table = reader.read_all()  # mapped, not read, where the file is on this machine
     yield (
         table.num_rows,
-        lambda column: (
-            batch.column(0)
-            for batch in table.select([column]).to_batches(max_chunksize=_BATCH_ROWS)
+        lambda column, rows=_BATCH_ROWS: (
+            batch.column(0) for batch in table.select([column]).to_batches(max_chunksize=rows)
         ),
     )
 
@@ -76,10 +76,11 @@ class _Run:
         self._batches = next(batches for run, (_, batches) in enumerate(runs) if run == number)
         self._column = column
         self._kept: deque[Any] = deque()
+        self._rows = _BATCH_ROWS
         self._restart()
 
     def _restart(self) -> None:
-        self._rest = self._batches(self._column)
+        self._rest = self._batches(self._column, self._rows)
         self._kept.clear()
         self._first = self._end = 0
         self._damage: Exception | None = None
@@ -90,17 +91,22 @@ class _Run:
             self._restart()
         while row >= self._end:
             if self._damage is not None:
+                # How many rows the lost page had is not told, so not which row comes next either.
                 raise ValueError(f"it is damaged before this row: {self._damage}")
             try:
                 batch = next(self._rest, None)
             except Exception as error:  # pyarrow's, of many kinds
-                self._damage = error
-                raise
+                if self._rows == 1:
+                    self._damage = error
+                    raise
+                self._rows = 1  # again, for the rows of this batch before the damage
+                self._restart()
+                continue
             if batch is None:
                 raise ValueError(f"it has {self._end} rows: the file has changed")
             self._kept.append(batch)
             self._end += len(batch)
-            if len(self._kept) > _KEPT_BATCHES:
+            if len(self._kept) > (_KEPT_BATCHES if self._rows > 1 else _KEPT_SINGLE):
                 self._first += len(self._kept.popleft())
         start = self._first
         for batch in self._kept:

@@ -28,7 +28,6 @@ from vitrt.store.manifest import (
 )
 
 __all__ = [
-    "DEFAULT_SHARD_MIB",
     "SHARD_IMAGES",
     "FeatureStore",
     "FeatureWriter",
@@ -37,7 +36,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SHARD_MIB = 256
 SHARD_IMAGES = 1024  # most images of a shard: what a kill costs stays small where features are
 
 
@@ -56,7 +54,7 @@ class FeatureWriter:
         *,
         rank: int = 0,
         first_shard: int = 0,
-        shard_mib: float = DEFAULT_SHARD_MIB,
+        shard_mib: float,
         merge_size: int = MERGE_SIZE,
     ) -> None:
         """`folder` exists and was recovered; `first_shard` is this rank's first free number."""
