@@ -194,7 +194,9 @@ def test_a_broken_clip_is_one_error_of_its_owner(
 
 def test_a_rank_that_leaves_lets_the_others_finish(folder: Path, tmp_path: Path) -> None:
     ranks = Ranks(tmp_path / "out")
-    ranks.on_run[0] = ranks.until_given
+    ranks.on_run[0] = lambda images: wait_for(
+        lambda: images[0].shape[0] == 1 or ranks.stops[1].requested
+    )
 
     def leave(images: Sequence[PreparedImage]) -> None:
         if ranks.given.is_set():

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,26 @@ def test_a_clip_over_the_budget_goes_in_several_forwards(
     encode(folder, tmp_path / "out", encoder=encoder, records=records)
     assert_holds(tmp_path / "out", wanted | {"clip.mp4": fake_features(clip)})
     assert "out of device memory" not in caplog.text  # the budget was kept to
+
+
+def test_an_interrupt_does_not_wait_for_the_end_of_a_clip(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(5).integers(0, 256, (18, 64, 64, 3), dtype=np.uint8)
+    stop = Stop()
+
+    class Interrupting(FakeEncoder):
+        def run(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+            if len(self.batches) == 1:
+                stop.request()
+            return super().run(images)
+
+    encoder = Interrupting(budget=16)
+    stages = replace(encoder.stages(), prepare=lambda record: PreparedImage(pixels, (9, 4, 4)))
+    encoder.stages = lambda **_: stages  # type: ignore[method-assign]
+    records = [Record("clip.mp4", "clip.mp4", 1, 1.0)]
+    outcome = encode(tmp_path, tmp_path / "out", encoder=encoder, records=records, stop=stop)
+    assert outcome.interrupted and len(encoder.batches) == 2  # of 9
+    assert len(FeatureStore(tmp_path / "out")) == 0
+    assert check_folder(tmp_path / "out").problems == []
 
 
 def test_other_device_errors_are_not_swallowed(tmp_path: Path) -> None:

@@ -16,7 +16,13 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
-from vitrt.engine.splitting import Deliver, DeviceMemoryError, HostMemoryError, Splitter
+from vitrt.engine.splitting import (
+    Deliver,
+    DeviceMemoryError,
+    HostMemoryError,
+    Splitter,
+    StoppedError,
+)
 from vitrt.engine.stages import Prepared, Stages
 from vitrt.engine.window import Window
 from vitrt.engine.workers import default_workers
@@ -62,13 +68,18 @@ class Pipeline(Generic[K, I, R]):
         worker) and about `ahead_bytes` of pixels wait to be batched.
         """
         workers = workers or default_workers()
-        self.window: Window[K, I] = Window(
+        self.window = window = Window[K, I](
             stages.prepare,
             workers=workers,
             most_items=ahead or 2 * workers,
             most_bytes=ahead_bytes,
         )
-        self._splitter: Splitter[I, R] = Splitter(stages, deliver, join or stages.join)  # type: ignore[arg-type]
+        self._splitter: Splitter[I, R] = Splitter(
+            stages,
+            deliver,
+            join or stages.join,  # type: ignore[arg-type]
+            lambda: window.stopped,
+        )
         self._pace = _Pace(stages.device, full_batches=full_batches)
         self._in_order = in_order
         self._held: list[tuple[K, Prepared | Exception]] = []  # prepared, to be batched
@@ -84,7 +95,7 @@ class Pipeline(Generic[K, I, R]):
         self.window.close(failure)
 
     def stop(self) -> None:
-        """Iteration ends, whatever is left. Safe in a signal handler."""
+        """Iteration ends after what is on the device. Safe in a signal handler."""
         self.window.stop()
 
     def through(self, source: Iterable[tuple[K, I]]) -> Iterator[tuple[K, R | Exception]]:
@@ -112,7 +123,10 @@ class Pipeline(Generic[K, I, R]):
                     raise self.window.failure
                 return
             budget = self._splitter.budget
-            yield from self._run(take_batch(self._held, budget, in_order=self._in_order))
+            try:
+                yield from self._run(take_batch(self._held, budget, in_order=self._in_order))
+            except StoppedError:
+                return
 
     def _run(
         self, batch: list[tuple[K, Prepared | Exception]]

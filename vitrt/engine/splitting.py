@@ -29,6 +29,10 @@ class DeviceMemoryError(ValueError):
     """One image alone does not fit into the memory of the device."""
 
 
+class StoppedError(RuntimeError):
+    """The work was to end, amid a clip."""
+
+
 class HostMemoryError(ValueError):
     """The host, not the device, has no memory left for one image."""
 
@@ -41,13 +45,20 @@ class Splitter(Generic[I, R]):
     """
 
     def __init__(
-        self, stages: Stages[I], deliver: Deliver[R], join: Callable[[Sequence[R]], R]
+        self,
+        stages: Stages[I],
+        deliver: Deliver[R],
+        join: Callable[[Sequence[R]], R],
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`join` makes one result of those of a clip's runs of frames."""
+        """`join` makes one result of those of a clip's runs of frames. StoppedError between two of
+        these, where `is_stopped`.
+        """
         self.budget = stages.max_batch_patches  # patches of one forward
         self._stages = stages
         self._deliver = deliver
         self._join = join
+        self._is_stopped = is_stopped
         self._largest = 0  # patches of the largest forward that fitted so far
 
     def run(self, images: Sequence[Prepared]) -> Iterator[Sequence[R | Exception]]:
@@ -92,8 +103,12 @@ class Splitter(Generic[I, R]):
     def _results(self, part: Sequence[Prepared]) -> Sequence[R]:
         if len(part) > 1 or not (part[0].is_lazy or part[0].num_patches > self.budget):
             return self._deliver(partial(self._stages.run, part))
+        results: list[R] = []
         with closing(self._pieces(part[0])) as pieces:
-            results = [self._deliver(partial(self._stages.run, [piece]))[0] for piece in pieces]
+            for piece in pieces:
+                if results and self._is_stopped():
+                    raise StoppedError("stopped amid a clip")
+                results += self._deliver(partial(self._stages.run, [piece]))
         return [self._join(results)]
 
     def _pieces(self, image: Prepared) -> Generator[Prepared]:

@@ -23,7 +23,6 @@ from vitrt.job.progress import Progress
 from vitrt.job.stop import Stop
 from vitrt.job.to_host import OnHost, ToHost
 from vitrt.job.write_behind import Encoded, Skipped, WriteBehind
-from vitrt.parallel.shared_parts import LeavingError
 from vitrt.sources.folder import shown
 from vitrt.sources.record import Record
 from vitrt.store.encoded_index import EncodedIndex
@@ -102,8 +101,6 @@ def encode_records(
                         outcome.dropped.append((record.id, old))
                     if on_error == "fail":
                         raise SkippedImageError(message)
-        except LeavingError:
-            stop.request()
         except BaseException:
             stop.request()
             raise

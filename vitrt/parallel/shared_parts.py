@@ -21,10 +21,6 @@ _POLL_SECONDS = 0.02
 _BACK = 1 << 32  # a taken counter: parts taken from the front, and _BACK for each from the back
 
 
-class LeavingError(RuntimeError):
-    """This rank was interrupted, or another one failed, while it waited for a part."""
-
-
 @dataclass(frozen=True, slots=True)
 class Taken:
     """A part of another rank's item, to be done or left by this one."""
@@ -120,11 +116,11 @@ class Offer:
         self._store.add(f"taken/{self.number}", self.parts)
 
     def is_done(self, part: int) -> bool:
-        """Wait for another rank's part: False where it was left to this one. LeavingError."""
+        """Wait for another rank's part: False where it was left to this one, or this one leaves."""
         key = _outcome(self.number, part)
         while not self._store.check([key]):
             if self._leaving():
-                raise LeavingError(f"left before part {part} of {self.parts} was done")
+                return False
             time.sleep(_POLL_SECONDS)
         return self._store.get(key) == b"done"
 
