@@ -14,6 +14,7 @@ from torch.distributed import HashStore
 from tests.support.ranks import wait_for
 from vitrt.parallel import shared_work
 from vitrt.parallel import watchdog as watchdog_module
+from vitrt.parallel.shared_parts import SharedParts
 from vitrt.parallel.shared_work import SharedWork
 from vitrt.parallel.watchdog import PeerFailedError, Watchdog
 
@@ -138,6 +139,61 @@ def test_gather_waits_and_gives_up_after_an_interrupt(monkeypatch: pytest.Monkey
     assert ranks[0].gather("again") == ["again"]  # at once: the other one is not coming
     assert waits == []
     assert ranks[1].gather(2) == [{"a": 1}, 2]
+
+
+# Parts of what is long
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_part_goes_to_one_rank(size: int) -> None:
+    """All ranks but the last own items, and take others' once they have none."""
+    store = HashStore()
+    done: dict[tuple[int, int], list[int]] = {}
+    lock = threading.Lock()
+
+    def work(rank: int, offer: int, part: int) -> None:
+        time.sleep(0.001 * (rank + 1))
+        with lock:
+            done.setdefault((offer, part), []).append(rank)
+
+    def run(rank: int) -> None:
+        parts = SharedParts(store, size, leaving=lambda: False)
+        offers = [parts.offer({"of": rank}, 9) for _ in range(3 if rank < size - 1 else 0)]
+        for offer in offers:
+            mine = [part for part in range(9) if offer.is_mine(part)]
+            assert mine == list(range(len(mine))) == [p for p in range(9) if offer.is_mine(p)]
+            for part in mine:
+                work(rank, offer.number, part)
+            for part in range(len(mine), 9):
+                if not offer.is_done(part):
+                    work(rank, offer.number, part)
+            offer.close()
+        for number, taken in enumerate(parts.take_others(lambda: True, lambda: True)):
+            assert taken.item["of"] != rank
+            if number % 3:  # some are left
+                work(rank, taken.offer, taken.part)
+            parts.finish(taken, done=bool(number % 3))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(done) == 27 * (size - 1) and all(len(ranks) == 1 for ranks in done.values())
+
+
+def test_whoever_leaves_waits_for_no_part() -> None:
+    store, leaving = HashStore(), threading.Event()
+    owner, other = (SharedParts(store, 2, leaving=leaving.is_set) for _ in range(2))
+    offer = owner.offer("clip", 2)
+    taken = next(other.take_others(lambda: True, lambda: True))
+    assert (taken.part, taken.item) == (1, "clip")
+    assert offer.is_mine(0) and not offer.is_mine(1)
+    threading.Timer(0.05, leaving.set).start()
+    assert not offer.is_done(1)
+    other.finish(taken, done=True)
+    assert offer.is_done(1)
 
 
 # Watching

@@ -76,7 +76,11 @@ class SharedParts:
             key = f"offer/{number}"
             if number in self._own or number in self._exhausted or not self._store.check([key]):
                 continue
-            offer = json.loads(self._store.get(key))
+            text = self._store.get(key)
+            if text == b"":  # closed
+                self._exhausted.add(number)
+                continue
+            offer = json.loads(text)
             part = _take_back(self._store, number, offer["parts"])
             if part is not None:
                 return Taken(number, part, offer["item"])
@@ -114,6 +118,7 @@ class Offer:
         """No rank takes any more of it."""
         self._all_taken = True
         self._store.add(f"taken/{self.number}", self.parts)
+        self._store.set(f"offer/{self.number}", "")
 
     def is_done(self, part: int) -> bool:
         """Wait for another rank's part: False where it was left to this one, or this one leaves."""
