@@ -17,7 +17,8 @@ from tests.support.checkpoints import (
     needs_transformers,
     vision_part,
 )
-from vitrt.config import PreprocessorConfig, RuntimeConfig
+from vitrt.config import RuntimeConfig
+from vitrt.images.config import PreprocessorConfig
 from vitrt.models.families import read_vision_config, write_vision_config
 
 # As released: depth, width, MLP width, heads, patch, output width.

@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("config", "parallel", "kernels", "attention", "layers"),
     "engine": BELOW_ENGINE,
     "images": ("config",),
-    "checkpoint": ("config", "models", "tensor_file", "version"),
+    "checkpoint": ("config", "images", "models", "tensor_file", "version"),
     "store": ("config", "features", "tensor_file", "version"),
     "sources": ("config",),
     "encoder": BELOW_ENCODER,

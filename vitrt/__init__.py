@@ -10,9 +10,10 @@ from vitrt.version import __version__
 if TYPE_CHECKING:
     from vitrt.checkpoint.extract import extract_tower
     from vitrt.checkpoint.shards import CheckpointError
-    from vitrt.config import PreprocessorConfig, VisionConfig
+    from vitrt.config import VisionConfig
     from vitrt.encoder import VisionEncoder
     from vitrt.features import EncoderOutput, ImageFeatures
+    from vitrt.images.config import PreprocessorConfig
     from vitrt.images.inputs import ImageError, Pixels
     from vitrt.models.families import read_vision_config
     from vitrt.parallel.context import ParallelContext
@@ -27,7 +28,7 @@ _HOME = {
     "ImageFeatures": "vitrt.features",
     "ParallelContext": "vitrt.parallel.context",
     "Pixels": "vitrt.images.inputs",
-    "PreprocessorConfig": "vitrt.config",
+    "PreprocessorConfig": "vitrt.images.config",
     "VisionConfig": "vitrt.config",
     "VisionEncoder": "vitrt.encoder",
     "extract_tower": "vitrt.checkpoint.extract",

@@ -1,9 +1,10 @@
-"""What a checkpoint says (VisionConfig, PreprocessorConfig) and what the user chose."""
+"""What a checkpoint says of its tower (VisionConfig), and what the user chose (RuntimeConfig)."""
 
 from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,9 +66,21 @@ def positive_integer(name: str, value: Any) -> int:
     """A positive integer; a square size may be given as [n, n]."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(set(value)) == 1:
         value = value[0]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
+    return int(value)
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is a whole number; True and False are none, though Python counts with them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def integer(value: Any) -> int:
+    """A whole number of any type as Python's own. TypeError for what is none, as a boolean."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return operator.index(value)
 
 
 def _check_vision(config: VisionConfig) -> None:
@@ -108,95 +121,38 @@ def _check_vision(config: VisionConfig) -> None:
         )
 
 
-# What a video's pixel limits bound, each frame or the clip as one; by transformers' processors.
+# What a video's pixel limits bound: each frame, or the clip as one.
 VideoRule = Literal["frame", "clip"]
-_VIDEO_RULES: dict[str, VideoRule] = {
-    "Qwen2VLVideoProcessor": "frame",
-    "Qwen3VLVideoProcessor": "clip",
-}
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {  # where the checkpoint's file says nothing
-    "frame": {
-        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
-        "image_mean": _CLIP_MEAN,
-        "image_std": _CLIP_STD,
-        "max_video_tokens": 128_000,
-    },
-    "clip": {
-        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
-        "max_video_tokens": 768,
-    },
-}
+
+# Which frames of a video are looked at: names that the checkpoint and the user share.
+SAMPLING = ("fps", "num_frames", "min_frames", "max_frames")
 
 
-@dataclass(frozen=True, slots=True)
-class VideoConfig:
-    """What a checkpoint's video processor says about the size and the levels of a clip's frames."""
+def check_order(config: Any, least: str, most: str) -> None:
+    """ValueError where the field `least` is larger than the field `most`; None bounds nothing."""
+    low, high = getattr(config, least), getattr(config, most)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"{least} {low} is larger than {most} {high}")
 
-    rule: VideoRule
-    min_pixels: int  # areas: of a frame, or of all frames together, as `rule` says
-    max_pixels: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
-    cap_pixels_per_frame: bool = False
-    # Frames of a video that are looked at: so many, or so many a second within bounds.
-    fps: float | None = 2.0  # None: all, within the bounds
-    num_frames: int | None = None
-    min_frames: int = 4
-    max_frames: int = 768
-    max_video_tokens: int = 0  # what the cap goes by: of the clip, or by the rule "clip" of a frame
 
-    def __post_init__(self) -> None:
-        _check_limits(self.min_pixels, self.max_pixels)
-        if self.fps is not None and self.num_frames is not None:
-            raise ValueError(
-                f"fps {self.fps} and num_frames {self.num_frames} exclude each other: give one"
-            )
-        if self.min_frames > self.max_frames:
-            raise ValueError(
-                f"min_frames {self.min_frames} is larger than max_frames {self.max_frames}"
-            )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], family_rule: VideoRule) -> VideoConfig:
-        """From a video processor's settings, or from the image processor's where there are none.
-
-        As transformers does it, the class that the settings name chooses the rule, else the model
-        family, and what they leave out is what that class has. Raises ValueError naming the key.
-        """
-        _check_steps(data)
-        rule = video_rule(data) or family_rule
-        values = dict(_VIDEO_DEFAULTS[rule])
-        values |= {key: value for key, value in data.items() if value is not None}
-        if rule == "clip":  # its processor does not know the old names
-            values = {key: values[key] for key in values if key not in ("min_pixels", "max_pixels")}
-        return cls(
-            rule=rule,
-            min_pixels=_pixel_limit(values, "min_pixels", "shortest_edge"),
-            max_pixels=_pixel_limit(values, "max_pixels", "longest_edge"),
-            image_mean=_channels(values, "image_mean"),
-            image_std=_channels(values, "image_std"),
-            cap_pixels_per_frame=bool(values.get("cap_pixels_per_frame", False)),
-            max_video_tokens=positive_integer("max_video_tokens", values["max_video_tokens"]),
-            **_sampling(values),
+def check_sampling(config: Any) -> None:
+    """ValueError for frames of a video that are chosen in two ways, or out of bounds that cross."""
+    if config.fps is not None and config.num_frames is not None:
+        raise ValueError(
+            f"fps {config.fps} and num_frames {config.num_frames} exclude each other: give one"
         )
+    check_order(config, "min_frames", "max_frames")
 
 
-_SAMPLING = ("fps", "num_frames", "min_frames", "max_frames")
-
-
-def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of settings: fps, num_frames, min_frames, max_frames, where they say something of them."""
     found: dict[str, Any] = {
         name: positive_integer(name, values[name])
-        for name in _SAMPLING[1:]
+        for name in SAMPLING[1:]
         if values.get(name) is not None
     }
     if (fps := values.get("fps")) is not None:
-        if not isinstance(fps, int | float) or isinstance(fps, bool) or not fps > 0:
+        if not (is_integer(fps) or isinstance(fps, float)) or not fps > 0:
             raise ValueError(f"fps must be a number above 0, got {fps!r}")
         found["fps"] = float(fps)
     elif "num_frames" in found:
@@ -204,96 +160,12 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def video_rule(data: Mapping[str, Any]) -> VideoRule | None:
-    """The rule of the processor class that the settings name; None where they name no known one."""
-    named = data.get("video_processor_type")
-    if named is None:  # transformers goes on to the image processor's name
-        named = str(data.get("image_processor_type")).replace("ImageProcessor", "VideoProcessor")
-    return _VIDEO_RULES.get(named)
-
-
-@dataclass(frozen=True, slots=True)
-class PreprocessorConfig:
-    """What a checkpoint's processor files say about turning images and clips into patches."""
-
-    min_pixels: int  # areas
-    max_pixels: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    video: VideoConfig | None = None  # None: clips as images, frame by frame
-
-    def __post_init__(self) -> None:
-        _check_limits(self.min_pixels, self.max_pixels)
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: Mapping[str, Any],
-        video: Mapping[str, Any] | None = None,
-        video_rule: VideoRule = "frame",
-    ) -> PreprocessorConfig:
-        """From the settings of an image processor and of a video processor.
-
-        The pixel limits are `min_pixels` / `max_pixels` where they are given, else
-        `size.shortest_edge` / `size.longest_edge`; those of images have no defaults. `video_rule`
-        is the model family's. Raises ValueError naming the key.
-        """
-        data = data.get("image_processor") or data
-        _check_steps(data)
-        return cls(
-            min_pixels=_pixel_limit(data, "min_pixels", "shortest_edge"),
-            max_pixels=_pixel_limit(data, "max_pixels", "longest_edge"),
-            image_mean=_channels(data, "image_mean"),
-            image_std=_channels(data, "image_std"),
-            patch_size=_required(data, "patch_size"),
-            temporal_patch_size=_required(data, "temporal_patch_size"),
-            merge_size=_required(data, "merge_size"),
-            video=None if video is None else VideoConfig.from_dict(video, video_rule),
-        )
-
-
-def _check_limits(low: int, high: int) -> None:
-    if low > high:
-        raise ValueError(f"min_pixels {low} is larger than max_pixels {high}")
-
-
-def _check_steps(data: Mapping[str, Any]) -> None:
-    """ValueError for settings that leave out or change a step that is always done here."""
-    for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if data.get(switch) is False:
-            raise ValueError(f"{switch}=false is not supported")
-    rescale = data.get("rescale_factor", 1 / 255)
-    if not isinstance(rescale, int | float) or not math.isclose(rescale, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"rescale_factor must be 1/255, got {rescale!r}")
-    if data.get("resample", 3) != 3:
-        raise ValueError(f"resample must be 3 (bicubic), got {data['resample']!r}")
-
-
-def _required(data: Mapping[str, Any], name: str) -> int:
-    if data.get(name) is None:
-        raise ValueError(f"the preprocessor config holds no {name}")
-    return positive_integer(name, data[name])
-
-
-def _pixel_limit(data: Mapping[str, Any], name: str, edge: str) -> int:
-    size = data.get("size")
-    sizes = size if isinstance(size, Mapping) else {}
-    for value in (data.get(name), sizes.get(edge), sizes.get(name)):
-        if value is not None:
-            return positive_integer(name, value)
-    raise ValueError(f"the preprocessor config holds neither {name} nor size.{edge}")
-
-
-def _channels(data: Mapping[str, Any], name: str) -> tuple[float, float, float]:
-    values = data.get(name)
-    if isinstance(values, list | tuple) and len(values) == 3:
-        numbers = [value for value in values if isinstance(value, int | float)]
-        if len(numbers) == 3 and (name != "image_std" or min(numbers) > 0):
-            return float(numbers[0]), float(numbers[1]), float(numbers[2])
-    raise ValueError(f"{name} must be three numbers, of image_std above 0, got {values!r}")
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "frames": ("first", "all"),
+    "resize": ("pillow", "torch"),
+    "precision": ("auto", "fp8"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +178,7 @@ class RuntimeConfig:
     cuda_graphs: Literal["auto"] | bool = "auto"
     min_pixels: int | None = None  # None: what the checkpoint says
     max_pixels: int | None = None
-    video_min_pixels: int | None = (
-        None  # of a clip, counted as the checkpoint's video processor does
-    )
+    video_min_pixels: int | None = None  # of a clip, as the checkpoint's video processor counts
     video_max_pixels: int | None = None
     fps: float | None = None  # frames of a video taken a second; None: as the checkpoint says
     num_frames: int | None = None  # the same in all
@@ -323,37 +193,30 @@ class RuntimeConfig:
     batch_invariant: bool = False  # an image's features are the same bits whatever is beside it
 
     def __post_init__(self) -> None:
-        if self.dtype not in (dtypes := ("auto", "float32", "bfloat16", "float16")):
-            raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {self.dtype!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
-        if self.precision not in ("auto", "fp8"):
-            raise ValueError(f'precision must be "auto" or "fp8", got {self.precision!r}')
         if self.batch_invariant and self.precision == "fp8":
             raise ValueError(
                 'batch_invariant with precision "fp8" cannot be had: small batches stay in the '
                 "dtype; choose one of the two"
             )
-        if self.fp8_skip_blocks < 0:
-            raise ValueError(f"fp8_skip_blocks must not be negative, got {self.fp8_skip_blocks}")
-        if self.resize not in ("pillow", "torch"):
-            raise ValueError(f'resize must be "pillow" or "torch", got {self.resize!r}')
         limits = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
         for name in (*limits, "max_batch_tokens"):
             if (value := getattr(self, name)) is not None:
                 positive_integer(name, value)
-        for low, high in (limits[:2], limits[2:]):
-            least, most = getattr(self, low), getattr(self, high)
-            if least is not None and most is not None and least > most:
-                raise ValueError(f"{low} {least} is larger than {high} {most}")
-        sampling = self.sampling()
-        if self.fps is not None and self.num_frames is not None:
-            raise ValueError(f"fps {self.fps} and num_frames {self.num_frames} exclude each other")
-        least, most = sampling.get("min_frames", 0), sampling.get("max_frames", math.inf)
-        if least > most:
-            raise ValueError(f"min_frames {least} is larger than max_frames {most}")
-        if self.frames not in ("first", "all"):
-            raise ValueError(f'frames must be "first" or "all", got {self.frames!r}')
+        check_order(self, *limits[:2])
+        check_order(self, *limits[2:])
+        self.sampling()
+        check_sampling(self)
+        if not is_integer(self.fp8_skip_blocks) or self.fp8_skip_blocks < 0:
+            raise ValueError(
+                f"fp8_skip_blocks must be an integer from 0 on, got {self.fp8_skip_blocks!r}"
+            )
         if not self.graph_memory_mib >= 0:
             raise ValueError(
                 f"graph_memory_mib must not be negative, got {self.graph_memory_mib!r}"
@@ -361,5 +224,5 @@ class RuntimeConfig:
 
     def sampling(self) -> dict[str, Any]:
         """The fields of a VideoConfig that the user chose in place of the checkpoint's."""
-        chosen = _sampling({name: getattr(self, name) for name in _SAMPLING})
+        chosen = sampling_of({name: getattr(self, name) for name in SAMPLING})
         return {"num_frames": None, **chosen} if "fps" in chosen else chosen

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
-from vitrt.config import PreprocessorConfig, RuntimeConfig, VisionConfig
+from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.batch import PixelBatch, PixelValues
 from vitrt.engine.device import dtype_name
 from vitrt.engine.eager_runner import RunnerStats
@@ -31,6 +31,7 @@ from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_together
 from vitrt.engine.stages import Stages
 from vitrt.features import EncoderOutput, ImageFeatures, join, join_pooled
+from vitrt.images.config import PreprocessorConfig
 from vitrt.images.decode import ImageError, check_images
 from vitrt.images.processor import ImageInput, ImageProcessor, Prepared, normalisation_table
 from vitrt.models.tower import VisionTower

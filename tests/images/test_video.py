@@ -17,8 +17,9 @@ from PIL import Image
 
 from tests.support.video_reference import run_video_processors
 from tests.support.videos import read_all, write_video
-from vitrt.config import PreprocessorConfig, RuntimeConfig, VideoConfig
+from vitrt.config import RuntimeConfig
 from vitrt.images import prepared as prepared_file
+from vitrt.images.config import PreprocessorConfig, VideoConfig
 from vitrt.images.prepared import LazyImage
 from vitrt.images.processor import (
     ImageError,

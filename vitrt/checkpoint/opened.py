@@ -27,7 +27,8 @@ from vitrt.checkpoint.tower_files import (
     read_json,
     taken_for,
 )
-from vitrt.config import PreprocessorConfig, VisionConfig
+from vitrt.config import VisionConfig
+from vitrt.images.config import PreprocessorConfig
 from vitrt.models.families import build_tower, family_of, read_vision_config
 
 # cache_dir, token, local_files_only

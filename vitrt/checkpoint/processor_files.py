@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vitrt.checkpoint.shards import CheckpointError
-from vitrt.config import PreprocessorConfig, VideoConfig, VideoRule, video_rule
+from vitrt.config import VideoRule
+from vitrt.images.config import PreprocessorConfig, VideoConfig, video_rule
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ has small frames.
 
 from __future__ import annotations
 
-from vitrt.config import VideoConfig
+from vitrt.images.config import VideoConfig
 from vitrt.images.resize import smart_resize
 
 

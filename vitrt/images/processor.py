@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from vitrt.config import PreprocessorConfig, RuntimeConfig, VideoConfig
+from vitrt.config import RuntimeConfig
 from vitrt.images.animation import count_frames, frames_of
 from vitrt.images.clips import clip_size
+from vitrt.images.config import PreprocessorConfig, VideoConfig
 from vitrt.images.decode import ImageError, ImageInput, check_array, decode, name_of, size_of
 from vitrt.images.inputs import PlainInput, plain_input
 from vitrt.images.prepared import (

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from vitrt.config import VideoConfig
+from vitrt.images.config import VideoConfig
 
 logger = logging.getLogger(__name__)
 

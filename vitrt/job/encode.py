@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from vitrt.checkpoint.fingerprint import fingerprint
 from vitrt.checkpoint.opened import Checkpoint
-from vitrt.config import PreprocessorConfig, RuntimeConfig
+from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.request import Request
 from vitrt.engine.stages import Stages
+from vitrt.images.config import PreprocessorConfig
 from vitrt.images.processor import ImageProcessor
 from vitrt.job.leader import follow, leading
 from vitrt.job.long_clips import LongClips
