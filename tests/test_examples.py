@@ -19,7 +19,7 @@ from tests.support.checkpoints import add_tokenizer, reference_model, tiny_check
 from tests.support.sentence_transformers import embedding_checkpoint
 from vitrt import VisionEncoder
 from vitrt.cli import main
-from vitrt.images.processor import patches_reference
+from vitrt.images.levels import patches_reference
 from vitrt.integrations.transformers import placeholder_inputs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

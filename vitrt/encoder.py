@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +31,11 @@ from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_toget
 from vitrt.engine.stages import Stages
 from vitrt.features import EncoderOutput, ImageFeatures, join, join_pooled
 from vitrt.images.config import PreprocessorConfig
-from vitrt.images.decode import ImageError, check_images
-from vitrt.images.processor import ImageInput, ImageProcessor, Prepared, normalisation_table
+from vitrt.images.decode import check_images
+from vitrt.images.inputs import ImageError, ImageInput
+from vitrt.images.levels import level_tables
+from vitrt.images.prepared import Prepared
+from vitrt.images.processor import ImageProcessor
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
@@ -56,12 +58,8 @@ class VisionEncoder:
         self.preprocessor = preprocessor
         self.name = name
         self.processor = ImageProcessor.from_configs(preprocessor, engine.runtime)
-        mean, std = preprocessor.image_mean, preprocessor.image_std
-        images = clips = normalisation_table(mean, std, self.processor.resize)
-        if video := preprocessor.video:
-            clips = normalisation_table(video.image_mean, video.image_std, "torch")
-        # float32 [2, 3, 256]: the normalised levels of images, and of the frames of clips.
-        self.table = torch.from_numpy(np.stack([images, clips])).to(engine.device)
+        tables = level_tables(preprocessor, self.processor.resize)
+        self.table = torch.from_numpy(tables).to(engine.device)  # float32 [2, 3, 256]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return VisionEncoder, (self.engine, self.preprocessor, self.name)
@@ -160,6 +158,11 @@ class VisionEncoder:
             CheckpointError: a checkpoint that is missing, incomplete or of another kind.
             ValueError: a choice that cannot be had here, with those that can.
         """
+        given = locals()  # the arguments, while there is nothing else
+        runtime = RuntimeConfig(
+            **{field.name: given[field.name] for field in fields(RuntimeConfig)}
+            | {"device": str(device), "dtype": dtype_name(dtype)}
+        )
         checkpoint = open_checkpoint(
             str(model) if not isinstance(model, Path) else model,
             adapter=adapter,
@@ -169,27 +172,6 @@ class VisionEncoder:
             local_files_only=local_files_only,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-        )
-        runtime = RuntimeConfig(
-            device=str(device),
-            dtype=dtype_name(dtype),
-            attention=attention,
-            cuda_graphs=cuda_graphs,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            video_min_pixels=video_min_pixels,
-            video_max_pixels=video_max_pixels,
-            fps=fps,
-            num_frames=num_frames,
-            min_frames=min_frames,
-            max_frames=max_frames,
-            frames=frames,
-            max_batch_tokens=max_batch_tokens,
-            resize=resize,
-            graph_memory_mib=graph_memory_mib,
-            precision=precision,
-            fp8_skip_blocks=fp8_skip_blocks,
-            batch_invariant=batch_invariant,
         )
         return cls.from_checkpoint(checkpoint, runtime, parallel)
 
@@ -316,15 +298,10 @@ class VisionEncoder:
         grids = [image.grid_thw for image in images]
         batch = PixelBatch([image.pixels for image in images], grids, self.table)
         output = self.engine.run(batch, request)
-        features = split_by_image(output, grids, self.config.spatial_merge_size, request)
-        return [
-            each if image.times is None else replace(each, times=image.times)
-            for each, image in zip(features, images, strict=True)
-        ]
+        return split_by_image(output, images, self.config.spatial_merge_size, request)
 
     def stages(self, request: Request = TOKENS) -> Stages[ImageInput]:
         """What a pipeline does with images, to answer `request`."""
-
         budget = self.engine.patches_for(request)
         run: Run = partial(self.run_prepared, request=request)
         if self.parallel.tp_size > 1:

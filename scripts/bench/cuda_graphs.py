@@ -30,7 +30,7 @@ from vitrt import VisionEncoder  # noqa: E402
 from vitrt.bench.timing import Samples  # noqa: E402
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint  # noqa: E402
 from vitrt.engine.graph_runner import GraphRunner  # noqa: E402
-from vitrt.images.processor import smart_resize  # noqa: E402
+from vitrt.images.resize import smart_resize  # noqa: E402
 
 Grid = tuple[int, int, int]
 SIZES = (64, 256, 576, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 11264, 14336)

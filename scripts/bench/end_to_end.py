@@ -32,7 +32,7 @@ from vitrt.bench.timing import synchronize
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint
 from vitrt.engine.batcher import pack
 from vitrt.engine.workers import usable_cores
-from vitrt.images.processor import PreparedImage
+from vitrt.images.prepared import PreparedImage
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = (

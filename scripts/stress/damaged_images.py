@@ -26,7 +26,8 @@ from PIL import Image
 
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
-from vitrt.images.processor import ImageProcessor, PreparedImage
+from vitrt.images.prepared import PreparedImage
+from vitrt.images.processor import ImageProcessor
 from vitrt.job.encode import EncodeOptions, encode_folder
 from vitrt.job.progress import Progress
 from vitrt.job.stop import Stop

@@ -255,10 +255,8 @@ def test_rounding_more_than_transformers_does_not_pass(
 
 def test_other_pixels_do_not_pass(tiny_qwen3_vl: Path, monkeypatch: pytest.MonkeyPatch):
     """Half a level off in every pixel."""
-    table = vitrt.encoder.normalisation_table
-    monkeypatch.setattr(
-        vitrt.encoder, "normalisation_table", lambda *a: table(*a) + np.float32(1 / 255)
-    )
+    table = vitrt.encoder.level_tables
+    monkeypatch.setattr(vitrt.encoder, "level_tables", lambda *a: table(*a) + np.float32(1 / 255))
     runtime = RuntimeConfig(device="cpu", dtype="float32")
     result = verify(open_checkpoint(tiny_qwen3_vl), runtime, sample_images()[:2])
     assert len(result.differing) == 2 and not result.passed

@@ -23,7 +23,7 @@ from vitrt.engine.stages import Stages
 from vitrt.engine.window import Window
 from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures, join_pooled
-from vitrt.images.processor import PreparedImage
+from vitrt.images.prepared import PreparedImage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

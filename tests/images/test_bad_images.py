@@ -20,7 +20,9 @@ from PIL import ExifTags, Image, ImageFile
 
 from vitrt import Pixels
 from vitrt.images.decode import check_images, size_of
-from vitrt.images.processor import ImageError, ImageProcessor, normalisation_table
+from vitrt.images.inputs import ImageError
+from vitrt.images.levels import normalisation_table
+from vitrt.images.processor import ImageProcessor
 
 PROCESSOR = ImageProcessor(14, 2, 2, 56 * 56, 28 * 28 * 64)
 

@@ -12,7 +12,8 @@ import pytest
 from tests.support.video_reference import run_video_processors
 from vitrt.config import RuntimeConfig
 from vitrt.images.config import PreprocessorConfig, VideoConfig
-from vitrt.images.processor import ImageProcessor, normalisation_table, patches_reference
+from vitrt.images.levels import normalisation_table, patches_reference
+from vitrt.images.processor import ImageProcessor
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 RELEASED = VideoConfig("clip", 4096, 25165824, (0.5,) * 3, (0.5,) * 3)

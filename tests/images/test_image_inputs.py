@@ -19,8 +19,9 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 from transformers.image_utils import load_image
 
 from vitrt import ImageError, Pixels
+from vitrt.images.levels import patches_reference
 from vitrt.images.pixels import copy_pixels
-from vitrt.images.processor import ImageProcessor, patches_reference
+from vitrt.images.processor import ImageProcessor
 from vitrt.images.resize import resize_pillow, resize_torch
 
 LEVELS = np.tile(np.arange(256, dtype=np.float32), (3, 1))

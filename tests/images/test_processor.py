@@ -28,13 +28,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as transformers_smart_resize,
 )
 
-from vitrt.images.processor import (
-    ImageProcessor,
-    PreparedImage,
-    normalisation_table,
-    patches_reference,
-    smart_resize,
-)
+from vitrt.images.levels import normalisation_table, patches_reference
+from vitrt.images.prepared import PreparedImage
+from vitrt.images.processor import ImageProcessor
+from vitrt.images.resize import smart_resize
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALVES = (0.5, 0.5, 0.5)

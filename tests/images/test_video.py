@@ -20,13 +20,10 @@ from tests.support.videos import read_all, write_video
 from vitrt.config import RuntimeConfig
 from vitrt.images import prepared as prepared_file
 from vitrt.images.config import PreprocessorConfig, VideoConfig
+from vitrt.images.inputs import ImageError
+from vitrt.images.levels import normalisation_table, patches_reference
 from vitrt.images.prepared import LazyImage
-from vitrt.images.processor import (
-    ImageError,
-    ImageProcessor,
-    normalisation_table,
-    patches_reference,
-)
+from vitrt.images.processor import ImageProcessor
 from vitrt.images.sampling import sample_frames
 from vitrt.images.video import VideoFile
 

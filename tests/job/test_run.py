@@ -30,7 +30,7 @@ from vitrt import FeatureStore, ImageFeatures
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.engine.window import Window
-from vitrt.images.processor import PreparedImage
+from vitrt.images.prepared import PreparedImage
 from vitrt.job.encode import EncodeOptions, Summary, encode_folder
 from vitrt.job.listing import Listing
 from vitrt.job.progress import Progress

@@ -203,7 +203,7 @@ def test_full_size_tower_on_a_photo(name: str, depth: int | None, tmp_path: Path
     from PIL import Image
     from skimage import data
 
-    from vitrt.images.processor import patches_reference
+    from vitrt.images.levels import patches_reference
 
     layers = {} if depth is None else {"depth": depth}
     folder = full_size_checkpoint(name, tmp_path / name, **layers)

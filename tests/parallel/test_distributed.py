@@ -20,7 +20,7 @@ from vitrt import ImageError, ParallelContext, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.engine.loader import fill_tower
 from vitrt.engine.shares import Piece, divide
-from vitrt.images.processor import patches_reference
+from vitrt.images.levels import patches_reference
 from vitrt.models.families import build_tower, read_vision_config
 from vitrt.parallel.context import SINGLE
 

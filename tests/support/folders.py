@@ -12,7 +12,8 @@ from PIL import Image
 
 from vitrt.engine.stages import Stages
 from vitrt.features import ImageFeatures
-from vitrt.images.processor import ImageProcessor, PreparedImage
+from vitrt.images.prepared import PreparedImage
+from vitrt.images.processor import ImageProcessor
 from vitrt.job.progress import Progress
 from vitrt.job.run import Outcome, encode_records, prepare_with
 from vitrt.job.stop import Stop

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vitrt.encoder import VisionEncoder
 from vitrt.features import ImageFeatures
-from vitrt.images.decode import ImageInput, name_of
+from vitrt.images.decode import name_of
+from vitrt.images.inputs import ImageInput
 
 logger = logging.getLogger(__name__)
 

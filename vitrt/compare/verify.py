@@ -33,7 +33,8 @@ from vitrt.engine.batcher import pack
 from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.engine import Engine
 from vitrt.images.decode import decode, name_of
-from vitrt.images.processor import Prepared, patches_reference
+from vitrt.images.levels import patches_reference
+from vitrt.images.prepared import Prepared
 from vitrt.sources.folder import is_video_name
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record

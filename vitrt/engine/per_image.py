@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitrt.engine.request import Request
+from vitrt.engine.stages import Prepared
 from vitrt.features import ImageFeatures
 from vitrt.models.tower import TowerOutput
 
@@ -19,9 +20,10 @@ Grid = tuple[int, int, int]
 
 
 def split_by_image(
-    output: TowerOutput, grids: Sequence[Grid], merge: int, request: Request
+    output: TowerOutput, images: Sequence[Prepared], merge: int, request: Request
 ) -> list[ImageFeatures]:
     """The features of each image, views of what the batch gave; pooled, views of their rows."""
+    grids = [image.grid_thw for image in images]
     tokens = [prod(grid) // merge**2 for grid in grids]
     embeddings = output.embeddings.split(tokens if request.merged else [0] * len(grids))
     deepstack: Sequence[Tensor | None] = [None] * len(grids)
@@ -34,9 +36,9 @@ def split_by_image(
         rows = torch.stack([image.mean(0, dtype=torch.float32) for image in embeddings])
         embeddings, deepstack = rows.split(1), [None] * len(grids)
     return [
-        ImageFeatures(embedding, levels, grid, merge, states, request.layers)
-        for embedding, levels, grid, states in zip(
-            embeddings, deepstack, grids, hidden, strict=True
+        ImageFeatures(embedding, levels, image.grid_thw, merge, states, request.layers, image.times)
+        for embedding, levels, image, states in zip(
+            embeddings, deepstack, images, hidden, strict=True
         )
     ]
 

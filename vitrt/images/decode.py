@@ -29,8 +29,6 @@ from vitrt.images.inputs import (
     shorten,
 )
 
-__all__ = ["ImageError", "ImageInput", "check_images", "decode", "name_of", "size_of"]
-
 logger = logging.getLogger(__name__)
 
 _UPRIGHT = {  # EXIF orientation -> what undoes it

@@ -21,8 +21,8 @@ from dynamo.vllm.multimodal_utils.custom_encoder.adapter.qwen3_vl import Qwen3VL
 from dynamo.vllm.multimodal_utils.custom_encoder.backend import Preprocessed, VisionEncoderBackend
 
 from vitrt.encoder import VisionEncoder
-from vitrt.images.decode import ImageError
-from vitrt.images.processor import Prepared
+from vitrt.images.inputs import ImageError
+from vitrt.images.prepared import Prepared
 
 __all__ = ["VitrtEncoder"]
 

@@ -27,8 +27,8 @@ from vitrt.encoder import VisionEncoder
 from vitrt.engine.pipeline import stream_features
 from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures
-from vitrt.images.decode import ImageError
-from vitrt.images.processor import Prepared
+from vitrt.images.inputs import ImageError
+from vitrt.images.prepared import Prepared
 from vitrt.integrations.ray_actor import limit_memory, open_model
 from vitrt.store.content import to_bytes
 

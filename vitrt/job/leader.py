@@ -19,7 +19,7 @@ import torch.distributed as dist
 from vitrt.engine.group import connected
 from vitrt.engine.stages import I, Prepared, Stages
 from vitrt.features import ImageFeatures
-from vitrt.images.processor import PreparedImage
+from vitrt.images.prepared import PreparedImage
 from vitrt.parallel.context import ParallelContext
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Literal
 from vitrt.engine.pipeline import Pipeline
 from vitrt.engine.stages import Prepared, Stages
 from vitrt.engine.workers import default_workers
-from vitrt.images.processor import ImageError
+from vitrt.images.inputs import ImageError
 from vitrt.job.listing import Listing
 from vitrt.job.long_clips import ClipPart, LongClips
 from vitrt.job.progress import Progress
