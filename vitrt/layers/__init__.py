@@ -4,6 +4,7 @@ __all__ = [
     "attention",
     "cache",
     "float8",
+    "fused",
     "linear",
     "merger",
     "mlp",

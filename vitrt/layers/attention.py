@@ -13,7 +13,8 @@ from vitrt.attention import AttentionBackend, attention_shape
 from vitrt.config import VisionConfig
 from vitrt.kernels.rope import rope_
 from vitrt.kernels.segments import Rotary, Segments
-from vitrt.layers.linear import FusedQKVLinear, RowParallelLinear
+from vitrt.layers.fused import FusedQKVLinear
+from vitrt.layers.linear import RowParallelLinear
 from vitrt.layers.norm import Norm
 from vitrt.layers.weights import WeightTarget
 from vitrt.parallel.context import ParallelContext

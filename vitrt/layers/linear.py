@@ -21,7 +21,7 @@ from vitrt.kernels.gemm_fp8 import compile_product as compile_fp8
 from vitrt.kernels.to_e4m3 import to_e4m3
 from vitrt.layers.float8 import FEWEST_ROWS, Float8Weight
 from vitrt.layers.norm import Norm
-from vitrt.layers.weights import TensorSlice, WeightTarget, whole
+from vitrt.layers.weights import TensorSlice, WeightTarget, partly, whole
 from vitrt.parallel.context import SINGLE, ParallelContext
 
 # A product whose K is no multiple of 8 runs at a quarter of its speed; 64 fills a tile's K.
@@ -40,13 +40,13 @@ def padded_width(width: int, tp_size: int) -> int:
     return -(-width // step) * step
 
 
-def _shard(width: int, parallel: ParallelContext) -> slice:
+def shard(width: int, parallel: ParallelContext) -> slice:
     """This rank's part of `width` features, which the group divides evenly."""
     share = width // parallel.tp_size
     return slice(parallel.tp_rank * share, (parallel.tp_rank + 1) * share)
 
 
-def _clipped(part: slice, width: int) -> slice:
+def clipped(part: slice, width: int) -> slice:
     """`part` of the padded width, without what lies beyond the checkpoint's own `width`."""
     return slice(min(part.start, width), min(part.stop, width))
 
@@ -99,10 +99,14 @@ class Linear(nn.Module):
         if self.float8 is not None:
             compile_fp8(self.float8.weight, activation=self.activation)
 
-    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        yield whole(f"{prefix}weight", self.weight)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The layer's own, by the names that checkpoints have for them."""
+        yield "weight", self.weight
         if self.bias is not None:
-            yield whole(f"{prefix}bias", self.bias)
+            yield "bias", self.bias
+
+    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
+        yield from (whole(prefix + name, target) for name, target in self.tensors())
 
 
 class ColumnParallelLinear(Linear):
@@ -120,92 +124,24 @@ class ColumnParallelLinear(Linear):
         padded = padded or out_features
         super().__init__(in_features, padded // parallel.tp_size, activation=activation)
         self.out_features = out_features
-        self.part = _shard(padded, parallel)
+        self.part = shard(padded, parallel)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        rows = _clipped(self.part, self.out_features)
-        for name, target in (("weight", self.weight), ("bias", self.bias)):
-            assert target is not None
+        rows = clipped(self.part, self.out_features)
+        for name, target in self.tensors():
             shape = (self.out_features, *target.shape[1:])
-            identical = target if target.shape == shape else None
-            yield WeightTarget(f"{prefix}{name}", shape, _rows_into(target, rows), identical)
+            yield partly(prefix + name, target, shape, rows_into(target, rows))
 
 
-def _rows_into(target: Tensor, rows: slice) -> Callable[[TensorSlice], None]:
+def rows_into(target: Tensor, rows: slice) -> Callable[[TensorSlice], None]:
+    """What fills `target` with these rows of a tensor, and what is left of it with zeros."""
+
     def store(source: TensorSlice) -> None:
         count = rows.stop - rows.start
         target[:count].copy_(source[rows])
         target[count:].zero_()
 
     return store
-
-
-class FusedQKVLinear(Linear):
-    """q, k and v as one product [T, 3, H / tp, Dh]: each of the three split by heads."""
-
-    def __init__(self, width: int, num_heads: int, *, parallel: ParallelContext = SINGLE) -> None:
-        if num_heads % parallel.tp_size:
-            raise ValueError(
-                f"tp = {parallel.tp_size} does not divide the {num_heads} attention heads of this "
-                "tower; every rank takes the same number of them"
-            )
-        super().__init__(width, 3 * width // parallel.tp_size)
-        self.width = width
-        # A head's rows are neighbours, so a share of the heads is a slice of rows.
-        self.part = _shard(width, parallel)
-        self.output_shape = (3, num_heads // parallel.tp_size, width // num_heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).view(x.shape[0], *self.output_shape)
-
-    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        for name, target in (("weight", self.weight), ("bias", self.bias)):
-            assert target is not None
-            shape = (3 * self.width, *target.shape[1:])
-            identical = target if target.shape == shape else None
-            yield WeightTarget(f"{prefix}{name}", shape, self._heads_into(target), identical)
-
-    def separate_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        """The same from checkpoints that hold q, k and v apart."""
-        for index, projection in enumerate("qkv"):
-            for name, target in (("weight", self.weight), ("bias", self.bias)):
-                assert target is not None
-                block = target.view(3, -1, *target.shape[1:])[index]
-                store = _rows_into(block, self.part)
-                shape = (self.width, *target.shape[1:])
-                yield WeightTarget(f"{prefix}{projection}.{name}", shape, store)
-
-    def _heads_into(self, target: Tensor) -> Callable[[TensorSlice], None]:
-        def store(source: TensorSlice) -> None:
-            for index, block in enumerate(target.view(3, -1, *target.shape[1:])):
-                first = index * self.width
-                block.copy_(source[first + self.part.start : first + self.part.stop])
-
-        return store
-
-
-class GateUpLinear(Linear):
-    """silu(x Wg^T + bg) * (x Wu^T + bu) as one product, its rows interleaved g0, u0, g1, u1, ...
-
-    Interleaved, a gate and its up value meet in one tile of the product, where the epilogue
-    multiplies them.
-    """
-
-    def __init__(
-        self, in_features: int, width: int, *, padded: int, parallel: ParallelContext = SINGLE
-    ) -> None:
-        super().__init__(in_features, 2 * padded // parallel.tp_size, activation="swiglu")
-        self.width = width
-        self.part = _shard(padded, parallel)
-
-    def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        rows = _clipped(self.part, self.width)
-        for index, projection in enumerate(("gate_proj", "up_proj")):
-            for name, target in (("weight", self.weight), ("bias", self.bias)):
-                assert target is not None
-                shape = (self.width, *target.shape[1:])
-                store = _rows_into(target.view(-1, 2, *target.shape[1:])[:, index], rows)
-                yield WeightTarget(f"{prefix}{projection}.{name}", shape, store)
 
 
 class RowParallelLinear(Linear):
@@ -225,7 +161,7 @@ class RowParallelLinear(Linear):
         super().__init__(padded // parallel.tp_size, out_features)
         self.adds_residual = adds_residual
         self.in_features = in_features
-        self.part = _shard(padded, parallel)
+        self.part = shard(padded, parallel)
         self.parallel = parallel
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -277,7 +213,7 @@ class RowParallelLinear(Linear):
             compile_fp8(self.float8.weight, residual=self.adds_residual)
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        columns = _clipped(self.part, self.in_features)
+        columns = clipped(self.part, self.in_features)
         count = columns.stop - columns.start
         weight = self.weight
 
@@ -285,8 +221,6 @@ class RowParallelLinear(Linear):
             weight[:, :count].copy_(source[:, columns])
             weight[:, count:].zero_()
 
-        shape = (weight.shape[0], self.in_features)
-        identical = weight if weight.shape == shape else None
-        yield WeightTarget(f"{prefix}weight", shape, store, identical)
+        yield partly(f"{prefix}weight", weight, (weight.shape[0], self.in_features), store)
         assert self.bias is not None
         yield whole(f"{prefix}bias", self.bias)

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
 from vitrt.kernels.gemm import Activation
-from vitrt.layers.linear import (
-    ColumnParallelLinear,
-    GateUpLinear,
-    RowParallelLinear,
-    padded_width,
-)
+from vitrt.layers.fused import GateUpLinear
+from vitrt.layers.linear import ColumnParallelLinear, RowParallelLinear, padded_width
 from vitrt.layers.norm import Norm
 from vitrt.layers.weights import WeightTarget
 from vitrt.parallel.context import ParallelContext

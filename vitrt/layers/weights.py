@@ -41,3 +41,10 @@ def whole(name: str, target: Tensor, shape: tuple[int, ...] | None = None) -> We
         target.copy_(source[...].reshape(target.shape))
 
     return WeightTarget(name, shape or tuple(target.shape), store, identical=target)
+
+
+def partly(
+    name: str, target: Tensor, shape: tuple[int, ...], store: Callable[[TensorSlice], None]
+) -> WeightTarget:
+    """Fills `target` by `store` from a tensor of `shape`, of which a rank may keep only a part."""
+    return WeightTarget(name, shape, store, target if target.shape == shape else None)
