@@ -121,9 +121,7 @@ def norm_work(
 
         def expected() -> Tensor:
             value = norm.add_ref(x, delta_bias, residual) if add else x
-            if centre:
-                return norm.layer_norm_ref(value, weight, bias, EPS)
-            return norm.rms_norm_ref(value, weight, EPS)
+            return norm.norm_ref(value, weight, bias if centre else None, EPS)
 
         def run(**tiling: Any) -> None:
             norm._norm_triton(x, weight, bias if centre else None, EPS, out=out, **fused, **tiling)

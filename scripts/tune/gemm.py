@@ -37,7 +37,7 @@ from vitrt.bench.timing import mark, milliseconds  # noqa: E402
 from vitrt.kernels import gemm_aten, gemm_quack  # noqa: E402
 from vitrt.kernels.gemm import linear_ref  # noqa: E402
 from vitrt.kernels.gemm_table import Choice, Kind, Product, Tile  # noqa: E402
-from vitrt.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: E402
+from vitrt.kernels.norm import add_norm, norm  # noqa: E402
 
 DTYPE = torch.bfloat16
 CUDA = torch.device("cuda")
@@ -89,20 +89,16 @@ def step_of(
     kind = layer.product.kind
     run = runner(choice, kind, device) if choice is not None else None
     gap = torch.zeros(1, device=device)
-    rms = layer.family == "qwen2_5"
-    weight, bias = operands.norm_weight, operands.norm_bias
-
-    def norm(total: Tensor) -> Tensor:
-        return rms_norm(total, weight, 1e-6) if rms else layer_norm(total, weight, bias, 1e-6)
+    weight = operands.norm_weight
+    bias = None if layer.family == "qwen2_5" else operands.norm_bias
 
     def fused(index: int) -> Any:
         x, w, b, residual = operands[index]
         if choice is not None and choice.implementation == "mm":
             delta = x @ w.t()
-            if rms:
-                return add_rms_norm(delta, b, residual, weight, 1e-6, sum_out=residual)
-            return add_layer_norm(delta, b, residual, weight, bias, 1e-6, sum_out=residual)
-        return norm(residual if run is None else run(x, w, b, residual, residual))
+            return add_norm(delta, b, residual, weight, bias, 1e-6, sum_out=residual)
+        total = residual if run is None else run(x, w, b, residual, residual)
+        return norm(total, weight, bias, 1e-6)
 
     def separated(index: int) -> Any:
         result = run(*operands[index]) if run is not None else None

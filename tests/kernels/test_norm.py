@@ -126,12 +126,12 @@ def test_add_norm_kernel_in_place(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [1, 1297, 41473])
 def test_public_functions_on_a_gpu(tokens: int) -> None:
     delta, residual, weight, bias, delta_bias = inputs(tokens, 1152, "cuda", torch.bfloat16)
-    check_norm(norm.rms_norm(delta, weight, EPS), delta, weight, None)
-    check_norm(norm.layer_norm(delta, weight, bias, EPS), delta, weight, bias)
-    total, normed = norm.add_layer_norm(delta, delta_bias, residual, weight, bias, EPS)
+    check_norm(norm.norm(delta, weight, None, EPS), delta, weight, None)
+    check_norm(norm.norm(delta, weight, bias, EPS), delta, weight, bias)
+    total, normed = norm.add_norm(delta, delta_bias, residual, weight, bias, EPS)
     check_sum(total, delta, delta_bias, residual)
     check_norm(normed, total, weight, bias)
-    total, normed = norm.add_rms_norm(delta, None, residual, weight, EPS)
+    total, normed = norm.add_norm(delta, None, residual, weight, None, EPS)
     check_sum(total, delta, None, residual)
     check_norm(normed, total, weight, None)
 
@@ -140,15 +140,15 @@ def test_public_functions_on_a_gpu(tokens: int) -> None:
 @pytest.mark.parametrize(("tokens", "width"), SHAPES)
 def test_cpu_path(dtype: torch.dtype, tokens: int, width: int) -> None:
     delta, residual, weight, bias, delta_bias = inputs(tokens, width, "cpu", dtype)
-    check_norm(norm.rms_norm(delta, weight, EPS), delta, weight, None)
-    check_norm(norm.layer_norm(delta, weight, bias, EPS), delta, weight, bias)
+    check_norm(norm.norm(delta, weight, None, EPS), delta, weight, None)
+    check_norm(norm.norm(delta, weight, bias, EPS), delta, weight, bias)
     for shift in (None, delta_bias):
-        total, normed = norm.add_rms_norm(delta, shift, residual, weight, EPS)
+        total, normed = norm.add_norm(delta, shift, residual, weight, None, EPS)
         check_sum(total, delta, shift, residual)
         check_norm(normed, total, weight, None)
-    kept, expected = residual.clone(), norm.add_layer_norm(delta, None, residual, weight, bias, EPS)
+    kept, expected = residual.clone(), norm.add_norm(delta, None, residual, weight, bias, EPS)
     out = torch.full_like(delta, torch.nan)
-    total, normed = norm.add_layer_norm(delta, None, kept, weight, bias, EPS, sum_out=kept, out=out)
+    total, normed = norm.add_norm(delta, None, kept, weight, bias, EPS, sum_out=kept, out=out)
     assert total is kept and normed is out
     assert torch.equal(total, expected[0]) and torch.equal(normed, expected[1])
     check_norm(normed, total, weight, bias)
@@ -163,20 +163,14 @@ def test_float32_residual_beside_narrow_products(
     delta, residual, weight, bias, delta_bias = inputs(5, 1152, device, dtype)
     residual = residual.float() * 1.0001  # no longer a number of the narrow dtype
     before, delta_before = residual.clone(), delta.clone()
-    if centre:
-        total, normed = norm.add_layer_norm(
-            delta, delta_bias, residual, weight, bias, EPS, sum_out=residual, out=delta
-        )
-    else:
-        total, normed = norm.add_rms_norm(
-            delta, delta_bias, residual, weight, EPS, sum_out=residual, out=delta
-        )
+    shift = bias if centre else None
+    total, normed = norm.add_norm(
+        delta, delta_bias, residual, weight, shift, EPS, sum_out=residual, out=delta
+    )
     assert total is residual and normed is delta
     assert total.dtype == torch.float32 and normed.dtype == dtype
     check_sum(total, delta_before, delta_bias, before)
-    check_norm(normed, total, weight, bias if centre else None)
-    alone = (
-        norm.layer_norm(total, weight, bias, EPS) if centre else norm.rms_norm(total, weight, EPS)
-    )
+    check_norm(normed, total, weight, shift)
+    alone = norm.norm(total, weight, shift, EPS)
     assert alone.dtype == dtype
-    check_norm(alone, total, weight, bias if centre else None)
+    check_norm(alone, total, weight, shift)

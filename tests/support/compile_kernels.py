@@ -88,11 +88,11 @@ def norms(width: int, centred: bool) -> None:
     """Alone on hidden states of float32, and after the residual add."""
     x, hidden, weight = empty(T, width), empty(T, width, dtype=FLOAT), empty(width)
     if centred:
-        norm.layer_norm(hidden, weight, weight, 1e-6)
-        norm.add_layer_norm(x, weight, hidden, weight, weight, 1e-6)
+        norm.norm(hidden, weight, weight, 1e-6)
+        norm.add_norm(x, weight, hidden, weight, weight, 1e-6)
     else:
-        norm.rms_norm(hidden, weight, 1e-6)
-        norm.add_rms_norm(x, weight, hidden, weight, 1e-6)
+        norm.norm(hidden, weight, None, 1e-6)
+        norm.add_norm(x, weight, hidden, weight, None, 1e-6)
 
 
 def position(width: int) -> None:

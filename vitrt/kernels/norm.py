@@ -151,13 +151,10 @@ def _norm_triton(
     return out
 
 
-def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm as the kernel does it: float32 inside, one rounding."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
-
-
-def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm as the kernel does it: float32 inside, one rounding."""
+def norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The norm as the kernel does it: float32 inside, one rounding."""
+    if bias is None:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(weight.dtype)
     normed = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
     return normed.to(weight.dtype)
 
@@ -170,67 +167,35 @@ def add_ref(delta: Tensor, delta_bias: Tensor | None, residual: Tensor) -> Tenso
     return (total + residual.float()).to(residual.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """RMSNorm of x [T, D] with weight [D]; [T, D] in the weight's dtype, in `out` where given."""
-    if use_triton(x):
-        return _norm_triton(x, weight, None, eps, out=out)
-    normed = rms_norm_ref(x, weight, eps)
-    return normed if out is None else out.copy_(normed)
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """LayerNorm of x [T, D]; [T, D] in the dtype of weight and bias [D], in `out` where given."""
+    """LayerNorm of x [T, D] with weight and bias [D], or without a bias RMSNorm.
+
+    Returns [T, D] in the weight's dtype, in `out` where it is given.
+    """
     if use_triton(x):
         return _norm_triton(x, weight, bias, eps, out=out)
-    normed = layer_norm_ref(x, weight, bias, eps)
+    normed = norm_ref(x, weight, bias, eps)
     return normed if out is None else out.copy_(normed)
 
 
-def add_rms_norm(
-    delta: Tensor,
-    delta_bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    sum_out: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(sum, RMSNorm of sum), both [T, D]; sum = residual + (delta + delta_bias), rounded once.
-
-    The sum has the residual's dtype, the norm the weight's. `sum_out` may be `residual` and `out`
-    may be `delta`: all is read before its place is written.
-    """
-    return _add_norm(delta, delta_bias, residual, weight, None, eps, sum_out, out)
-
-
-def add_layer_norm(
-    delta: Tensor,
-    delta_bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    sum_out: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(sum, LayerNorm of sum); otherwise as `add_rms_norm`."""
-    return _add_norm(delta, delta_bias, residual, weight, bias, eps, sum_out, out)
-
-
-def _add_norm(
+def add_norm(
     delta: Tensor,
     delta_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    sum_out: Tensor | None,
-    out: Tensor | None,
+    *,
+    sum_out: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """(sum, `norm` of sum), both [T, D]; sum = residual + (delta + delta_bias), rounded once.
+
+    The sum has the residual's dtype, the norm the weight's. `sum_out` may be `residual` and `out`
+    may be `delta`: all is read before its place is written.
+    """
     if use_triton(delta):
         total = torch.empty_like(residual) if sum_out is None else sum_out
         normed = _norm_triton(
@@ -240,6 +205,4 @@ def _add_norm(
     total = add_ref(delta, delta_bias, residual)
     if sum_out is not None:
         total = sum_out.copy_(total)
-    if bias is None:
-        return total, rms_norm(total, weight, eps, out=out)
-    return total, layer_norm(total, weight, bias, eps, out=out)
+    return total, norm(total, weight, bias, eps, out=out)
