@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
+from vitrt.attention.base import BackendSpec, attention_shape
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
 from vitrt.kernels.segments import Rotary, Segments
 
@@ -45,8 +45,4 @@ def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     )
 
 
-def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    return FlashAttention2()
-
-
-SPEC = BackendSpec("fa2", _load, _unavailable)
+SPEC = BackendSpec("fa2", lambda *_: FlashAttention2(), _unavailable)

@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
+from vitrt.attention.base import BackendSpec, attention_shape
 from vitrt.attention.probe import installed, not_nvidia, wrong_shape
 from vitrt.kernels.segments import Rotary, Segments
 
@@ -61,8 +61,4 @@ def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     )
 
 
-def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    return FlashAttention3()
-
-
-SPEC = BackendSpec("fa3", _load, _unavailable)
+SPEC = BackendSpec("fa3", lambda *_: FlashAttention3(), _unavailable)

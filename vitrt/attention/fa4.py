@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, Schedule, attention_shape
+from vitrt.attention.base import BackendSpec, Schedule, attention_shape
 from vitrt.attention.last_wave import schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
 from vitrt.kernels.disk_cache import keep_kernels
@@ -78,8 +78,6 @@ def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     ) or wrong_shape(dtype, head_dim, HALF_PRECISION, 128)
 
 
-def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    return FlashAttention4(device, head_dim)
-
-
-SPEC = BackendSpec("fa4", _load, _unavailable)
+SPEC = BackendSpec(
+    "fa4", lambda device, _, head_dim: FlashAttention4(device, head_dim), _unavailable
+)

@@ -77,3 +77,8 @@ def wrong_shape(
     if head_dim % 8 or not 8 <= head_dim <= most:
         return f"needs a head size that is a multiple of 8 up to {most}, and it is {head_dim}"
     return None
+
+
+def no_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where our own attention kernels run, or the reason why they do not."""
+    return not_triton(device) or wrong_shape(dtype, head_dim, (*HALF_PRECISION, torch.float32), 128)

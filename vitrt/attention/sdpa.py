@@ -141,8 +141,4 @@ def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionB
     return VarlenSdpaBackend() if _takes_varlen(device, dtype, head_dim) else SdpaBackend()
 
 
-def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return None
-
-
-SPEC = BackendSpec("sdpa", _load, _unavailable)
+SPEC = BackendSpec("sdpa", _load, lambda *_: None)

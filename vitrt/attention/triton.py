@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
-from vitrt.attention.probe import HALF_PRECISION, not_triton, wrong_shape
+from vitrt.attention.base import BackendSpec, attention_shape
+from vitrt.attention.probe import no_kernel
 from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
 
 
@@ -30,13 +29,5 @@ class TritonBackend:
         return self._attend(qkv, segments, out)
 
 
-def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return not_triton(device) or wrong_shape(dtype, head_dim, (*HALF_PRECISION, torch.float32), 128)
-
-
-def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    return TritonBackend()
-
-
 # Windows come without tiles, so each must be one.
-SPEC = BackendSpec("triton", _load, _unavailable, most_window=TILE_ROWS)
+SPEC = BackendSpec("triton", lambda *_: TritonBackend(), no_kernel, most_window=TILE_ROWS)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vitrt.attention.base import AttentionBackend, BackendSpec, attention_shape
-from vitrt.attention.probe import HALF_PRECISION, not_triton, wrong_shape
+from vitrt.attention.base import BackendSpec, attention_shape
+from vitrt.attention.probe import no_kernel
 from vitrt.kernels.segments import Rotary, Segments
 
 
@@ -30,12 +29,6 @@ class WindowBackend:
         return self._attend(qkv, segments, rotary, out)
 
 
-def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return not_triton(device) or wrong_shape(dtype, head_dim, (*HALF_PRECISION, torch.float32), 128)
-
-
-def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    return WindowBackend()
-
-
-SPEC = BackendSpec("window", _load, _unavailable, windows_only=True, most_window=64)
+SPEC = BackendSpec(
+    "window", lambda *_: WindowBackend(), no_kernel, windows_only=True, most_window=64
+)
