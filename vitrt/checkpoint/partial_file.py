@@ -11,7 +11,6 @@ import os
 import re
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 
 MOST_PIECE_BYTES = 1 << 26  # of a line that can be believed
 _LINE = re.compile(rb"(\d+) ([0-9a-f]{32})\n")
@@ -61,12 +60,7 @@ class PartialFile:
     def __enter__(self) -> PartialFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         self._journal.close()
 

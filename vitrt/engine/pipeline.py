@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
@@ -198,13 +197,8 @@ class Pipeline(Generic[K, I, R]):
         self.window.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.window.__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        self.window.__exit__(*exception)
 
 
 class _Pace:
