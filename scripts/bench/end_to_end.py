@@ -131,13 +131,13 @@ def device_rate(encoder: VisionEncoder, prepared: Sequence[PreparedImage]) -> fl
     The best of several passes: what is compared with it should fall short of the device itself,
     not of a pass that the host held up.
     """
-    batches = pack([image.num_patches for image in prepared], encoder.max_batch_tokens)
+    batches = pack(prepared, encoder.max_batch_tokens, lambda image: image.num_patches)
     seconds = []
     for _ in range(1 + DEVICE_PASSES):
         synchronize(encoder.device)
         start = time.perf_counter()
         for batch in batches:
-            encoder.encode_prepared([prepared[i] for i in batch])
+            encoder.encode_prepared(batch)
         synchronize(encoder.device)
         seconds.append(time.perf_counter() - start)
     return len(prepared) / min(seconds[1:])  # the first pass allocates

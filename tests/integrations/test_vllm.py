@@ -28,7 +28,7 @@ from vitrt.engine.engine import Engine
 from vitrt.engine.loader import load_tower
 from vitrt.features import ImageFeatures
 from vitrt.integrations import vllm, vllm_models
-from vitrt.integrations.engine_tower import EngineTower, split_batch
+from vitrt.integrations.engine_tower import EngineTower
 from vitrt.models.families import read_vision_config
 
 SOURCES = engine_sources.all_sources()
@@ -342,13 +342,6 @@ def test_a_choice_that_does_not_exist_ends_the_start(
 
 
 # Helpers
-
-
-def test_batches_are_split_between_images() -> None:
-    grids = [(1, 4, 4), (1, 4, 4), (1, 10, 10), (1, 2, 2)]
-    assert split_batch(grids, 32) == [grids[:2], grids[2:3], grids[3:]]
-    assert split_batch(grids, 10_000) == [grids]
-    assert split_batch([], 32) == []
 
 
 def test_ec_folder_holds_each_image_under_its_key(tmp_path: Path) -> None:

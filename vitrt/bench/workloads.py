@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-Grid = tuple[int, int, int]  # frames, rows, columns in patches: vitrt.models has torch with it
+from vitrt.models.work import Grid
 
 MERGE = 2  # merged token side of both families, in patches
 

@@ -77,7 +77,7 @@ def verify(
         encoder = VisionEncoder.from_checkpoint(checkpoint, replace(plain, dtype="float32"))
         samples = _samples(checkpoint, encoder, images)
         sizes = [sample.prepared.num_patches for sample in samples]
-        batches = [[samples[n] for n in part] for part in pack(sizes, encoder.max_batch_tokens)]
+        batches = pack(samples, encoder.max_batch_tokens, lambda s: s.prepared.num_patches)
         del encoder
         differing = [sample.name for sample in samples if not sample.equal]
         result = Verification(checkpoint.name, device, len(samples), sum(sizes), differing)

@@ -15,8 +15,7 @@ from vitrt.engine.request import Request
 from vitrt.engine.stages import Prepared
 from vitrt.features import ImageFeatures
 from vitrt.models.tower import TowerOutput
-
-Grid = tuple[int, int, int]
+from vitrt.models.work import Grid
 
 
 def split_by_image(

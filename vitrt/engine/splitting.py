@@ -96,8 +96,7 @@ class Splitter(Generic[I, R]):
             if lazy:
                 parts += [[image] for image in group]
             else:
-                packed = pack([image.num_patches for image in group], self.budget)
-                parts += [[group[index] for index in indices] for indices in packed]
+                parts += pack(group, self.budget, lambda image: image.num_patches)
         return parts
 
     def _results(self, part: Sequence[Prepared]) -> Sequence[R]:

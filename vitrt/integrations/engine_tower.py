@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.batch import PixelValues
+from vitrt.engine.batcher import pack
 from vitrt.engine.device import dtype_name
 from vitrt.engine.engine import Engine
 from vitrt.engine.loader import TowerFilling
@@ -126,7 +127,7 @@ class EngineTower(nn.Module):
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
         parts = []
         first = 0
-        for group in split_batch(grids, engine.max_batch_patches):
+        for group in pack(grids, engine.max_batch_patches, prod):
             patches = sum(prod(grid) for grid in group)
             batch = PixelValues(x[first : first + patches], group)
             parts.append(packed(engine.run(batch)))
@@ -146,20 +147,6 @@ def _own_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def split_batch(grids: Sequence[Sequence[int]], most: int) -> list[list[Sequence[int]]]:
-    """Runs of neighbouring images of at most `most` patches; a larger image is alone."""
-    groups: list[list[Sequence[int]]] = []
-    room = 0
-    for grid in grids:
-        patches = prod(grid)
-        if not groups or patches > room:
-            groups.append([])
-            room = most
-        groups[-1].append(grid)
-        room -= patches
-    return groups
 
 
 def packed(output: TowerOutput) -> Tensor:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrt.kernels.segments import tile_list
+from vitrt.models.work import Grid
 
-Grid = tuple[int, int, int]  # frames, rows, columns in patches
 IntArray = NDArray[np.int32]
 
 

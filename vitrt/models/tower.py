@@ -27,7 +27,8 @@ from vitrt.layers.rotary import RotaryPosMixin
 from vitrt.layers.weights import WeightTarget
 from vitrt.models.block import VisionBlock
 from vitrt.models.packed_plan import DevicePlan
-from vitrt.models.plan import ForwardPlan, FramePlan, Grid, build_plan, check_grids
+from vitrt.models.plan import ForwardPlan, FramePlan, build_plan, check_grids
+from vitrt.models.work import Grid
 from vitrt.parallel.context import SINGLE, ParallelContext
 
 _FRAME_CACHE_BYTES = 64 << 20
