@@ -217,8 +217,6 @@ def graph_runner(encoder: VisionEncoder, backend: SdpaBackend) -> GraphRunner:
     return GraphRunner(
         encoder.tower,
         AttentionChoice(backend, SdpaBackend()),
-        encoder.device,
-        encoder.dtype,
         limit_bytes=0,
         buckets=(64, 128),
     )
@@ -268,10 +266,9 @@ def test_replays_with_other_tails_are_right(encoder: VisionEncoder) -> None:
         values = torch.randn(plan.num_patches, encoder.config.patch_dim)
         attention = runner.attention_for(plan)
         layout = WITH.layout(plan, attention)
-        patches, buffer = runner._static(WITH.bucket)
-        patches.fill_(torch.nan)
+        runner._inputs.of(WITH.bucket)[0].fill_(torch.nan)
         batch = PixelValues(values, grids)
-        runner._load(plan, layout, attention, batch, patches, buffer)
+        patches, buffer = runner._load(WITH.bucket, plan, layout, attention, batch)
         views = view_plan(buffer, layout, plan, padded=True)
         backend.seen.clear()
         output: TowerOutput = runner.forward(patches, views, runner.attention)

@@ -96,15 +96,13 @@ def test_graphs_asked_for_without_a_gpu_are_refused(folder: Path):
 
 def cpu_runner(encoder: VisionEncoder) -> GraphRunner:
     """What loads the static inputs; only recording needs a GPU."""
-    return GraphRunner(
-        encoder.tower, encoder.engine.attention, encoder.device, encoder.dtype, limit_bytes=1 << 20
-    )
+    return GraphRunner(encoder.tower, encoder.engine.attention, limit_bytes=1 << 20)
 
 
 def load(runner: GraphRunner, plan: ForwardPlan, batch: PixelValues) -> None:
     attention = runner.attention_for(plan)
     layout = runner.buckets.key(plan, attention).layout(plan, attention)
-    runner._load(plan, layout, attention, batch, *runner._static(64))
+    runner._load(64, plan, layout, attention, batch)
 
 
 def test_memory_made_in_inference_mode_can_be_written_outside(
@@ -123,7 +121,7 @@ def test_memory_made_in_inference_mode_can_be_written_outside(
     def places() -> tuple[Tensor, ...]:
         summed = symmetric.buffer("block", (16, 64), torch.float32)
         assert summed is not None
-        return *runner._static(64), recorder.out_for(torch.zeros(16, 3, 2, 8)), summed
+        return *runner._inputs.of(64), recorder.out_for(torch.zeros(16, 3, 2, 8)), summed
 
     with torch.inference_mode():
         first = [place.data_ptr() for place in places()]
@@ -139,7 +137,7 @@ def test_static_inputs_keep_no_history(folder: Path):
     values = torch.randn(16, encoder.config.patch_dim, requires_grad=True)
     batch = PixelValues(values, [(1, 4, 4)])
     load(runner, plan, batch)
-    assert not runner._static(64)[0].requires_grad
+    assert not runner._inputs.of(64)[0].requires_grad
 
 
 def test_a_recording_refused_by_itself_costs_no_other(folder: Path):
@@ -200,7 +198,7 @@ def test_callers_on_several_streams_take_turns(folder: Path):
     runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
     first, second = Stream(), Stream()
     for stream in (first, first, second, first):
-        runner._take_turns(stream)
+        runner._inputs.take_turns(stream)
     assert second.waited_for == [first] and first.waited_for == [second]
 
 
@@ -322,9 +320,7 @@ def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
     """Room for two recordings; the largest bucket, which is recorded first, is out of the way."""
     monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
-    made = GraphRunner(
-        encoder.tower, encoder.engine.attention, encoder.device, encoder.dtype, limit_bytes=75
-    )
+    made = GraphRunner(encoder.tower, encoder.engine.attention, limit_bytes=75)
     made._pool = cast("GraphPool", FakePool(encoder.device, encoder.dtype))
     return made
 
@@ -425,9 +421,9 @@ def test_hidden_states_of_the_last_layer_go_through_graphs(
     """Beside the merged tokens, as transformers' towers give them; grids of one class share."""
     load, live = runner._load, []
 
-    def loading(plan: ForwardPlan, *rest: Any) -> None:
+    def loading(bucket: int, plan: ForwardPlan, *rest: Any) -> tuple[Tensor, Tensor]:
         live[:] = [plan]
-        load(plan, *rest)
+        return load(bucket, plan, *rest)
 
     # Attention here reads lengths on the host, which a replay takes from its own batch.
     monkeypatch.setattr(runner, "_load", loading)
@@ -435,7 +431,7 @@ def test_hidden_states_of_the_last_layer_go_through_graphs(
         "vitrt.engine.graph_runner.view_plan",
         lambda buffer, layout, plan, padded: view_plan(buffer, layout, live[0], padded=padded),
     )
-    eager = EagerRunner(runner.tower, runner.attention, runner.device, runner.dtype)
+    eager = EagerRunner(runner.tower, runner.attention)
     depth = runner.tower.config.depth
     last = Request((depth - 1,))
     for grids in ([(1, 4, 16)], [(1, 8, 8)], [(2, 4, 6)], [(1, 6, 10)]):

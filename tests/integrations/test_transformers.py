@@ -295,9 +295,7 @@ def test_generate_replays_graphs(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     accelerate(model)
     try:
         engine = visual_of(model).engine
-        engine.runner = GraphRunner(
-            engine.tower, engine.attention, engine.device, engine.dtype, limit_bytes=1 << 30
-        )
+        engine.runner = GraphRunner(engine.tower, engine.attention, limit_bytes=1 << 30)
         for _ in range(3):
             generated(model, text | pixels)
         stats = engine.stats()

@@ -63,7 +63,7 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
             window_patches=tower.window_patches,
             batch_invariant=runtime.batch_invariant,
         )
-        runner = EagerRunner(tower.eval(), attention, device, dtype)
+        runner = EagerRunner(tower.eval(), attention)
         table = torch.empty(2, 3, 256, dtype=torch.float32, device=device)
         size, temporal = config.patch_size, config.temporal_patch_size
         for plan in kernel_plans(runner):

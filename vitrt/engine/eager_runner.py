@@ -50,17 +50,11 @@ class RunnerStats:
 class EagerRunner:
     """Every batch on its own: exact sizes, nothing recorded."""
 
-    def __init__(
-        self,
-        tower: VisionTower,
-        attention: AttentionChoice,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, tower: VisionTower, attention: AttentionChoice) -> None:
         self.tower = tower
         self.attention = attention
-        self.device = device
-        self.dtype = dtype
+        weight = next(tower.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.stats = RunnerStats()
         self._lock = threading.RLock()  # forwards are launched one after the other
         self._packed: ByteCache[object, Tensor] = ByteCache(_PACKED_CACHE_BYTES)

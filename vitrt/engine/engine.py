@@ -207,20 +207,22 @@ class Engine:
             yield
 
     def _make_runner(self, attention: AttentionChoice) -> EagerRunner:
-        arguments = (self.tower, attention, self.device, self.dtype)
         wanted = self.runtime.cuda_graphs
-        if wanted is True and self.device.type != "cuda":
-            raise ValueError(
-                f"cuda_graphs=True needs a CUDA device, and this encoder is on {self.device}"
-            )
-        if wanted is False or self.device.type != "cuda":
-            return EagerRunner(*arguments)
-        if not HAVE_TRITON:
-            if wanted is True:
-                raise ValueError("cuda_graphs=True needs Triton, which is not installed")
-            return EagerRunner(*arguments)  # without it some functions ask the device for a number
+        lacking = None
+        if self.device.type != "cuda":
+            lacking = f"a CUDA device, and this encoder is on {self.device}"
+        elif not HAVE_TRITON:  # without it some functions ask the device for a number
+            lacking = "Triton, which is not installed"
+        if wanted is True and lacking is not None:
+            raise ValueError(f"cuda_graphs=True needs {lacking}")
+        if wanted is False or lacking is not None:
+            return EagerRunner(self.tower, attention)
         limit = int(self.runtime.graph_memory_mib * (1 << 20))
         largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
         return GraphRunner(
-            *arguments, limit_bytes=limit, max_patches=largest, parallel=self.parallel
+            self.tower,
+            attention,
+            limit_bytes=limit,
+            max_patches=largest,
+            parallel=self.parallel,
         )

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from vitrt.attention import AttentionChoice, BatchAttention
@@ -29,6 +28,7 @@ from vitrt.engine.eager_runner import EagerRunner
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.recording import Pieces, record_pieces
 from vitrt.engine.request import TOKENS, Request
+from vitrt.engine.static_inputs import StaticInputs
 from vitrt.models.packed_plan import PlanLayout, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
@@ -54,15 +54,13 @@ class GraphRunner(EagerRunner):
         self,
         tower: VisionTower,
         attention: AttentionChoice,
-        device: torch.device,
-        dtype: torch.dtype,
         *,
         limit_bytes: int,
         max_patches: int = AUTO_MAX_PATCHES,
         buckets: Sequence[int] | None = None,
         parallel: ParallelContext = SINGLE,
     ) -> None:
-        super().__init__(tower, attention, device, dtype)
+        super().__init__(tower, attention)
         self.parallel = parallel
         self.buckets = Buckets(tower, buckets or default_buckets(max_patches))
         self.limit_bytes = limit_bytes
@@ -71,9 +69,7 @@ class GraphRunner(EagerRunner):
         self._evicted: Counter[GraphKey] = Counter()  # times, of each class
         self._refused: set[GraphKey] = set()  # shape classes that could not be recorded
         self._pool: GraphPool | None = None
-        self._patches: Tensor | None = None  # static inputs, shared by all buckets
-        self._plan_buffer: Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None  # that used them last
+        self._inputs = StaticInputs(self.buckets, self.device, self.dtype)
 
     def run(self, plan: ForwardPlan, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         with self._lock:  # the static buffers are shared
@@ -131,9 +127,8 @@ class GraphRunner(EagerRunner):
                 if (other := self.buckets.key(largest, others)) not in (key, *self._refused):
                     self._record(other, largest, others, None)
         pool = self._pool or GraphPool(self.device, self.dtype)
-        patches, buffer = self._static(key.bucket)
         layout = key.layout(plan, attention)
-        self._load(plan, layout, attention, batch, patches, buffer)
+        patches, buffer = self._load(key.bucket, plan, layout, attention, batch)
 
         def forward(choice: AttentionChoice) -> TowerOutput:
             # Views of its own: what is computed from them once would else not be recorded.
@@ -223,46 +218,18 @@ class GraphRunner(EagerRunner):
             return 0
         return self._pool.nbytes + sum(held.nbytes for held in self._recordings.values())
 
-    def _static(self, bucket: int) -> tuple[Tensor, Tensor]:
-        """The static inputs, sized for the largest bucket; smaller ones use their front."""
-        if self._patches is None or self._plan_buffer is None:
-            largest, width = self.buckets.largest, self.tower.config.patch_dim
-            size = self.buckets.plan_values()
-            with torch.inference_mode(False):  # else only callers inside it could write them
-                self._patches = torch.zeros(largest, width, dtype=self.dtype, device=self.device)
-                self._plan_buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
-        return self._patches[:bucket], self._plan_buffer
-
     def _load(
         self,
+        bucket: int,
         plan: ForwardPlan,
         layout: PlanLayout,
         attention: BatchAttention,
         batch: Batch | None,
-        patches: Tensor,
-        buffer: Tensor,
-    ) -> None:
-        """Copy a batch into the static inputs."""
-        if self.device.type == "cuda":
-            self._take_turns(torch.cuda.current_stream(self.device))
+    ) -> tuple[Tensor, Tensor]:
+        """Copy a batch into the static inputs, which it returns: patches, and the packed plan."""
         layout = layout.with_origins(None if batch is None else batch.origins(plan))
         packed = self.pack(plan, layout, attention, batch)
-        buffer[: packed.numel()].copy_(packed, non_blocking=True)
-        if batch is None:
-            return
-        rows = None
-        if layout.origins is not None:
-            offset, shape = layout.fields()["origins"]
-            rows = buffer[offset : offset + shape[0] * shape[1]].view(shape)
-        batch.write(patches, rows, plan.num_patches)
-
-    def _take_turns(self, stream: torch.cuda.Stream) -> None:
-        """Let `stream` wait for the one of the caller before: the lock is let go when a replay is
-        launched, not when it has read the static inputs.
-        """
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        return self._inputs.load(bucket, packed, layout, plan, batch)
 
     def _replay(
         self,
@@ -273,8 +240,7 @@ class GraphRunner(EagerRunner):
         batch: Batch,
     ) -> TowerOutput:
         self._recordings.move_to_end(key)
-        patches, buffer = self._static(key.bucket)
-        self._load(plan, recording.layout, attention, batch, patches, buffer)
+        _, buffer = self._load(key.bucket, plan, recording.layout, attention, batch)
         live = None
         if recording.pieces.splits:
             live = view_plan(buffer, recording.layout, plan, padded=True)

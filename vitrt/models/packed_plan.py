@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from math import prod
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ _COUNTS = 4  # patches, segments, tiles, windows in use
 _ALIGNMENT = 4
 _SEGMENT_PATCHES = 16  # patches of a bucket to each segment, or window, that it has room for
 _FEWEST_SEGMENTS = 8
+
+Buffer = TypeVar("Buffer", Tensor, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,11 @@ class PlanLayout:
         """Name -> (offset in int32 values, shape)."""
         return _fields(self)
 
+    def view(self, buffer: Buffer, name: str) -> Buffer:
+        """A field of a packed plan in its shape."""
+        offset, shape = self.fields()[name]
+        return buffer[offset : offset + prod(shape)].reshape(shape)
+
     @property
     def size(self) -> int:
         """int32 values of the whole buffer."""
@@ -144,12 +151,7 @@ def pack_plan(
     values are 0, origins are -1, and the order of padded tokens maps each to itself.
     """
     buffer = torch.zeros(layout.size, dtype=torch.int32, device="cpu", pin_memory=pinned)
-    values = buffer.numpy()
-
-    def field(name: str) -> np.ndarray:
-        offset, shape = layout.fields()[name]
-        return values[offset : offset + prod(shape)].reshape(shape)
-
+    field = partial(layout.view, buffer.numpy())
     windows = 0 if plan.windows is None else len(plan.windows) - 1
     if schedule is not None:
         field("schedule")[:] = schedule.work
@@ -204,11 +206,7 @@ class DevicePlan:
 
 def view_plan(buffer: Tensor, layout: PlanLayout, plan: ForwardPlan, *, padded: bool) -> DevicePlan:
     """Named views of a packed plan on the device."""
-
-    def field(name: str) -> Tensor:
-        offset, shape = layout.fields()[name]
-        return buffer[offset : offset + prod(shape)].view(shape)
-
+    field = partial(layout.view, buffer)
     counts = field("counts")
     schedule = None
     if layout.schedule is not None:
