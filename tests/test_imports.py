@@ -12,25 +12,35 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "vitrt"
 
 # Room -> the rooms that it may import, types included. A file at the top is a room of its own.
-BELOW_ENGINE = ("config", "features", "parallel", "kernels", "attention", "layers", "models")
+BELOW_ENGINE = (
+    "messages",
+    "config",
+    "features",
+    "parallel",
+    "kernels",
+    "attention",
+    "layers",
+    "models",
+)
 BESIDE_ENGINE = ("images", "checkpoint", "store", "sources")
 BELOW_ENCODER = (*BELOW_ENGINE, *BESIDE_ENGINE, "engine", "tensor_file", "version")
 PROGRAMS = ("job", "bench", "compare", "integrations")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "version": (),
     "config": (),
-    "tensor_file": (),
+    "messages": (),
+    "tensor_file": ("messages",),
     "features": (),
     "kernels": (),
-    "parallel": (),
+    "parallel": ("messages",),
     "attention": ("kernels",),
     "layers": ("config", "parallel", "kernels", "attention"),
     "models": ("config", "parallel", "kernels", "attention", "layers"),
     "engine": BELOW_ENGINE,
-    "images": ("config",),
-    "checkpoint": ("config", "images", "models", "tensor_file", "version"),
-    "store": ("config", "features", "tensor_file", "version"),
-    "sources": ("config",),
+    "images": ("config", "messages"),
+    "checkpoint": ("config", "messages", "images", "models", "tensor_file", "version"),
+    "store": ("config", "messages", "features", "tensor_file", "version"),
+    "sources": ("config", "messages"),
     "encoder": BELOW_ENCODER,
     "compare": ("encoder", *BELOW_ENCODER),
     "job": ("encoder", *BELOW_ENCODER),

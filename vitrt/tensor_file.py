@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from vitrt.messages import reason_of
+
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8  # a file starts with the length of its header
 
@@ -86,8 +88,7 @@ def read_header(file: Path) -> Header:
             length = header_length(stream.read(LENGTH_BYTES), file, size)
             text = stream.read(length)
     except OSError as error:
-        reason = error.strerror or error
-        raise TensorFileError(f"{file}: cannot be read: {reason}") from error
+        raise TensorFileError(f"{file}: cannot be read: {reason_of(error)}") from error
     return parse_header(text, file, size)
 
 

@@ -297,7 +297,7 @@ def test_which_images(photos: Path, caplog: pytest.LogCaptureFixture):
     assert [Path(image).name for image in choose_images([str(photos)])] == ["a.png", "b.jpg"]
     with caplog.at_level("INFO", "vitrt"):
         assert len(choose_images([str(photos)], 1)) == 1
-    assert "taking the first 1 images" in caplog.text
+    assert "taking the first 1 image" in caplog.text
     with pytest.raises(ValueError, match="at least 1, got 0"):
         choose_images([str(photos)], 0)
 

@@ -73,7 +73,7 @@ def test_a_flipped_bit_that_leaves_a_finite_value(output: Path, place: float) ->
     relist(output, lambda lines: [line.pop("crc32", None) for line in lines])
     result = check_folder(output)
     assert result.problems == [] and result.unsummed == 1
-    assert "1 shards have no checksum" in next(result.lines())
+    assert "1 shard without a checksum" in next(result.lines())
 
 
 def test_what_check_says_to_do_mends_a_damaged_shard(output: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_shard_that_safetensors_refuses(
 
     monkeypatch.setattr(check, "safe_open", refuse)
     result = check_folder(output)
-    assert result.problems == [f"6 images of {SHARD} are lost: InvalidOffset"]
+    assert result.problems == [f"{SHARD}: 6 images lost: InvalidOffset"]
     assert result.images == 7 and result.shards == 1
 
 
@@ -246,7 +246,7 @@ def test_a_shard_that_safetensors_refuses(
 def test_lines_of_another_type_are_no_entries(output: Path, change: dict[str, object]) -> None:
     relist(output, lambda lines: lines[1].update(change))
     problems = check_folder(output).problems
-    assert "manifest-00000.jsonl: 1 line(s) amid its entries are no entries" in problems
+    assert "manifest-00000.jsonl: 1 line amid its entries, and no entry" in problems
     assert len(problems) == 4  # and its three tensors
     assert len(FeatureStore(output)) == 5
 

@@ -77,7 +77,7 @@ def test_a_bad_line_costs_its_own_image(
     manifest.write_bytes(b"".join(lines))
     wanted = expected(folder)
     store = FeatureStore(output)
-    assert "1 line(s) amid its entries" in caplog.text
+    assert "1 line amid its entries" in caplog.text
     assert set(store) == wanted.keys() - {lost}
     assert any("amid" in problem for problem in check_folder(output).problems)
     recover(output)

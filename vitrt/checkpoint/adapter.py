@@ -31,6 +31,7 @@ from vitrt.checkpoint.shards import (
     read_header,
 )
 from vitrt.checkpoint.tower_files import ADAPTER_CONFIG, prefixes, read_json
+from vitrt.messages import counted
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def read_adapter(name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]])
         raise CheckpointError(
             f"{name}: the adapter holds what is not known of a tower: {', '.join(unknown[:5])}"
         )
-    logger.info("%s: changes %d tensors of the tower", name, len(own))
+    logger.info("%s: changes %s of the tower", name, counted(len(own), "tensor"))
     return Adapter(
         name, {each: Change(parts[prefix + each], _scaling(prefix + each, config)) for each in own}
     )

@@ -17,6 +17,7 @@ from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.processor_files import PREPROCESSOR, PROCESSOR, VIDEO_PREPROCESSOR
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor
 from vitrt.checkpoint.tower_files import CONFIG, SINGLE
+from vitrt.messages import reason_of
 from vitrt.models.families import family_of
 from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
 
@@ -57,7 +58,7 @@ def extract_tower(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{output}: cannot be written: {reason_of(error)}") from error
     return output
 
 

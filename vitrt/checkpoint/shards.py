@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitrt import tensor_file
+from vitrt.messages import reason_of
 from vitrt.tensor_file import DTYPES, Header, TensorFileError
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -85,7 +86,7 @@ class OneOpenFile:
         try:
             got = self._read_into(target, info.file, info.offset + start)
         except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{info.file}: cannot be read: {reason_of(error)}") from error
         if got != target.size:
             raise CheckpointError(
                 f"{info.file}: truncated: {info.full_name} ends after {got} of {target.size} bytes"

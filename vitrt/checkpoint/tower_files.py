@@ -16,6 +16,7 @@ from typing import Any
 
 from vitrt.checkpoint.scaled import check_storage
 from vitrt.checkpoint.shards import CheckpointError, TensorInfo, read_header
+from vitrt.messages import counted, reason_of
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -30,7 +31,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{file}: cannot be read: {reason_of(error)}") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: is not JSON: {error}") from error
     if not isinstance(data, dict):
@@ -151,7 +152,9 @@ class TowerSearch:
         if len(rivals) > 1:
             raise CheckpointError(
                 f"{self.where}: holds more than one such tower, under "
-                + " and ".join(f"{prefix!r} ({len(found[prefix])} tensors)" for prefix in rivals)
+                + " and ".join(
+                    f"{prefix!r} ({counted(len(found[prefix]), 'tensor')})" for prefix in rivals
+                )
             )
         return rivals[0]
 

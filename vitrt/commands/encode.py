@@ -21,6 +21,7 @@ from vitrt.commands.console import (
 from vitrt.commands.options import add_fields, add_model, add_runtime, from_args, open_model
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions
+from vitrt.messages import counted
 from vitrt.sources.options import SourceOptions
 
 if TYPE_CHECKING:
@@ -149,11 +150,12 @@ def _conclude(summary: Summary, choice: Choice, args: argparse.Namespace) -> int
     if args.log_json:
         write_json("end", {**asdict(state), "left_out": choice.left_out, "exit_code": code})
         return code
-    text = f"{state.images} images ({state.tokens} tokens) encoded into {output}"
+    images, tokens = counted(state.images, "image"), counted(state.tokens, "token")
+    text = f"{images} ({tokens}) encoded into {output}"
     if state.replaced:
         text += f", {state.replaced} of them again, because their files had changed"
     if state.resumed:
-        text += f", {state.resumed} were there already"
+        text += f", {state.resumed} {'was' if state.resumed == 1 else 'were'} there already"
     if state.skipped:
         text += f", {state.skipped} skipped: see {output}/errors-*.jsonl"
     if choice.left_out:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vitrt.commands.console import OK
+from vitrt.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
     from vitrt.store.export import export_vectors
 
     path, rows = export_vectors(args.folder, args.to, args.output, overwrite=args.overwrite)
-    print(f"{rows} vectors in {path}")
+    print(f"{counted(rows, 'vector')} in {path}")
     return OK

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitrt.commands.console import OK
 from vitrt.commands.options import add_model, open_model
+from vitrt.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +25,6 @@ def run(args: argparse.Namespace) -> int:
 
     folder = extract_tower(open_model(args), args.output, overwrite=args.overwrite)
     written = open_checkpoint(folder)
-    print(f"{len(written.tensors)} tensors, {written.num_bytes / 1e6:.1f} MB in {folder}")
+    tensors = counted(len(written.tensors), "tensor")
+    print(f"{tensors}, {written.num_bytes / 1e6:.1f} MB in {folder}")
     return OK

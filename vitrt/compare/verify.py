@@ -35,6 +35,7 @@ from vitrt.engine.engine import Engine
 from vitrt.images.decode import decode, name_of
 from vitrt.images.levels import patches_reference
 from vitrt.images.prepared import Prepared
+from vitrt.messages import counted
 from vitrt.sources.folder import is_video_name
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
@@ -124,7 +125,7 @@ def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | 
     if not sources:
         raise ValueError(f"no image in {', '.join(inputs)}")
     if len(sources) > most:
-        logger.info("taking the first %d images", most)
+        logger.info("taking the first %s", counted(most, "image"))
     return [_loaded(source) for source in sources[:most]]
 
 

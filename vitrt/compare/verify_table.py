@@ -11,6 +11,7 @@ import torch
 
 from vitrt.compare.errors import FLOAT32_BOUND, RATIO_BOUND, Errors
 from vitrt.engine.device import dtype_name
+from vitrt.messages import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def table_lines(result: Verification) -> Iterator[str]:
     import transformers
 
     same = f"{result.images - len(result.differing)} of {result.images}"
-    yield f"{result.model} on {result.device}, {result.images} images, {result.patches} patches"
+    images = counted(result.images, "image")
+    yield f"{result.model} on {result.device}, {images}, {result.patches} patches"
     yield f"reference: transformers {transformers.__version__}, its tower in float32"
     yield f"pixel values bit-equal to its image processor's: {same}"
     yield from (f"  not those of {name}" for name in result.differing)

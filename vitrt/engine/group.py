@@ -10,6 +10,7 @@ import torch
 
 from vitrt.engine.memory import memory_lacking
 from vitrt.features import ImageFeatures
+from vitrt.messages import counted
 from vitrt.parallel.context import ParallelContext
 
 Run = Callable[[Sequence[Any]], list[ImageFeatures]]
@@ -39,9 +40,9 @@ def in_group(run: Run, parallel: ParallelContext, device: torch.device, budget: 
             patches = sum(image.num_patches for image in images)
             whose = device if lacking == "device" else "this rank's host"
             raise GroupError(
-                f"a batch of {len(images)} images with {patches} patches does not fit on {whose} "
-                f"(tp = {parallel.tp_size}): lower --max-batch-tokens (now {budget}), or "
-                f"--max-pixels if it is one image: {error}"
+                f"a batch of {counted(len(images), 'image')} with {patches} patches does not fit "
+                f"on {whose} (tp = {parallel.tp_size}): lower --max-batch-tokens (now {budget}), "
+                f"or --max-pixels if it is one image: {error}"
             ) from error
 
     return checked

@@ -15,6 +15,7 @@ from vitrt.engine.batcher import pack
 from vitrt.engine.memory import memory_lacking
 from vitrt.engine.stages import Prepared, Stages
 from vitrt.features import ImageFeatures
+from vitrt.messages import counted
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +130,9 @@ class Splitter(Generic[I, R]):
         patches = self._patches(part)
         lowered = max(min(patches // 2, self.budget), 1)
         logger.warning(
-            "out of device memory with %d images of %d patches in one batch; going on with at "
-            "most %d patches (was %d)",
-            len(part),
+            "out of device memory with %s of %d patches in one batch; going on with at most %d "
+            "patches (was %d)",
+            counted(len(part), "image"),
             patches,
             lowered,
             self.budget,

@@ -26,8 +26,8 @@ from vitrt.images.inputs import (
     content_of,
     is_file,
     is_tensor,
-    shorten,
 )
+from vitrt.messages import reason_of, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ def reading(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         # Broken files make Pillow's plugins raise nearly anything (SyntaxError, struct.error, ...).
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name}: cannot be read as an image: {shorten(reason)}") from error
+        reason = shorten(reason_of(error))
+        raise ImageError(f"{name}: cannot be read as an image: {reason}") from error
 
 
 def size_of(image: PlainInput) -> tuple[int, int]:

@@ -23,13 +23,14 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image
 
+from vitrt.messages import reason_of, shorten
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Layout = Literal["hwc", "chw", "fhwc", "fchw"]
 _LAYOUTS: tuple[str, ...] = ("hwc", "chw", "fhwc", "fchw")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter alone is a drive of Windows
-_LONGEST_SHOWN = 200
 
 
 # Two threads may be given one file, which has one position. What has no hash is locked by its id.
@@ -165,18 +166,10 @@ def _read(file: Any, name: str) -> bytes:
                     file.seek(0)
                 content = file.read()
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name}: cannot be read: {shorten(reason)}") from error
+        raise ImageError(f"{name}: cannot be read: {shorten(reason_of(error))}") from error
     if not isinstance(content, bytes):
         raise ImageError(f'{name}: is not open in binary mode: open it with "rb"')
     return content
-
-
-def shorten(text: str) -> str:
-    """The text as messages show it: a long one by its start and its end."""
-    if len(text) <= _LONGEST_SHOWN:
-        return text
-    return f"{text[:100]}...{text[-20:]} ({len(text)} characters)"
 
 
 def content_of(image: str | os.PathLike[str] | bytes) -> str | io.BytesIO:

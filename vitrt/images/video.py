@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrt.images.inputs import ImageError, PlainInput, content_of, shorten
+from vitrt.images.inputs import ImageError, PlainInput, content_of
+from vitrt.messages import reason_of, shorten
 
 # Pillow was asked first; the name and the first bytes may both mislead.
 _UNREAD = "not an image, and cannot be read as a video"
@@ -224,5 +225,4 @@ def _explaining(name: str, what: str = "cannot be read as a video") -> Iterator[
     except ImageError:
         raise
     except Exception as error:  # av.FFmpegError has no base of its own
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name}: {what}: {shorten(reason)}") from error
+        raise ImageError(f"{name}: {what}: {shorten(reason_of(error))}") from error

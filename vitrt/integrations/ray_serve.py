@@ -30,6 +30,7 @@ from vitrt.features import ImageFeatures
 from vitrt.images.inputs import ImageError
 from vitrt.images.prepared import Prepared
 from vitrt.integrations.ray_actor import limit_memory, open_model
+from vitrt.messages import counted
 from vitrt.store.content import to_bytes
 
 __all__ = ["EncoderService"]
@@ -162,7 +163,7 @@ class EncoderService:
             return await _in(self._device, partial(self._encode, images))
         except Exception as error:
             self._broken = error
-            logger.exception("a batch of %d images failed", len(images))
+            logger.exception("a batch of %s failed", counted(len(images), "image"))
             raise
 
     def _encode(self, images: Sequence[Prepared]) -> list[ImageFeatures | Exception]:

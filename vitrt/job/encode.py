@@ -29,6 +29,7 @@ from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress, Snapshot
 from vitrt.job.run import Outcome, encode_records, prepare_with
 from vitrt.job.stop import Stop
+from vitrt.messages import counted
 from vitrt.parallel.context import SINGLE, ParallelContext
 from vitrt.parallel.shared_parts import SharedParts
 from vitrt.sources.inputs import Inputs
@@ -232,7 +233,7 @@ def _run(
 ) -> Outcome:
     encoded = EncodedIndex(output)
     if len(encoded):
-        logger.info("%s holds %d images already", output, len(encoded))
+        logger.info("%s holds %s already", output, counted(len(encoded), "image"))
     writer = FeatureWriter(
         output,
         identity,

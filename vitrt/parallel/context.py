@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vitrt.messages import counted
 from vitrt.parallel.symmetric_memory import SymmetricMemory
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ class ParallelContext:
         rank, world, local_rank = _environment()
         if tp < 1 or world % tp:
             raise ValueError(
-                f"tp = {tp} does not divide the {world} rank(s) of this job: start a multiple of "
-                "it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
+                f"tp = {tp} does not divide this job's {counted(world, 'rank')}: start a multiple "
+                "of it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
             )
         if world == 1:
             return SINGLE

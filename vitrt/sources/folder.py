@@ -17,6 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import islice, takewhile
 
+from vitrt.messages import counted, reason_of, shorten
 from vitrt.sources.record import Record
 
 IMAGE_EXTENSIONS = frozenset(
@@ -61,9 +62,10 @@ class Choice:
         kinds = [
             f"{count} {suffix or 'with none'}" for suffix, count in self.left_out.most_common()
         ]
+        total = self.left_out.total()
         more = "" if len(kinds) <= _KINDS_NAMED else f" and {len(kinds) - _KINDS_NAMED} other kinds"
         return (
-            f"{self.left_out.total()} files left out by their suffix "
+            f"{counted(total, 'file')} left out by {'its' if total == 1 else 'their'} suffix "
             f"({', '.join(kinds[:_KINDS_NAMED])}{more}; --all-files tries them)"
         )
 
@@ -153,7 +155,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _unlisted(name: str, path: str, error: OSError) -> Record:
-    problem = f"the folder cannot be listed: {error.strerror or error}"
+    problem = f"the folder cannot be listed: {reason_of(error)}"
     return Record(id_from(name), path, problem=problem)
 
 
@@ -183,8 +185,7 @@ def named(image_id: str, path: str) -> Record:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return Record(image_id, path, problem=f"cannot be read: {reason}")
+        return Record(image_id, path, problem=f"cannot be read: {reason_of(error)}")
     if stat.S_ISDIR(status.st_mode):
         return Record(image_id, path, problem="it is a folder")
     if not stat.S_ISREG(status.st_mode):
@@ -220,10 +221,7 @@ def printable(path: str) -> str:
 
 def shown(path: str) -> str:
     """A path, URL or id as messages show it: one so long that it is content, by its two ends."""
-    text = printable(path)
-    if len(text) <= _LONGEST_SHOWN:
-        return text
-    return f"{text[:100]}...{text[-20:]} ({len(text)} characters)"
+    return shorten(printable(path), _LONGEST_SHOWN)
 
 
 def unprintable(text: str) -> str | None:

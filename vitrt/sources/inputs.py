@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TypeAlias
 
+from vitrt.messages import reason_of
 from vitrt.sources.folder import (
     Choice,
     id_from,
@@ -201,7 +202,7 @@ class _Folder:
         try:
             os.scandir(path).close()
         except OSError as error:
-            raise InputError(f"INPUT {shown(path)} cannot be listed: {error.strerror}") from error
+            raise InputError(f"INPUT {shown(path)} cannot be listed: {reason_of(error)}") from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         return walk(self.path, should_stop, self._choice)

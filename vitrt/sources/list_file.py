@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+from vitrt.messages import reason_of
 from vitrt.sources.folder import id_from, named, shown
-from vitrt.sources.location import filesystem, is_url, local_path, reason_of
+from vitrt.sources.location import filesystem, is_url, local_path
 from vitrt.sources.record import InputError, Record, remote_record
 from vitrt.sources.shards import is_shard_name
 
@@ -54,7 +55,7 @@ class ListFile:
                 pass
         except OSError as error:
             raise InputError(
-                f"INPUT list {shown(path)} cannot be read: {error.strerror}"
+                f"INPUT list {shown(path)} cannot be read: {reason_of(error)}"
             ) from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:

@@ -165,11 +165,6 @@ def walk_remote(
         folders += reversed(inner)
 
 
-def reason_of(error: Exception) -> str:
-    """Why something could not be read, for people."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 class ReadAhead:
     """Parts of files that a listing has passed, kept until somebody loads them or room runs out."""
 

@@ -12,14 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from vitrt.messages import reason_of
 from vitrt.sources.folder import Choice, id_from, is_image_name, shown
-from vitrt.sources.location import (
-    filesystem,
-    is_url,
-    open_location,
-    reason_of,
-    walk_remote,
-)
+from vitrt.sources.location import filesystem, is_url, open_location, walk_remote
 from vitrt.sources.options import SourceOptions
 from vitrt.sources.record import InputError, Record, remote_record
 from vitrt.sources.rows import image_column, row_records

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vitrt.messages import counted
 from vitrt.store.feature_shard import (
     file_crc32,
     kinds_of,
@@ -56,13 +57,13 @@ class CheckResult:
             yield f"a job is writing into it ({self.running}): what it has begun was left out"
         if self.unsummed:
             yield (
-                f"{self.unsummed} shards have no checksum, so a changed value that is still finite "
-                "would not be found"
+                f"{counted(self.unsummed, 'shard')} without a checksum: a changed value that is "
+                "still finite would not be found there"
             )
-        verdict = f"{len(self.problems)} problem(s)" if self.problems else "no problem"
+        verdict = counted(len(self.problems), "problem") if self.problems else "no problem"
         yield (
-            f"{self.images} images, {self.tokens} tokens, {self.shards} shards, "
-            f"{self.bytes / (1 << 20):.1f} MiB: {verdict}"
+            f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')}, "
+            f"{counted(self.shards, 'shard')}, {self.bytes / (1 << 20):.1f} MiB: {verdict}"
         )
 
 
@@ -127,10 +128,11 @@ class _Check:
             self._shard(name, entries)
         if damage.torn:
             self._begun.append(
-                f"{path.name}: {damage.torn} line(s) at its end are torn or no entries"
+                f"{path.name}: {counted(damage.torn, 'line')} at its end, torn or no entries"
             )
         if damage.amid:
-            self._problem(f"{path.name}: {damage.amid} line(s) amid its entries are no entries")
+            found = counted(damage.amid, "line")
+            self._problem(f"{path.name}: {found} amid its entries, and no entry")
 
     def _twice(self) -> None:
         for image_id, times in self._seen.items():
@@ -148,7 +150,7 @@ class _Check:
             self._checksum(path, entries)
             self.result.bytes += path.stat().st_size
         except (TensorFileError, SafetensorError, OSError) as error:
-            self._problem(f"{len(entries)} images of {name} are lost: {error}")
+            self._problem(f"{name}: {counted(len(entries), 'image')} lost: {error}")
 
     def _checksum(self, path: Path, entries: list[Entry]) -> None:
         listed = {entry.crc32 for entry in entries if entry.crc32 is not None}

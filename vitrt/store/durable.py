@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from vitrt.messages import reason_of
+
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OutputError: there is no room
 
 _WRITE_BYTES = 64 << 20  # of one call: some systems refuse or cut short 2 GiB and more
@@ -21,7 +23,7 @@ class OutputError(OSError):
     """The output folder cannot be written; what was finished before stays valid."""
 
     def __init__(self, action: str, path: Path, error: OSError) -> None:
-        super().__init__(f"cannot {action} {path}: {error.strerror or error}")
+        super().__init__(f"cannot {action} {path}: {reason_of(error)}")
         self.errno = error.errno
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vitrt.features import ImageFeatures
+from vitrt.messages import counted
 from vitrt.store.feature_shard import merge_size_of, parse_layers, read_header
 from vitrt.store.manifest import Entry, live_entries, manifests
 
@@ -88,7 +89,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         return image_id in self._entries  # Mapping's own would read the features
 
     def __repr__(self) -> str:
-        return f"FeatureStore({str(self.folder)!r}, {len(self)} images)"
+        return f"FeatureStore({str(self.folder)!r}, {counted(len(self), 'image')})"
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path]]:
         return FeatureStore, (self.folder,)  # for the workers of a DataLoader

@@ -15,6 +15,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any, Protocol
 
+from vitrt.messages import counted
 from vitrt.store.feature_shard import FORMAT, NO_LAYERS
 from vitrt.version import __version__
 
@@ -185,10 +186,10 @@ def live_entries(folder: Path) -> list[Entry]:
         entries += iter_manifest(path, damage)
         if damage.amid:
             logger.warning(
-                "%s: %d line(s) amid its entries cannot be read; the next run into the folder "
-                "encodes their images again",
+                "%s: %s amid its entries that cannot be read; the next run into the folder "
+                "encodes again what they stood for",
                 path,
-                damage.amid,
+                counted(damage.amid, "line"),
             )
     dead = {entry_key(entry.id, entry.replaces) for entry in entries if entry.replaces}
     return [entry for entry in entries if entry_key(entry.id, entry.shard) not in dead]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from vitrt.messages import counted
 from vitrt.store.compaction import compact, drop_lines, forget_replaced, strip
 from vitrt.store.durable import FULL, OutputError, flush_folder, remove, truncate
 from vitrt.store.feature_shard import read_header
@@ -107,14 +108,16 @@ def recover(folder: Path, *, keep_errors: bool = False) -> None:
 def _say(scan: FolderScan) -> None:
     for path, damage in scan.damage.items():
         if damage.torn:
-            logger.warning("%s: dropping %d unfinished line(s) of the last run", path, damage.torn)
+            torn = counted(damage.torn, "unfinished line")
+            logger.warning("%s: dropping %s of the last run", path, torn)
         if damage.amid:
             logger.warning(
-                "%s: dropping %d line(s) that cannot be read, their images are encoded again",
+                "%s: dropping %s that cannot be read; what it stood for is encoded again",
                 path,
-                damage.amid,
+                counted(damage.amid, "line"),
             )
     for name, reason in scan.broken.items():
         logger.warning("dropping %s, its images are encoded again: %s", name, reason)
     if scan.incomplete:
-        logger.warning("%d image(s) lack a tensor and are encoded again", scan.incomplete)
+        incomplete = counted(scan.incomplete, "image")
+        logger.warning("encoding again what lacks a tensor: %s", incomplete)
