@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.checkpoints import (
     needs_transformers,
     vision_part,
 )
+from vitrt import VisionEncoder
 from vitrt.config import RuntimeConfig
 from vitrt.images.config import PreprocessorConfig
 from vitrt.models.families import read_vision_config, write_vision_config
@@ -327,8 +329,19 @@ def test_impossible_preprocessors(change: dict[str, Any], said: str) -> None:
         ({"max_batch_tokens": 0}, "max_batch_tokens.*0"),
         ({"min_pixels": 9, "max_pixels": 8}, "min_pixels 9 is larger than max_pixels 8"),
         ({"graph_memory_mib": -1.0}, "graph_memory_mib.*-1.0"),
+        ({"fp8_skip_blocks": -1}, "fp8_skip_blocks must be an integer from 0 on, got -1"),
+        ({"fp8_skip_blocks": True}, "fp8_skip_blocks.*got True"),
+        ({"max_batch_tokens": True}, "max_batch_tokens.*got True"),
+        ({"min_frames": True}, "min_frames.*got True"),
     ],
 )
 def test_impossible_choices(choice: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         RuntimeConfig(**choice)
+
+
+def test_every_choice_is_an_argument_with_the_same_default() -> None:
+    """`from_pretrained` hands its arguments on by the names of RuntimeConfig's fields."""
+    arguments = inspect.signature(VisionEncoder.from_pretrained).parameters
+    for field in fields(RuntimeConfig):
+        assert arguments[field.name].default == field.default, field.name

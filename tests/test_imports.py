@@ -30,7 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "config": (),
     "messages": (),
     "tensor_file": ("messages",),
-    "features": (),
+    "features": ("messages",),
     "kernels": (),
     "parallel": ("messages",),
     "attention": ("kernels",),

@@ -149,7 +149,7 @@ def test_one_image_is_not_a_list_of_images(folder: Path, call: str, tmp_path: Pa
 def test_odd_grids_and_values_are_named(folder: Path):
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     values = torch.zeros(16, encoder.config.patch_dim)
-    for grid in ([1, 4, 4], [[1, 4.9, 4.2]], [[1, 4]], torch.tensor([1, 4, 4])):
+    for grid in ([1, 4, 4], [[1, 4.9, 4.2]], [[True, 4, 4]], [[1, 4]], torch.tensor([1, 4, 4])):
         with pytest.raises(ValueError, match="rows of three integers"):
             encoder(values, grid)
     with pytest.raises(ValueError, match=r"ndarray.*must be a tensor"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
-from vitrt.config import RuntimeConfig, VisionConfig
+from vitrt.config import RuntimeConfig, VisionConfig, is_integer
 from vitrt.engine.batch import PixelBatch, PixelValues
 from vitrt.engine.device import dtype_name
 from vitrt.engine.eager_runner import RunnerStats
@@ -273,8 +273,8 @@ class VisionEncoder:
         check_images(images)
         if on_error not in ("raise", "yield"):
             raise ValueError(f"on_error is {on_error!r}; it must be 'raise' or 'yield'")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers is {workers}; it must be at least 1")
+        if workers is not None and (not is_integer(workers) or workers < 1):
+            raise ValueError(f"workers is {workers!r}; it must be a number of threads, at least 1")
         return stream_features(
             self.stages(self._request(layers, merged)),
             images,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrt.messages import counted
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFeatures:
@@ -64,7 +66,7 @@ class ImageFeatures:
         tokens, whole = self._tokens(), prod(self.grid_thw) // self.merge_size**2
         if len(tokens) != whole:
             raise ValueError(
-                f"these features have {len(tokens)} rows for the {whole} merged tokens of grid "
+                f"these features have {counted(len(tokens), 'row')} for the {whole} merged tokens of grid "
                 f"{self.grid_thw}: they were pooled, and hold no single token any more"
             )
         return tokens

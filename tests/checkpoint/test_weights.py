@@ -292,11 +292,12 @@ def test_all_problems_are_listed_at_once(copy: Path) -> None:
     assert not tower.kept, "something was stored before the check"
 
 
-def refused(folder: Path | str, *said: str) -> None:
+def refused(folder: Path | str, *said: str) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_all(folder)  # type: ignore[arg-type]
     for part in said:
         assert part in str(caught.value)
+    return str(caught.value)
 
 
 def test_missing_shard(copy: Path) -> None:
@@ -478,3 +479,6 @@ def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     refused(tmp_path / "nowhere", "nowhere: no such folder")
     refused("./a/b/c", "./a/b/c: no such folder, and no hub id")
     refused("file.json", "file.json: is a file")
+    for name in ("x" * 5000, "owner/" + "x" * 5000, "./" + "x" * 250):
+        message = refused(name, f"{name[:100]}...")
+        assert len(message) < 400, message

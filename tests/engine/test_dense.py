@@ -247,6 +247,7 @@ def test_default_calls_keep_no_hidden_states(pair):
         (5, True, r"layers is 5; it must be a list, as in layers=\[-1\]"),
         ([1.0], True, r"layers holds 1.0; it must hold integers"),
         ("1,2", True, r"layers holds '1'; it must hold integers"),
+        ([True], True, r"layers holds True; it must hold integers"),
         ([], False, r"merged=False without layers asks for nothing"),
     ],
 )

@@ -182,7 +182,7 @@ def test_warmup_takes_numbers_of_patches(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(runner, "_record", lambda key, *rest: recorded.append(key.bucket))
     runner.warmup([1001, 64])
     assert set(recorded) == {64, 1024} and recorded == sorted(recorded, reverse=True)
-    for patches in (0, -64, 4097):
+    for patches in (0, -64, 4097, True):
         with pytest.raises(ValueError, match=rf"no graph holds {patches} patches; .* up to 4096"):
             runner.warmup([64, patches])
 

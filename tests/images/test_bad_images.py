@@ -316,6 +316,7 @@ def test_rows_and_files_that_hold_no_image(tmp_path: Path) -> None:
 def test_one_image_is_no_list_of_images() -> None:
     """What could be iterated over would give its keys, lines or rows as images."""
     one = [{"bytes": b"", "path": "a.png"}, io.BytesIO(b"x"), torch.zeros(3, 4, 5), b"", "a.png"]
+    one += [bytearray(b"x"), memoryview(b"x")]
     for image in [*one, Pixels(torch.zeros(3, 4, 4), "chw"), Path("a.png"), photo()]:
         with pytest.raises(ValueError, match=r"images is one image, .*: \[image\]"):
             check_images(image)

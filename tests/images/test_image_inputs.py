@@ -76,7 +76,18 @@ def test_path_string_bytes_pil_and_array_agree(tmp_path: Path, resize: str) -> N
     hwc = torch.from_numpy(np.array(photo()))
     chw = hwc.permute(2, 0, 1).contiguous()
     tensors = [hwc, chw, Pixels(hwc, "hwc"), Pixels(chw, "chw"), Pixels(chw.numpy(), "chw")]
-    for same in (path, content, photo(), Image.open(path), *urls, *rows, *files, *tensors):
+    buffers = [bytearray(content), memoryview(content)]
+    for same in (
+        path,
+        content,
+        *buffers,
+        photo(),
+        Image.open(path),
+        *urls,
+        *rows,
+        *files,
+        *tensors,
+    ):
         assert processor(resize).grid_of(same) == processor(resize).grid(90, 150)
         np.testing.assert_array_equal(pixels(same, resize), expected)
 

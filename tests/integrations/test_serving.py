@@ -72,7 +72,7 @@ def test_pooled_features_hold_no_tokens() -> None:
     pooled = ImageFeatures(torch.zeros(1, 8), None, (1, 4, 4))
     assert pooled.pooled().shape == (8,)
     for call in (pooled.spatial, pooled.concatenated, lambda: feature_inputs([pooled])):
-        with pytest.raises(ValueError, match=r"1 rows for the 4 merged tokens .* pooled"):
+        with pytest.raises(ValueError, match=r"1 row for the 4 merged tokens .* pooled"):
             call()
 
 
@@ -96,9 +96,13 @@ def test_pooled_features_hold_no_tokens() -> None:
         (lambda: for_vllm([features(GRIDS[0])], timestamps=[[0.0]]), "there are none"),
         (
             lambda: for_vllm(videos=[features((2, 2, 2))], second_per_grid_ts=[1, 2]),
-            "2 values for 1 videos",
+            "2 values for 1 video$",
         ),
         (lambda: for_sglang([]), "no images"),
+        (
+            lambda: for_sglang([features(GRIDS[0])], input_ids=[True, 2]),
+            "flat list of integers: True is no number",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(call, message: str) -> None:

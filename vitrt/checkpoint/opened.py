@@ -29,6 +29,7 @@ from vitrt.checkpoint.tower_files import (
 )
 from vitrt.config import VisionConfig
 from vitrt.images.config import PreprocessorConfig
+from vitrt.messages import reason_of, shorten
 from vitrt.models.families import build_tower, family_of, read_vision_config
 
 # cache_dir, token, local_files_only
@@ -162,12 +163,12 @@ def open_checkpoint(
     checkpoint = _open(model, revision, options, limits, weights=weights)
     if adapter is None:
         return checkpoint
-    name = os.fspath(adapter)
-    folder = Path(name).expanduser()
+    name, folder = os.fspath(adapter), named_folder(adapter)
     if not (folder / ADAPTER_CONFIG).is_file():
         if folder.exists() or not _HUB_ID.fullmatch(name):
             raise CheckpointError(
-                f"{name}: an adapter is the folder, or the hub id, that holds {ADAPTER_CONFIG}"
+                f"{shorten(name)}: an adapter is the folder, or the hub id, that holds "
+                f"{ADAPTER_CONFIG}"
             )
         from vitrt.checkpoint.hub import HubSource
 
@@ -186,8 +187,7 @@ def _open(
     *,
     weights: bool,
 ) -> Checkpoint:
-    name = os.fspath(model)
-    folder = Path(name).expanduser()
+    name, folder = os.fspath(model), named_folder(model)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(folder)}")
@@ -199,7 +199,7 @@ def _open(
     if folder.exists():
         raise CheckpointError(f"{name}: is a file; a checkpoint is the folder that holds {CONFIG}")
     if not isinstance(model, str) or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name}: no such folder, and no hub id (owner/name) either")
+        raise CheckpointError(f"{shorten(name)}: no such folder, and no hub id (owner/name) either")
 
     # Not at the top: huggingface_hub takes long to import, and a folder does not need it.
     from vitrt.checkpoint.hub import HubSource
@@ -214,6 +214,20 @@ def _open(
     if not weights:
         return checkpoint
     return replace(checkpoint, tensors=hub.fetch_tensors(checkpoint.tower_search()))
+
+
+def named_folder(name: str | os.PathLike[str]) -> Path:
+    """The folder that a checkpoint's or an adapter's name would be, whether or not it is there.
+
+    CheckpointError where the system takes no such name.
+    """
+    folder = Path(name).expanduser()
+    try:
+        folder.exists()
+    except OSError as error:
+        shown = shorten(os.fspath(name))
+        raise CheckpointError(f"{shown}: no folder, and no hub id: {reason_of(error)}") from error
+    return folder
 
 
 def _without_tensors(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
+from vitrt.checkpoint.opened import Checkpoint, named_folder, open_checkpoint
 from vitrt.config import VisionConfig
 from vitrt.models.families import family_named, read_vision_config, write_vision_config
 
@@ -41,7 +41,7 @@ def find_model(model: str, *, tiny: bool = False, weights: bool = True) -> Named
     Without weights beside the config they are random; `tiny` shrinks the tower and makes them so.
     Without `weights` a hub id's are not fetched.
     """
-    path = Path(model)
+    path = named_folder(model)
     folders = (path, *(folder / model for folder in CONFIG_FOLDERS))
     file = next((f / "config.json" for f in folders if (f / "config.json").is_file()), path)
     name = path.parent.name if path.suffix == ".json" else path.name

@@ -68,7 +68,7 @@ class Buckets:
 
     def of(self, patches: int) -> int:
         """The bucket of so many patches. ValueError for a number that none holds."""
-        if not 0 < patches <= self.largest:
+        if isinstance(patches, bool) or not 0 < patches <= self.largest:
             raise ValueError(f"no graph holds {patches} patches; buckets go up to {self.largest}")
         return next(size for size in self.sizes if size >= patches)
 

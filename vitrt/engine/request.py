@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import index
+
+from vitrt.config import integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Request:
         found: list[int] = []
         for layer in layers:
             try:
-                place = index(layer)
+                place = integer(layer)
             except TypeError:
                 raise ValueError(f"layers holds {layer!r}; it must hold integers only") from None
             if not -depth <= place < depth:

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from vitrt.images.heif import is_heif, register_heif
 from vitrt.images.inputs import (
+    BYTES,
     ImageError,
     ImageInput,
     Pixels,
@@ -55,8 +56,8 @@ def name_of(image: object) -> str:
         return f"{origin} ({image.mode}, {image.width} x {image.height})"
     if isinstance(image, np.ndarray):
         return "array"
-    if isinstance(image, bytes):
-        return f"bytes object of length {len(image)}"
+    if isinstance(image, BYTES):
+        return f"{type(image).__name__} object of length {len(image)}"
     if isinstance(image, Mapping) and isinstance(image.get("path"), str):
         return shorten(image["path"])
     if is_file(image):
@@ -77,7 +78,7 @@ def check_images(images: Iterable[ImageInput]) -> None:
             f"images is one array of shape {shape}; give [array] if it is a clip, list(array) if "
             f"it is {shape[0]} images"
         )
-    one = isinstance(images, str | bytes | os.PathLike | Image.Image | Pixels | Mapping)
+    one = isinstance(images, (str, *BYTES, os.PathLike, Image.Image, Pixels, Mapping))
     if one or numbers or is_file(images):
         raise ValueError(f"images is one image, {name_of(images)}; give a list: [image]")
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["hwc", "chw", "fhwc", "fchw"]
 _LAYOUTS: tuple[str, ...] = ("hwc", "chw", "fhwc", "fchw")
+BYTES = (bytes, bytearray, memoryview)  # an image file's content
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter alone is a drive of Windows
 
 
@@ -87,7 +88,9 @@ class Pixels:
 
 # What is decoded, and what is brought to that: datasets' {"bytes", "path"}, tensors, open files.
 PlainInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
-ImageInput: TypeAlias = "PlainInput | Pixels | Mapping[str, Any] | BinaryIO | Tensor"
+ImageInput: TypeAlias = (
+    "PlainInput | bytearray | memoryview | Pixels | Mapping[str, Any] | BinaryIO | Tensor"
+)
 
 
 def is_tensor(image: object) -> bool:
@@ -109,6 +112,8 @@ def plain_input(image: object, name: str) -> PlainInput:
     """
     if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | bytes):
         return image
+    if isinstance(image, BYTES):
+        return bytes(image)
     if isinstance(image, Pixels):
         return image.to_array()
     if is_tensor(image):
@@ -149,7 +154,7 @@ def _of_row(row: Mapping[str, Any], name: str) -> PlainInput:
         )
     if content is None:
         return str(path)
-    if not isinstance(content, bytes | bytearray | memoryview):
+    if not isinstance(content, BYTES):
         raise ImageError(f"{name}: bytes is a {type(content).__name__}")
     return bytes(content)
 

@@ -5,13 +5,13 @@ Shapes: T patches, C width of a token's concatenated features.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitrt.config import integer
 from vitrt.features import ImageFeatures
 from vitrt.models.families import family_of
 
@@ -89,7 +89,7 @@ def token_ids(input_ids: Sequence[int] | Tensor) -> list[int]:
     """The ids of one prompt as plain integers; ValueError for several, or what are no integers."""
     try:
         # A tensor's elements are tensors, which equal an id and yet are not found by it.
-        return [operator.index(token) for token in input_ids]
+        return [integer(token) for token in input_ids]
     except TypeError as error:
         raise ValueError(
             f"input_ids must be the token ids of one prompt, a flat list of integers: {error}"

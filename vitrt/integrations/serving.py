@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitrt.features import ImageFeatures
 from vitrt.integrations.feature_inputs import token_ids
+from vitrt.messages import counted
 
 __all__ = ["for_sglang", "for_vllm"]
 
@@ -122,7 +123,8 @@ def _times(
     if second_per_grid_ts is not None and timestamps is None:
         if len(second_per_grid_ts) != len(videos):
             raise ValueError(
-                f"second_per_grid_ts has {len(second_per_grid_ts)} values for {len(videos)} videos"
+                f"second_per_grid_ts has {counted(len(second_per_grid_ts), 'value')} for "
+                f"{counted(len(videos), 'video')}"
             )
         return {"second_per_grid_ts": torch.tensor(list(second_per_grid_ts), device="cpu")}
     raise ValueError("videos need either timestamps (Qwen3-VL) or second_per_grid_ts (Qwen2.5-VL)")

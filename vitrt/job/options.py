@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from vitrt.config import positive_integer
+
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
@@ -26,7 +28,7 @@ class EncodeOptions:
                 f"pool 'mean' keeps one row an image and no hidden states of layers "
                 f"{','.join(map(str, self.layers))}; use pool 'none' or no layers"
             )
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.workers is not None:
+            positive_integer("workers", self.workers)
         if not (self.shard_mib > 0 and math.isfinite(self.shard_mib)):
             raise ValueError(f"shard_mib must be above 0 and finite, got {self.shard_mib}")

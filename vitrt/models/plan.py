@@ -9,7 +9,6 @@ Shapes: T patches, M merged tokens, S segments, C tiles, W windows.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrt.config import integer
 from vitrt.kernels.segments import tile_list
 from vitrt.models.work import Grid
 
@@ -97,9 +97,7 @@ class ForwardPlan:
 def check_grids(grid_thw: Sequence[Sequence[int]], merge: int) -> tuple[Grid, ...]:
     """`grid_thw` as plain ints. ValueError names the first grid that no tower can take."""
     try:
-        grids = tuple(
-            (operator.index(t), operator.index(h), operator.index(w)) for t, h, w in grid_thw
-        )
+        grids = tuple((integer(t), integer(h), integer(w)) for t, h, w in grid_thw)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"grid_thw must be rows of three integers (t, h, w), got {grid_thw!r}: {error}"

@@ -84,7 +84,7 @@ class ParallelContext:
         if all_reduce not in _METHODS:
             raise ValueError(f"all_reduce {all_reduce!r} is none of {', '.join(_METHODS)}")
         rank, world, local_rank = _environment()
-        if tp < 1 or world % tp:
+        if isinstance(tp, bool) or tp < 1 or world % tp:
             raise ValueError(
                 f"tp = {tp} does not divide this job's {counted(world, 'rank')}: start a multiple "
                 "of it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
