@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 ROPE_THETA = 10000.0
 
+Grid = tuple[int, int, int]  # of an image or a clip: frames, rows, columns in patches
+
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:

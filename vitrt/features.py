@@ -66,8 +66,8 @@ class ImageFeatures:
         tokens, whole = self._tokens(), prod(self.grid_thw) // self.merge_size**2
         if len(tokens) != whole:
             raise ValueError(
-                f"these features have {counted(len(tokens), 'row')} for the {whole} merged tokens of grid "
-                f"{self.grid_thw}: they were pooled, and hold no single token any more"
+                f"these features have {counted(len(tokens), 'row')} for the {whole} merged tokens "
+                f"of grid {self.grid_thw}: they were pooled, and hold no single token any more"
             )
         return tokens
 

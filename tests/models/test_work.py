@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.support.checkpoints import CONFIGS
 from vitrt.compare.reference import empty_tower
-from vitrt.config import VisionConfig
+from vitrt.config import Grid, VisionConfig
 from vitrt.models.families import read_vision_config
-from vitrt.models.work import Grid, attention_layers, count_flops, count_parameters, count_tokens
+from vitrt.models.work import attention_layers, count_flops, count_parameters, count_tokens
 
 WORKLOADS: dict[str, tuple[list[Grid], list[Grid]]] = {
     "1x560": ([(1, 36, 36)], [(1, 40, 40)]),

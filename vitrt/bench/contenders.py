@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vitrt.compare.errors import Output
+from vitrt.config import Grid
 from vitrt.encoder import VisionEncoder
-from vitrt.models.work import Grid
 
 Forward = Callable[[Tensor], Output]
 

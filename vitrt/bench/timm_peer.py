@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from vitrt.bench.contenders import Forward, UnavailableError
 from vitrt.compare.errors import Output
-from vitrt.config import VisionConfig
-from vitrt.models.work import Grid
+from vitrt.config import Grid, VisionConfig
 
 IMAGE_SETS = 3
 

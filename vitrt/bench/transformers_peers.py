@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitrt.bench.contenders import Forward, UnavailableError
 from vitrt.compare.errors import Output
-from vitrt.models.work import Grid
+from vitrt.config import Grid
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 

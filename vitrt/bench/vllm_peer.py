@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from vitrt.bench.contenders import Forward, UnavailableError
 from vitrt.bench.timing import measure
 from vitrt.compare.errors import Output
-from vitrt.config import VisionConfig
-from vitrt.models.work import Grid
+from vitrt.config import Grid, VisionConfig
 
 CHOOSING_SECONDS = 0.2  # of timing each setting
 BUFFERS = ("inv_freq", "rotary_pos_emb")  # of transformers' towers; vLLM makes its own

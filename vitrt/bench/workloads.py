@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vitrt.models.work import Grid
+from vitrt.config import Grid
 
 MERGE = 2  # merged token side of both families, in patches
 

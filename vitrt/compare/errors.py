@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitrt.models.work import Grid
+from vitrt.config import Grid
 
 Output = tuple[Tensor, Sequence[Tensor]]  # embeddings [M, O], deepstack levels of the same shape
 

@@ -11,11 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from vitrt.config import Grid
 from vitrt.engine.request import Request
 from vitrt.engine.stages import Prepared
 from vitrt.features import ImageFeatures
 from vitrt.models.tower import TowerOutput
-from vitrt.models.work import Grid
 
 
 def split_by_image(

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vitrt.config import Grid
 from vitrt.engine.pipeline import features_of
 from vitrt.engine.stages import Stages
 from vitrt.features import ImageFeatures, join
-from vitrt.models.work import Grid, count_flops
+from vitrt.models.work import count_flops
 
 if TYPE_CHECKING:
     from vitrt.engine.engine import Engine

@@ -16,9 +16,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrt.config import integer
+from vitrt.config import Grid, integer
 from vitrt.kernels.segments import tile_list
-from vitrt.models.work import Grid
 
 IntArray = NDArray[np.int32]
 

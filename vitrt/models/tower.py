@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrt.attention import AttentionChoice
-from vitrt.config import VisionConfig
+from vitrt.config import Grid, VisionConfig
 from vitrt.layers.attention import VisionAttention
 from vitrt.layers.cache import ByteCache
 from vitrt.layers.linear import Linear
@@ -28,7 +28,6 @@ from vitrt.layers.weights import WeightTarget
 from vitrt.models.block import VisionBlock
 from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.plan import ForwardPlan, FramePlan, build_plan, check_grids
-from vitrt.models.work import Grid
 from vitrt.parallel.context import SINGLE, ParallelContext
 
 _FRAME_CACHE_BYTES = 64 << 20

@@ -14,9 +14,7 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from math import prod
 
-from vitrt.config import VisionConfig
-
-Grid = tuple[int, int, int]  # frames, rows, columns in patches
+from vitrt.config import Grid, VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
