@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
 
@@ -71,29 +71,32 @@ class ImageFeatures:
             )
         return tokens
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by their names here."""
+        named = {"embeddings": self.embeddings, "deepstack": self.deepstack, "hidden": self.hidden}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> ImageFeatures:
+        """The same, each tensor as `change` makes it."""
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
+
     def clone(self) -> ImageFeatures:
         """The same features in memory of their own: to keep or save some images of a batch."""
-        return ImageFeatures(*map(_copied, self._values()))
+        return self.mapped(_copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageFeatures, tuple(map(_alone, self._values()))
-
-    def _values(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]
+        alone = self.mapped(_alone)
+        return ImageFeatures, tuple(getattr(alone, field.name) for field in fields(alone))
 
 
-def _copied(value: Any) -> Any:
-    """A tensor's own copy, contiguous; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.clone(memory_format=torch.contiguous_format)
-    return value
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _alone(value: Any) -> Any:
-    """A tensor that is a view of a larger one as its own copy; anything else as it is."""
-    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-        return _copied(value)
-    return value
+def _alone(tensor: Tensor) -> Tensor:
+    """A view of a larger tensor as its own copy; another one as it is."""
+    return _copied(tensor) if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:

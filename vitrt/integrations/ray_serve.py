@@ -21,6 +21,7 @@ from typing import TypeVar
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from torch import Tensor
 
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
@@ -170,19 +171,9 @@ class EncoderService:
         results = stream_features(
             self._stages, images, failed=lambda error: error, full_batches=True, workers=1
         )
-        return [_on_cpu(each) for each in results]
-
-
-def _on_cpu(result: ImageFeatures | Exception) -> ImageFeatures | Exception:
-    if isinstance(result, Exception):
-        return result
-    deepstack = result.deepstack
-    return ImageFeatures(
-        result.embeddings.cpu(),
-        None if deepstack is None else deepstack.cpu(),
-        result.grid_thw,
-        result.merge_size,
-    )
+        return [
+            each if isinstance(each, Exception) else each.mapped(Tensor.cpu) for each in results
+        ]
 
 
 def _to_content(features: ImageFeatures, pool: str) -> bytes:

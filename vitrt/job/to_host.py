@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -93,7 +93,7 @@ class ToHost:
         ended.record(stream)
         self._copies.wait_event(ended)
         with torch.cuda.stream(self._copies):
-            on_host = [_on_host(each) for each in features]
+            on_host = [each.mapped(_copy) for each in features]
             copied.record(self._copies)
         transfer = Transfer(events=(started, ended, copied), on_device=features)
         self._under_way.append(transfer)
@@ -105,16 +105,6 @@ class ToHost:
 
     def _result(self, features: ImageFeatures, transfer: Transfer) -> OnHost:
         return OnHost([(features, transfer)], self._join_features)
-
-
-def _on_host(features: ImageFeatures) -> ImageFeatures:
-    deepstack, hidden = features.deepstack, features.hidden
-    return replace(
-        features,
-        embeddings=_copy(features.embeddings),
-        deepstack=None if deepstack is None else _copy(deepstack),
-        hidden=None if hidden is None else _copy(hidden),
-    )
 
 
 def _copy(tensor: Tensor) -> Tensor:

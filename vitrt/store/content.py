@@ -27,10 +27,7 @@ def to_bytes(features: ImageFeatures, *, pooled: bool = False) -> bytes:
         assert len(features.embeddings) == 1, "pooled features are one row"
         found = {"pooled": features.embeddings[0]}
     else:
-        found = {"embeddings": features.embeddings}
-        for name in ("deepstack", "hidden"):
-            if (tensor := getattr(features, name)) is not None:
-                found[name] = tensor
+        found = features.tensors()
     tensors += [(name, tensor.detach().cpu().contiguous()) for name, tensor in found.items()]
     metadata = {
         "format": FORMAT,

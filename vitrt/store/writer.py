@@ -92,9 +92,7 @@ class FeatureWriter:
         assert not self._pool or len(features.embeddings) == 1, "a pooled run writes one row"
         self._held.append((image, features, replaces))
         self._held_ids.add(image.id)
-        self._held_bytes += features.embeddings.nbytes
-        self._held_bytes += 0 if features.deepstack is None else features.deepstack.nbytes
-        self._held_bytes += 0 if features.hidden is None else features.hidden.nbytes
+        self._held_bytes += sum(tensor.nbytes for tensor in features.tensors().values())
         if self._held_bytes >= self._shard_bytes or len(self._held) >= SHARD_IMAGES:
             self._hand_over()
 
@@ -177,11 +175,10 @@ class FeatureWriter:
             for image, features, _ in held
         ]
         for image, features, _ in held:
-            tensors.append((f"{image.id}/embeddings", features.embeddings.contiguous()))
-            if features.deepstack is not None:
-                tensors.append((f"{image.id}/deepstack", features.deepstack.contiguous()))
-            if features.hidden is not None:
-                tensors.append((f"{image.id}/hidden", features.hidden.contiguous()))
+            tensors += [
+                (f"{image.id}/{name}", tensor.contiguous())
+                for name, tensor in features.tensors().items()
+            ]
         return tensors
 
 
