@@ -14,11 +14,10 @@ import torch
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import RuntimeConfig
-from vitrt.encoder import VisionEncoder
 from vitrt.engine.device import dtype_name, resolve_dtype
 from vitrt.engine.pipeline import Pipeline
-from vitrt.engine.request import Request
 from vitrt.integrations.row_records import row_record
+from vitrt.job.encode import load_encoder, stages_of
 from vitrt.job.options import EncodeOptions
 from vitrt.job.run import prepare_with
 from vitrt.job.to_host import OnHost, ToHost, Transfer
@@ -61,14 +60,10 @@ class EncoderActor:
         runtime = runtime or RuntimeConfig()
         checkpoint = open_model(model, runtime, adapter, revision)
         limit_memory()
-        encoder = VisionEncoder.from_checkpoint(checkpoint, runtime)
-        if self._options.warmup and not self._options.layers:
-            encoder.warmup()
-        chosen = self._options
-        request = Request.of(chosen.layers, merged=chosen.merged, depth=encoder.config.depth)
-        request = replace(request, pool=chosen.pool == "mean")
-        self._merge_size = encoder.processor.merge_size
-        self._stages = encoder.stages(request).preparing(prepare_with(encoder.processor.prepare))
+        encoder = load_encoder(checkpoint, runtime, self._options)
+        stages, processor = stages_of(encoder, self._options), encoder.processor
+        self._merge_size = processor.merge_size
+        self._stages = stages.preparing(prepare_with(processor.prepare))
 
     def _records(self, batch: Batch) -> Iterator[Record]:
         for column in self._columns:

@@ -131,7 +131,7 @@ def encode_folder(
     identity = run_identity(checkpoint, runtime, options)
     if not options.overwrite:
         check_identity(output, identity)
-    encoder = _load(checkpoint, runtime, options, parallel)
+    encoder = load_encoder(checkpoint, runtime, options, parallel)
     progress.restart()
     with ExitStack() as locked:
         if ranks.rank == 0:
@@ -139,7 +139,7 @@ def encode_folder(
         ranks.gather(None)
         if ranks.rank > 0:
             locked.enter_context(FolderLock(output, ranks.rank))
-        with leading(_stages(encoder, options), parallel) as stages:
+        with leading(stages_of(encoder, options), parallel) as stages:
             processor = encoder.processor
             outcome = _run(
                 stages, processor, inputs, output, identity, options, progress, stop, ranks
@@ -181,15 +181,16 @@ def follow_leader(
     parallel: ParallelContext,
 ) -> None:
     """Be one of the ranks that share a tower with the one that runs `encode_folder`."""
-    follow(_stages(_load(checkpoint, runtime, options, parallel), options), parallel)
+    follow(stages_of(load_encoder(checkpoint, runtime, options, parallel), options), parallel)
 
 
-def _load(
+def load_encoder(
     checkpoint: Checkpoint,
     runtime: RuntimeConfig,
     options: EncodeOptions,
-    parallel: ParallelContext,
+    parallel: ParallelContext = SINGLE,
 ) -> VisionEncoder:
+    """The encoder of a run, warm where `options` say so."""
     encoder = VisionEncoder.from_checkpoint(checkpoint, runtime, parallel)
     if options.warmup and not options.layers:  # forwards that keep hidden states use no graphs
         encoder.warmup()
@@ -201,7 +202,8 @@ def _request(options: EncodeOptions, depth: int) -> Request:
     return replace(request, pool=options.pool == "mean")
 
 
-def _stages(encoder: VisionEncoder, options: EncodeOptions) -> Stages[Any]:
+def stages_of(encoder: VisionEncoder, options: EncodeOptions) -> Stages[Any]:
+    """How images become what `options` ask for."""
     return encoder.stages(_request(options, encoder.config.depth))
 
 
