@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,33 @@ from vitrt.integrations.vllm import ARCHITECTURES
 RECORDED = Path(__file__).with_name("engine_sources.json")
 
 
-def installed() -> Path | None:
-    """The folder of an installed vllm package."""
-    spec = importlib.util.find_spec("vllm")
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
+Facts = dict[str, Any]  # of one version
 
 
-def all_sources() -> dict[str, dict[str, Any]]:
+def all_sources() -> dict[str, Facts]:
     """Facts by version: of those recorded, and of the one that is installed."""
-    found = json.loads(RECORDED.read_text())
-    folder = installed()
-    return found if folder is None else found | {"installed": facts(folder)}
+    return recorded_and_installed(RECORDED, "vllm", facts)
 
 
-def facts(vllm: Path) -> dict[str, Any]:
+def recorded_and_installed(
+    recorded: Path, package: str, read: Callable[[Path], Facts]
+) -> dict[str, Facts]:
+    """What `read` made of several versions, and makes of an installed package's folder."""
+    found: dict[str, Facts] = json.loads(recorded.read_text())
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        return found
+    return found | {"installed": read(Path(spec.origin).parent)}
+
+
+def record(recorded: Path, package: str, read: Callable[[Path], Facts]) -> None:
+    """Add what the version in SITE_PACKAGES says, by the command line."""
+    known = json.loads(recorded.read_text()) if recorded.exists() else {}
+    known[sys.argv[2]] = read(Path(sys.argv[1]) / package)
+    recorded.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def facts(vllm: Path) -> Facts:
     registry = tree_of(vllm / "model_executor" / "models" / "registry.py")
     models = {}
     for architecture, (module, tower) in ARCHITECTURES.items():
@@ -101,6 +115,4 @@ def reads_of(tree: ast.Module) -> set[str]:
 
 
 if __name__ == "__main__":
-    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    known[sys.argv[2]] = facts(Path(sys.argv[1]) / "vllm")
-    RECORDED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    record(RECORDED, "vllm", facts)

@@ -8,18 +8,17 @@ As `engine_sources` is for vLLM: an installed SGLang is read where there is one.
 from __future__ import annotations
 
 import ast
-import importlib.util
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 from tests.integrations.engine_sources import (
+    Facts,
     classes_of,
     keywords_of,
     method_of,
     parameters_of,
     reads_of,
+    record,
+    recorded_and_installed,
     tree_of,
 )
 from vitrt.integrations.sglang import ARCHITECTURES, TOWERS, EncoderRank, EncoderWorker
@@ -27,16 +26,12 @@ from vitrt.integrations.sglang import ARCHITECTURES, TOWERS, EncoderRank, Encode
 RECORDED = Path(__file__).with_name("sglang_sources.json")
 
 
-def all_sources() -> dict[str, dict[str, Any]]:
+def all_sources() -> dict[str, Facts]:
     """Facts by version: of those recorded, and of the one that is installed."""
-    found = json.loads(RECORDED.read_text())
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.origin:
-        return found
-    return found | {"installed": facts(Path(spec.origin).parent)}
+    return recorded_and_installed(RECORDED, "sglang", facts)
 
 
-def facts(sglang: Path) -> dict[str, Any]:
+def facts(sglang: Path) -> Facts:
     models = {}
     towers = {}
     for architecture, module in ARCHITECTURES.items():
@@ -97,6 +92,4 @@ def _has(sglang: Path, module: str, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    known[sys.argv[2]] = facts(Path(sys.argv[1]) / "sglang")
-    RECORDED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    record(RECORDED, "sglang", facts)

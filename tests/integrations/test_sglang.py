@@ -25,20 +25,23 @@ from torch import Tensor, nn
 from tests.integrations import sglang_sources
 from tests.support.checkpoints import reference_model, tiny_checkpoint
 from tests.support.engine_models import (
+    ARCHITECTURE,
     GRIDS,
     OwnTower,
     QuantMethod,
     UnquantizedLinearMethod,
+    constructor_keywords,
+    family,
+    features_of,
+    folder,
+    pixels_of,
     weights_of,
 )
 from vitrt.integrations import sglang
 from vitrt.integrations.engine_tower import EngineTower
 
 SOURCES = sglang_sources.all_sources()
-ARCHITECTURE = {
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}
+__all__ = ["family", "folder"]  # fixtures
 
 
 # SGLang's side of the interface
@@ -62,7 +65,7 @@ def test_sources_have_what_the_plugin_needs(version: str, family: str, folder: P
         assert model["init"][:3] == ["config", "quant_config", "prefix"], architecture
         assert model["load_weights"] == ["weights"], architecture
         if architecture in sglang.TOWERS:
-            keywords = {"vision_config" if name == "0" else name for name in model["keywords"]}
+            keywords = constructor_keywords(model)
             assert "vision_config" in keywords
             assert keywords <= set(sglang.TOWER_ARGUMENTS), architecture
             assert model["data_parallel"]
@@ -182,16 +185,6 @@ def load_plugins() -> None:
     HookRegistry.apply_hooks()
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def folder(family: str, tmp_path: Path) -> Path:
-    return tiny_checkpoint(family, tmp_path / family)
-
-
 def settings(folder: Path, **changes: Any) -> SimpleNamespace:
     """The parts of a model's config that are looked at."""
     vision = reference_model(folder).config.vision_config
@@ -201,12 +194,6 @@ def settings(folder: Path, **changes: Any) -> SimpleNamespace:
 def build(architecture: str, config: SimpleNamespace, **more: Any) -> Any:
     module = sys.modules[f"sglang.srt.models.{sglang.ARCHITECTURES[architecture]}"]
     return getattr(module, architecture)(config, prefix="model", **more)
-
-
-def pixels_of(model: Any) -> Tensor:
-    patches = sum(t * h * w for t, h, w in GRIDS)
-    width = model.visual.config.patch_dim
-    return torch.randn(patches, width, generator=torch.Generator().manual_seed(3))
 
 
 # The model
@@ -227,11 +214,8 @@ def test_features_are_transformers(family: str, folder: Path, engine: SimpleName
 
     pixels = pixels_of(model)
     output = model.visual(pixels, grid_thw=torch.tensor(GRIDS))
-    expected = reference_model(folder).model.visual(pixels, grid_thw=torch.tensor(GRIDS))
-    levels = getattr(expected, "deepstack_features", None) or []
-    wanted = torch.cat([expected.pooler_output, *levels], dim=1)
     assert output.shape[1] == model.visual.out_hidden_size
-    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, features_of(folder, pixels), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fault", ["missing", "renamed", "doubled", "misshapen"])

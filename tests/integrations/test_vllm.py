@@ -20,8 +20,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.integrations import engine_sources
-from tests.support.checkpoints import reference_model, tiny_checkpoint
-from tests.support.engine_models import GRIDS, OwnTower, QuantMethod, weights_of
+from tests.support.checkpoints import reference_model
+from tests.support.engine_models import (
+    ARCHITECTURE,
+    GRIDS,
+    OwnTower,
+    QuantMethod,
+    constructor_keywords,
+    family,
+    features_of,
+    folder,
+    pixels_of,
+    weights_of,
+)
 from vitrt.config import RuntimeConfig
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.engine import Engine
@@ -29,13 +40,9 @@ from vitrt.engine.loader import load_tower
 from vitrt.features import ImageFeatures
 from vitrt.integrations import vllm, vllm_models
 from vitrt.integrations.engine_tower import EngineTower
-from vitrt.models.families import read_vision_config
 
 SOURCES = engine_sources.all_sources()
-ARCHITECTURE = {
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}
+__all__ = ["family", "folder"]  # fixtures
 
 
 # vLLM's side of the interface
@@ -56,7 +63,7 @@ def test_sources_have_what_the_plugin_needs(version: str) -> None:
     assert found["register_model"] == ["model_arch", "model_cls"]
     for architecture, model in found["models"].items():
         assert model["init"] == ["vllm_config", "prefix"], architecture
-        keywords = {"vision_config" if name == "0" else name for name in model["keywords"]}
+        keywords = constructor_keywords(model)
         assert keywords <= set(vllm_models.TOWER_ARGUMENTS), architecture
         assert "vision_config" in keywords
         assert model["sets_use_data_parallel"]
@@ -126,16 +133,6 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     vllm_models._model_class.cache_clear()
     yield registry
     vllm_models._model_class.cache_clear()
-
-
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def folder(family: str, tmp_path: Path) -> Path:
-    return tiny_checkpoint(family, tmp_path / family)
 
 
 def settings(folder: Path, **changes: Any) -> SimpleNamespace:
@@ -209,16 +206,10 @@ def test_features_are_transformers(family: str, folder: Path, registry: Registry
     assert named == {name for name, _ in model.named_parameters()}
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
-    reference = reference_model(folder)
-    width = read_vision_config(reference.config.to_dict()).patch_dim
-    patches = sum(t * h * w for t, h, w in GRIDS)
-    pixels = torch.randn(patches, width, generator=torch.Generator().manual_seed(3))
+    pixels = pixels_of(model)
     output = model.visual(pixels, grid_thw=torch.tensor(GRIDS))
-    assert output.shape == (patches // 4, model.visual.out_hidden_size)
-    expected = reference.model.visual(pixels, grid_thw=torch.tensor(GRIDS))
-    levels = getattr(expected, "deepstack_features", None) or []
-    wanted = torch.cat([expected.pooler_output, *levels], dim=1)
-    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+    assert output.shape == (len(pixels) // 4, model.visual.out_hidden_size)
+    torch.testing.assert_close(output, features_of(folder, pixels), rtol=1e-4, atol=1e-4)
 
     model.visual._engine.max_batch_patches = 64  # room for one image at a time
     torch.testing.assert_close(
