@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 
+from tests.support.checkpoints import tiny_checkpoint
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.images.prepared import PreparedImage
@@ -45,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         write_mutants(folder / "in", args.images, args.seed)
-        checkpoint = args.checkpoint or _checkpoint(folder / "checkpoint")
+        checkpoint = args.checkpoint or tiny_checkpoint("qwen3_vl", folder / "checkpoint")
         slowest = _time_decoding()
         summary = encode_folder(
             open_checkpoint(checkpoint),
@@ -178,12 +179,6 @@ def _originals() -> dict[str, bytes]:
         picture.save(buffer, formats.get(suffix, suffix.upper()), **options)
         files[name] = buffer.getvalue()
     return files
-
-
-def _checkpoint(folder: Path) -> Path:
-    from tests.support.checkpoints import tiny_checkpoint
-
-    return tiny_checkpoint("qwen3_vl", folder)
 
 
 def _arguments() -> argparse.Namespace:

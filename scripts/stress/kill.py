@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.support.checkpoints import tiny_checkpoint
 from tests.support.shards import write_dataset, write_parquet, write_remote, write_tar
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
@@ -52,7 +53,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         photos = _photos(folder / "in", args.images)
-        job = _Job(args.checkpoint or _checkpoint(folder / "checkpoint"), args.shard_mib)
+        job = _Job(
+            args.checkpoint or tiny_checkpoint("qwen3_vl", folder / "checkpoint"), args.shard_mib
+        )
         sources = {kind: _source(kind, photos, folder) for kind in args.sources}
         alone = folder / "alone"
         seconds = job.time(alone, photos)
@@ -197,12 +200,6 @@ def _name(image_id: str) -> str:
     """What a folder calls the image."""
     shard, _, key = image_id.partition("/")
     return f"{key}.png" if shard.endswith(".tar") else image_id
-
-
-def _checkpoint(folder: Path) -> Path:
-    from tests.support.checkpoints import tiny_checkpoint
-
-    return tiny_checkpoint("qwen3_vl", folder)
 
 
 def _arguments() -> argparse.Namespace:

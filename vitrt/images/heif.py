@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 
+from vitrt.images.inputs import first_bytes
+
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def is_heif(content: str | io.BytesIO) -> bool:
     """Whether a file, or its content, says that it is in this format."""
-    if isinstance(content, io.BytesIO):
-        start = content.getvalue()[:12]
-    else:
-        with open(content, "rb") as file:
-            start = file.read(12)
+    start = first_bytes(content)
     return start[4:8] == b"ftyp" and start[8:12] in _BRANDS
 
 

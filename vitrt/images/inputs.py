@@ -208,6 +208,14 @@ def content_of(image: str | os.PathLike[str] | bytes) -> str | io.BytesIO:
     return io.BytesIO(content)
 
 
+def first_bytes(content: str | io.BytesIO) -> bytes:
+    """The start of a file, or of its content: enough to tell formats apart."""
+    if isinstance(content, io.BytesIO):
+        return content.getvalue()[:16]
+    with open(content, "rb") as file:
+        return file.read(16)
+
+
 def _data(text: str) -> bytes:
     """The content of a `data:` URL behind its scheme: [type][;parameter]*[;base64],content."""
     head, comma, body = text.partition(",")

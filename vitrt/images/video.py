@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitrt.images.inputs import ImageError, PlainInput, content_of
+from vitrt.images.inputs import ImageError, PlainInput, content_of, first_bytes
 from vitrt.messages import reason_of, shorten
 
 # Pillow was asked first; the name and the first bytes may both mislead.
@@ -32,11 +32,7 @@ _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", 
 
 def is_video(content: str | io.BytesIO) -> bool:
     """Whether the first bytes of a file, or of its content, are those of a video container."""
-    if isinstance(content, io.BytesIO):
-        start = content.getvalue()[:16]
-    else:
-        with open(content, "rb") as file:
-            start = file.read(16)
+    start = first_bytes(content)
     return (
         (start[4:8] == b"ftyp" and start[8:12] not in _IMAGE_BRANDS)
         or start[4:8] in (b"moov", b"mdat", b"wide", b"free")
