@@ -36,7 +36,6 @@ RUN = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Time vitrt and transformers on the same weights and pixels, in one process and one run, "
         "and check that their outputs agree. Without a GPU, shapes are scaled down."

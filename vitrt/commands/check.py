@@ -9,7 +9,6 @@ from vitrt.commands.console import FAILED, OK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Read an output folder back and verify it. Exit code 1 if anything is wrong."
     )

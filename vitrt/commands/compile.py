@@ -20,7 +20,6 @@ TOWER = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Compile what towers run on a GPU, without one (in a Dockerfile, say), so that the first "
         "process on a machine that has it compiles nothing. That process must find the same "

@@ -53,7 +53,6 @@ SOURCES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Encode images into a folder of safetensors shards. Running the same command again "
         "encodes what is missing or has changed. Exit codes: 0 all encoded, 1 an error, 3 some "

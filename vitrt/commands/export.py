@@ -10,7 +10,6 @@ from vitrt.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Write the ids and the pooled features of an output folder as one table, with a column "
         "`id` and a column `vector` of fixed-size lists of float32."

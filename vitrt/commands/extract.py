@@ -11,7 +11,6 @@ from vitrt.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = "Write the vision tower alone: config, preprocessor, one safetensors file."
     add_model(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")

@@ -19,7 +19,6 @@ SIZES = ((224, 224), (448, 448), (560, 560), (700, 1120), (1080, 1920), (2160, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Family, size, cost by image size, and the attention backends that can run."
     )

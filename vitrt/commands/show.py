@@ -10,7 +10,6 @@ from vitrt.commands.options import add_model, add_runtime, layer_list, open_mode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Save the image beside the first three principal components, as colours, of its "
         "embeddings and of each deepstack level."

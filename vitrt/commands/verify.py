@@ -9,7 +9,6 @@ from vitrt.commands.options import add_model, add_runtime, open_model, runtime_c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
     parser.description = (
         "Compare every attention backend and mode that can run here with transformers' float32 "
         "and print the errors. Exit code 1 if one is past its bound: 1e-5 in float32, in other "

@@ -7,7 +7,7 @@ Shapes: T patches (or merged tokens), F width after SwiGLU, N width of a plain a
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -88,47 +88,33 @@ def _bias_act_kernel(
 
 
 def _swiglu_triton(
-    gate_up: Tensor,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    block: int = _BLOCK,
-    warps: int = _WARPS,
+    gate_up: Tensor, bias: Tensor | None = None, out: Tensor | None = None, **tiling: int
 ) -> Tensor:
-    assert gate_up.is_contiguous()
-    tokens, width = gate_up.shape
     if out is None:
-        out = gate_up.new_empty(tokens, width // 2)
-    if tokens:
-        grid = (ceil_div(tokens * width, block),)
-        _swiglu_kernel[grid](
-            gate_up,
-            bias,
-            out,
-            tokens,
-            width,
-            min(width & -width, 16),
-            block,
-            bias is not None,
-            num_warps=warps,
-        )
-    return out
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    return _launch(_swiglu_kernel, gate_up, bias, out, **tiling)
 
 
 def _bias_act_triton(
+    x: Tensor, bias: Tensor | None, kind: Activation, out: Tensor | None = None, **tiling: int
+) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
+    return _launch(_bias_act_kernel, x, bias, out, kind, **tiling)
+
+
+def _launch(
+    kernel: Any,
     x: Tensor,
     bias: Tensor | None,
-    kind: Activation,
-    out: Tensor | None = None,
+    out: Tensor,
+    *kind: Activation,
     block: int = _BLOCK,
     warps: int = _WARPS,
 ) -> Tensor:
     assert x.is_contiguous()
     tokens, width = x.shape
-    if out is None:
-        out = torch.empty_like(x)
     if tokens:
-        grid = (ceil_div(tokens * width, block),)
-        _bias_act_kernel[grid](
+        kernel[(ceil_div(tokens * width, block),)](
             x,
             bias,
             out,
@@ -137,7 +123,7 @@ def _bias_act_triton(
             min(width & -width, 16),
             block,
             bias is not None,
-            kind,
+            *kind,
             num_warps=warps,
         )
     return out

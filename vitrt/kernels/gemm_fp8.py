@@ -110,9 +110,7 @@ def _product(kind: Kind, x: Tensor, weight: Tensor) -> gemm_quack.FusedProduct |
 
 def tile_for(kind: Kind, x: Tensor, weight: Tensor) -> Tile:
     """The measured tile of the nearest product, else one that does well for many rows."""
-    table = _table(x.device)
-    n, k = weight.shape
-    product = Product(kind, n, k, "e4m3")
+    table, product = _measured(kind, weight)
     choice = None if table is None else table.choice(product, x.shape[0])
     return _DEFAULT_TILE if choice is None or choice.tile is None else choice.tile
 
@@ -123,18 +121,16 @@ def compile_product(
     """Compile what `linear_fp8` may run with this weight at any M."""
     kind: Kind = activation or ("residual" if residual else "bias")
     if weight.is_cuda and gemm_quack.unavailable(weight.device) is None:
-        for tile in _tiles(kind, weight) or [_DEFAULT_TILE]:
+        table, product = _measured(kind, weight)
+        for tile in (table.tiles(product) if table else []) or [_DEFAULT_TILE]:
             gemm_quack.compiled(kind, tile, E4M3, weight.device)
 
 
-def _tiles(kind: Kind, weight: Tensor) -> list[Tile]:
-    table = _table(weight.device)
-    n, k = weight.shape
-    return [] if table is None else table.tiles(Product(kind, n, k, "e4m3"))
-
-
-def _table(device: torch.device) -> Table | None:
-    return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+def _measured(kind: Kind, weight: Tensor) -> tuple[Table | None, Product]:
+    """The table of the weight's device, and what it has the product under."""
+    device, (n, k) = weight.device, weight.shape
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return table_for(name, capability), Product(kind, n, k, "e4m3")
 
 
 def _scaled_mm(
