@@ -32,7 +32,7 @@ from vitrt.commands.console import Parser, graceful_interrupts
 from vitrt.commands.options import from_args
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions
-from vitrt.job.progress import Progress, Reporter
+from vitrt.job.progress import Progress, ProgressDisplay
 from vitrt.job.stop import Stop
 from vitrt.store.check import check_folder
 from vitrt.store.lock import FolderLock
@@ -560,7 +560,7 @@ def test_a_broken_display_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> Non
         progress.listing = lambda: (100, False)
         for style in ("auto", "bar", "lines", "json"):
             if stream is not None or style != "bar":
-                with Reporter(progress, style):  # type: ignore[arg-type]
+                with ProgressDisplay(progress, style):  # type: ignore[arg-type]
                     time.sleep(0.02)
     log = threading.Thread(target=tqdm.write, args=["", io.StringIO()], daemon=True)
     log.start()
@@ -588,14 +588,14 @@ def test_reporters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     progress.listing = lambda: (100, False)
     progress.count_batch(10, 640, 0.01)
     for style, sign in (("lines", "10/100+ images"), ("json", '"images": 10'), ("bar", "10%")):
-        with Reporter(progress, style):  # type: ignore[arg-type]
+        with ProgressDisplay(progress, style):  # type: ignore[arg-type]
             time.sleep(0.2)
         err = capsys.readouterr().err
         assert err.count(sign) > 2
         assert style == "bar" or "tokens" in err
-    with Reporter(progress, "none"):
+    with ProgressDisplay(progress, "none"):
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
-    with Reporter(progress, "auto"):  # no terminal here
+    with ProgressDisplay(progress, "auto"):  # no terminal here
         time.sleep(0.05)
     assert "10/100+ images" in capsys.readouterr().err

@@ -307,7 +307,7 @@ def test_a_kernel_is_taken_by_all_that_it_depends_on(
 ) -> None:
     """A residual in another dtype than the kernel was compiled for comes after one that fits."""
     ran: list[str] = []
-    monkeypatch.setattr(gemm, "_resolved", {})
+    monkeypatch.setattr(gemm, "_chosen", {})
     monkeypatch.setattr(gemm_quack, "compiled", lambda *key: lambda *operands: ran.append("quack"))
     monkeypatch.setattr(
         gemm_aten, "product_then_kernel", lambda kind, *operands: ran.append("cublas")

@@ -36,7 +36,7 @@ from vitrt.checkpoint.tower_files import INDEX, SINGLE, ShardNames, TowerSearch,
 logger = logging.getLogger(__name__)
 
 
-class HubSource:
+class HubRepository:
     """One revision of one repository. The first file fetched pins the commit for the rest."""
 
     def __init__(

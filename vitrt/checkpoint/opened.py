@@ -170,9 +170,9 @@ def open_checkpoint(
                 f"{shorten(name)}: an adapter is the folder, or the hub id, that holds "
                 f"{ADAPTER_CONFIG}"
             )
-        from vitrt.checkpoint.hub import HubSource
+        from vitrt.checkpoint.hub import HubRepository
 
-        hub = HubSource(name, None, *options)
+        hub = HubRepository(name, None, *options)
         folder = hub.fetch(ADAPTER_CONFIG).parent
         hub.fetch(ADAPTER_WEIGHTS)
     shapes = tower_shapes(checkpoint.vision_config())
@@ -202,9 +202,9 @@ def _open(
         raise CheckpointError(f"{shorten(name)}: no such folder, and no hub id (owner/name) either")
 
     # Not at the top: huggingface_hub takes long to import, and a folder does not need it.
-    from vitrt.checkpoint.hub import HubSource
+    from vitrt.checkpoint.hub import HubRepository
 
-    hub = HubSource(name, revision, *options)
+    hub = HubRepository(name, revision, *options)
     config = hub.fetch_optional(CONFIG)
     if config is None and (adapter := hub.fetch_optional(ADAPTER_CONFIG)):
         raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(adapter.parent)}")

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Encode, or follow the rank that leads; the exit code."""
     from vitrt.engine.group import GroupError
     from vitrt.job.encode import encode_folder, follow_leader
-    from vitrt.job.progress import Progress, Reporter, Style
+    from vitrt.job.progress import Progress, ProgressDisplay, Style
     from vitrt.job.ranks import open_job
     from vitrt.job.stop import Stop
     from vitrt.parallel.watchdog import PeerFailedError
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             if options.workers is None:
                 options = replace(options, workers=job.workers)
             style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
-            with Reporter(progress, style):
+            with ProgressDisplay(progress, style):
                 summary = encode_folder(
                     open_model(args),
                     runtime,

@@ -49,7 +49,7 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
         dtype = resolve_dtype(runtime.dtype, device)
         check_precision(runtime.precision, device, dtype)
         tower = build_tower(config)
-        tower.place(lambda meta: torch.empty(meta.shape, dtype=dtype, device=device))
+        tower.allocate(lambda meta: torch.empty(meta.shape, dtype=dtype, device=device))
         if runtime.precision == "fp8":
             tower.use_float8(runtime.fp8_skip_blocks)
         if runtime.batch_invariant:

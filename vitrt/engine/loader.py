@@ -67,7 +67,7 @@ def load_tower(
             return shared[id(meta)].view(meta.shape)
         return torch.empty(meta.shape, dtype=dtype, device=device)
 
-    tower.place(memory)
+    tower.allocate(memory)
     fill_tower(tower, tensors)
     tower.compile_kernels()
     return tower.eval()

@@ -71,7 +71,7 @@ class EngineTower(nn.Module):
             with torch.device("meta"):
                 self.tower = build_tower(config)
             # Zeros: of a padded width nothing but the true columns is ever written.
-            self.tower.place(lambda meta: torch.zeros(meta.shape, dtype=dtype, device=device))
+            self.tower.allocate(lambda meta: torch.zeros(meta.shape, dtype=dtype, device=device))
         self._filling = TowerFilling(self.tower)
         self._engine: Engine | None = None
 

@@ -112,7 +112,7 @@ class Progress:
             )
 
 
-class Reporter:
+class ProgressDisplay:
     """Shows a Progress from a thread of its own while a run lasts. A context manager.
 
     Nothing that is wrong with standard error ends the run.
@@ -127,7 +127,7 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="vitrt-progress", daemon=True)
         self._bar: tqdm[None] | None = None
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> ProgressDisplay:
         if self._style == "bar":
             self._bar = tqdm(
                 unit="image",

@@ -31,8 +31,8 @@ _CUBLAS: dict[Kind, Choice] = {
     "residual": Choice("mm"),
 }
 
-_MAX_RESOLVED = 8192
-_resolved: dict[tuple[Any, ...], Any] = {}  # a product seen before -> what runs it
+_MOST_CHOSEN = 8192
+_chosen: dict[tuple[Any, ...], Any] = {}  # a product seen before -> what runs it
 
 
 def linear(
@@ -75,12 +75,12 @@ def linear(
         x.device,
         fixed,
     )
-    function = _resolved.get(key)
+    function = _chosen.get(key)
     if function is None:
-        function = _resolve(kind, x, weight, bias, residual, fixed)
-        if len(_resolved) >= _MAX_RESOLVED:
-            _resolved.clear()
-        _resolved[key] = function
+        function = _choose_function(kind, x, weight, bias, residual, fixed)
+        if len(_chosen) >= _MOST_CHOSEN:
+            _chosen.clear()
+        _chosen[key] = function
     return function(x, weight, bias, residual, out)
 
 
@@ -94,11 +94,11 @@ def fuses_residual(x: Tensor, weight: Tensor, *, fixed: bool = False) -> bool:
     if not x.is_cuda:
         return x.device.type == "cpu"
     key = ("fuses", x.shape, weight.shape, x.dtype, x.device)
-    answer = _resolved.get(key)
+    answer = _chosen.get(key)
     if answer is None:
         n, k = weight.shape
         chosen = choose("residual", x.shape[0], n, k, x.dtype, x.device)
-        answer = _resolved[key] = chosen.implementation == "quack"
+        answer = _chosen[key] = chosen.implementation == "quack"
     return answer
 
 
@@ -152,7 +152,7 @@ def _usable_table(
     return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
-def _resolve(
+def _choose_function(
     kind: Kind,
     x: Tensor,
     weight: Tensor,

@@ -173,7 +173,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
 
     # Weights
 
-    def place(self, memory: Callable[[nn.Parameter], Tensor]) -> None:
+    def allocate(self, memory: Callable[[nn.Parameter], Tensor]) -> None:
         """Replace every parameter by the memory that is given for it, which need not be filled.
 
         (`nn.Module.to_empty` would import sympy for it, for half a second and more.)

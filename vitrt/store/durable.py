@@ -92,7 +92,7 @@ def append(path: Path, data: bytes, *, flush: bool) -> None:
             os.close(handle)
     except OSError as error:
         failure = AppendError(action, path, error)
-        failure.undone = before is None or _cut(path, before)
+        failure.undone = before is None or _truncated(path, before)
         raise failure from error
 
 
@@ -161,7 +161,7 @@ def _write_all(handle: int, data: bytes | memoryview) -> None:
         view = view[os.write(handle, view[:_WRITE_BYTES]) :]
 
 
-def _cut(path: Path, size: int) -> bool:
+def _truncated(path: Path, size: int) -> bool:
     try:
         truncate(path, size)
     except OutputError:

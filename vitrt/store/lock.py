@@ -44,9 +44,9 @@ class FolderLock:
             except BaseException:
                 self._lock.release()
                 raise
-        self._describe_holder()
+        self._leave_note()
 
-    def _describe_holder(self) -> None:
+    def _leave_note(self) -> None:
         """Leave a note for the message of whoever finds the folder locked."""
         note = _note(self._path)
         if note.exists():
