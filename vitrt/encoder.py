@@ -1,4 +1,4 @@
-"""VisionEncoder: images in, features out. Wires the rest together and knows no layer's insides.
+"""VisionEncoder: images in, features out; the facade over processor, pipeline and engine.
 
 Shapes: T patches, M merged tokens, O output width, L deepstack levels.
 """
@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -92,7 +91,7 @@ class VisionEncoder:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Patches of one forward. The name says tokens for as long as it has been an argument."""
+        """The most patches of one forward: patches, though the public name says tokens."""
         return self.engine.max_batch_patches
 
     @classmethod
@@ -164,7 +163,7 @@ class VisionEncoder:
             | {"device": str(device), "dtype": dtype_name(dtype)}
         )
         checkpoint = open_checkpoint(
-            str(model) if not isinstance(model, Path) else model,
+            model,
             adapter=adapter,
             revision=revision,
             cache_dir=cache_dir,
@@ -211,7 +210,7 @@ class VisionEncoder:
                 is None, and no layer past the last one asked for runs.
 
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
-        and gets all features; see vitrt/engine/shares.py. They do not exchange hidden states.
+        and gets all features, but not hidden states; see vitrt/engine/shares.py.
         """
         check_images(images)
         images, request = list(images), self._request(layers, merged)
@@ -263,8 +262,8 @@ class VisionEncoder:
     ) -> Iterator[ImageFeatures] | Iterator[ImageFeatures | ImageError]:
         """`encode` in bounded memory: `workers` threads decode a window ahead of the device.
 
-        Bounded as long as what is kept of the features is their `clone()`: any of them, or a part
-        of one, keeps the tensors of its whole batch.
+        Features that are kept as they are, or a part of them, hold the tensors of their whole batch
+        in memory: keep their `clone()`.
 
         What an image raises comes after the features of all before it and ends the stream; with
         `on_error="yield"` its ImageError comes in its place, and the stream goes on. What the
@@ -292,7 +291,7 @@ class VisionEncoder:
         return self.run_prepared(images, Request.of(layers, merged=merged, depth=self.config.depth))
 
     def run_prepared(self, images: Sequence[Prepared], request: Request) -> list[ImageFeatures]:
-        """The same with what is wanted as one value."""
+        """The same for a request."""
         if not images:
             return []
         grids = [image.grid_thw for image in images]
@@ -301,7 +300,7 @@ class VisionEncoder:
         return split_by_image(output, images, self.config.spatial_merge_size, request)
 
     def stages(self, request: Request = TOKENS) -> Stages[ImageInput]:
-        """What a pipeline does with images, to answer `request`."""
+        """What a pipeline does to images so that `request` is answered."""
         budget = self.engine.patches_for(request)
         run: Run = partial(self.run_prepared, request=request)
         if self.parallel.tp_size > 1:
@@ -324,7 +323,7 @@ class VisionEncoder:
         def grid_of(image: ImageInput) -> tuple[int, int, int]:
             try:
                 return self.processor.grid_of(image)
-            except Exception:  # the rank that gets it says why
+            except Exception:  # the rank that prepares the image reports it
                 return 1, self.config.spatial_merge_size, self.config.spatial_merge_size
 
         return self.stages().preparing(prepare), [grid_of(image) for image in images]

@@ -85,7 +85,7 @@ class AutoBackend:
         self.capturable = all(backend.capturable for _, backend in table)
 
     def select(self, max_seqlen: int) -> AttentionBackend:
-        """The backend for segments of at most `max_seqlen` patches: one and the same for each."""
+        """The one backend for all segments of a batch, the longest of `max_seqlen` patches."""
         return next(backend for shortest, backend in self._table if max_seqlen >= shortest)
 
     def __call__(
@@ -104,7 +104,7 @@ class AttentionChoice:
 
     full: AttentionBackend
     window: AttentionBackend
-    scheduled: bool = True  # whether a backend may lay out its work by what is in a batch
+    scheduled: bool = True  # whether backends may plan their work for each batch
 
     def for_batch(self, lengths: Sequence[int], heads: int) -> BatchAttention:
         """What a batch with full segments of these lengths runs; `heads` are those of this rank."""
@@ -119,7 +119,7 @@ class AttentionChoice:
 
 @dataclass(frozen=True, slots=True)
 class BatchAttention:
-    """The backends of one batch, which choose no more, and the schedule of the full one."""
+    """The backends of one batch, "auto" settled, and the schedule of the full one."""
 
     choice: AttentionChoice
     schedule: Schedule | None
@@ -190,8 +190,9 @@ def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
 def _invariant(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> AttentionBackend:
-    """The backend of that name, or the first of those that take no segment's work by what is beside
-    it: FA4 on Hopper (elsewhere its blocks go by the longest segment) and our own. ValueError.
+    """The named backend, or the first that can run, of those whose work on a segment does not
+    depend on the other segments: our own, and FA4 on Hopper, which elsewhere chooses its blocks by
+    the longest one. ValueError for any other.
     """
     known = ["fa4", "triton"] if cuda_capability(device) in ((9, 0),) else ["triton"]
     if name not in ("auto", *known):
@@ -272,5 +273,5 @@ def resolve_attention(
 
 
 def label(backend: AttentionBackend) -> str:
-    """What a log or a report calls a backend: "auto" with what it chooses from."""
+    """A backend's name for logs and tables; of "auto" with what it chooses from."""
     return repr(backend) if isinstance(backend, AutoBackend) else backend.name

@@ -82,7 +82,7 @@ class Checkpoint:
         return torch.bfloat16
 
     def tower_search(self) -> TowerSearch:
-        """What its tensors are found by."""
+        """What finds the tower among the checkpoint's tensors."""
         return TowerSearch(self.name, tower_shapes(self.vision_config()), self.quantization)
 
     def tower_tensors(self) -> Iterator[tuple[str, LazyTensor]]:
@@ -96,7 +96,8 @@ class Checkpoint:
         stored = scaled.parameters(self.tensors, self.quantization)
         parameters = dict(self.adapter.merge(stored) if self.adapter else stored)
         self._check_complete(parameters)
-        # Each is let go with what it was made of: the sums of an adapter are as large as the tower.
+        # Popped, so that each is freed once it was used: with an adapter, all sums together are as
+        # large as the tower.
         return ((name, parameters.pop(name)) for name in list(parameters))
 
     def _check_complete(self, found: Mapping[str, LazyTensor]) -> None:

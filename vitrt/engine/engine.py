@@ -1,4 +1,4 @@
-"""A tower at work: a batch of patches and a request in, its output out. No image, file, processor.
+"""A tower at work: a batch of patches and a request in, an output out; it knows no images.
 
 Shapes: T patches.
 """
@@ -37,7 +37,7 @@ from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
-_forks = 0  # that this process came out of
+_forks = 0  # between this process and the one that imported this module
 
 
 def _count_fork() -> None:
@@ -60,9 +60,9 @@ def kernel_plans(runner: EagerRunner) -> list[ForwardPlan]:
 class Engine:
     """Runs a filled tower where its weights are, as `runtime` says.
 
-    Threads may share one: forwards are launched one after the other. Another engine on the same
-    tower, to run it in another way, costs no weights. A deep copy has a tower of its own; pickled,
-    an engine takes its weights along, and makes anew what else it needs.
+    Threads may share one: forwards are launched one after the other. Several engines may run one
+    tower in different ways and share its weights. A deep copy has a tower of its own; a pickled
+    engine contains its weights, and everything else is made anew when it is loaded.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Engine:
     def run(self, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         """What `request` asks for of the batch, in tensors of its own on the device.
 
-        ValueError for grids that no tower takes, and for patches that are not theirs. RuntimeError
+        ValueError for grids that no tower takes, and for patches that do not fit them. RuntimeError
         in a process that was forked from the one that made this engine, where it would hang.
         """
         if self._forks != _forks:
@@ -138,7 +138,9 @@ class Engine:
             return self.runner.run(plan, batch, request)
 
     def patches_for(self, request: Request) -> int:
-        """Patches of one forward: fewer where it keeps hidden states, unless the user said."""
+        """The most patches of one forward; where it keeps hidden states fewer, unless the user set
+        the number.
+        """
         if not request.layers or self.runtime.max_batch_tokens is not None:
             return self.max_batch_patches
         plain, kept = (values_per_patch(self.config, n) for n in (0, len(request.layers)))
@@ -197,8 +199,8 @@ class Engine:
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """The engine's device, since Triton launches on the current one, and no autocast, which
-        would change products and stay in what is recorded.
+        """Makes the engine's device current, where Triton launches, and switches autocast off: it
+        would change products, and recorded graphs would keep that.
         """
         kind = self.device.type
         device = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()

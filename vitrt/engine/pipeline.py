@@ -43,10 +43,10 @@ _WARY = 16  # items that must come faster before it is asked freely again
 class Pipeline(Generic[K, I, R]):
     """A context manager. Any thread may `submit`; one iterates over `(key, result or error)`.
 
-    Results come in the order of submission, or, `in_order=False`, as batches that are filled with
-    what fits from further behind give them. With `full_batches` equal items always go in equal
-    batches, however fast they come; without, what is prepared goes whenever the device runs out of
-    work. An error is that of its item alone; what is wrong with `run` itself is raised.
+    Results come in the order of submission; with `in_order=False` batch by batch, and a batch may
+    take prepared images from further behind that still fit. With `full_batches` equal items always
+    make equal batches, however fast they come; without, what is prepared goes whenever the device
+    runs out of work. The error of an item is its result; any other error of `run` is raised.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Pipeline(Generic[K, I, R]):
     def through(self, source: Iterable[tuple[K, I]]) -> Iterator[tuple[K, R | Exception]]:
         """The results of all that `source` yields, asked by the thread that iterates.
 
-        A source that was slow (a queue, say, with nothing in it) is for its next items asked only
-        while the device has work or nothing is in hand: what is in hand does not wait for it. What
+        A source that was slow (an empty queue, say) is asked for its next items only while the
+        device has work or no prepared image waits, so that prepared images do not wait for it. What
         the source raises comes after the results of all before it.
         """
         self._source = iter(source)
@@ -167,9 +167,9 @@ class Pipeline(Generic[K, I, R]):
         return bool(self._held) and (self.window.paused or self._pace.wants_more())
 
     def _suffices(self, patches: int) -> bool:
-        """Whether a batch would be no better for waiting."""
+        """Whether a batch is full, or ends here anyway."""
         budget = self._splitter.budget
-        if self._in_order:  # it ends before an image that does not fit, and with an error
+        if self._in_order:  # a batch ends before an image that does not fit, and at an error
             last_failed = bool(self._held) and isinstance(self._held[-1][1], Exception)
             return patches >= budget or last_failed
         return patches >= _LOOK_AHEAD * budget or len(self._held) >= _MOST_IMAGES
@@ -202,8 +202,8 @@ class Pipeline(Generic[K, I, R]):
 
 
 class _Pace:
-    """When a batch goes: full, or once fewer than two are left for the device to do, the one that
-    it runs and one behind it.
+    """Decides when a batch goes: when it is full, or once the device has fewer than two batches
+    left, the one that it runs and one behind it.
     """
 
     def __init__(self, device: torch.device, *, full_batches: bool) -> None:
@@ -261,7 +261,9 @@ def stream_features(
     )
     with pipeline:
         for index, result in pipeline.through(enumerate(items)):
-            if isinstance(result, DeviceMemoryError | HostMemoryError):  # which know no name
+            if isinstance(
+                result, DeviceMemoryError | HostMemoryError
+            ):  # which do not name the image
                 result = type(result)(f"image {index}: {result}")
             yield failed(result) if isinstance(result, Exception) else result
 

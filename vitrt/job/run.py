@@ -2,8 +2,8 @@
 
     list (thread) -> pipeline -> host -> write (thread)
 
-For the same listing and budget the batches are the same in every run, so results are reproducible.
-A rank of several runs this over the part of the work it draws.
+The same listing and budget give the same batches in every run, so results are reproducible. Of
+several ranks, each runs this over its part of the work.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _not_encoded(
 def _write(
     part: list[tuple[Record, OnHost | Exception]], behind: WriteBehind, clips: LongClips | None
 ) -> list[tuple[Record, Exception]]:
-    """Hand on what was encoded; the others are left."""
+    """Hand what was encoded to the writer; returns the records that failed, with their errors."""
     records, results, failed = [], [], []
     for record, result in part:
         if clips and isinstance(record, ClipPart):
@@ -163,7 +163,7 @@ def _write(
 
 
 def _skip(record: Record, error: Exception, behind: WriteBehind) -> str:
-    """Note the error, whatever a broken file made a decoder raise; its message."""
+    """Log and record that an image is skipped; returns the message."""
     if not isinstance(error, ValueError):
         logger.debug("unexpected error from %s", record.id, exc_info=error)
     name = shown(record.id)

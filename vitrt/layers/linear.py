@@ -181,7 +181,7 @@ class RowParallelLinear(Linear):
         return self.parallel.all_reduce(product)
 
     def start(self, x: Tensor, out: Tensor) -> dist.Work:
-        """Put the sum without the bias into `out` [T, N], beside what is launched next."""
+        """Start to sum, without the bias, into `out` [T, N], beside what is launched next."""
         linear(x, self.weight, None, out=out)
         return self.parallel.start_all_reduce(out)
 
@@ -202,7 +202,7 @@ class RowParallelLinear(Linear):
             linear(x, self.weight, self.bias, residual=residual, out=residual, fixed=self.fixed)
             return norm(residual, spare)
         read = spare is not None and spare.data_ptr() == x.data_ptr()
-        # The norm may stay where the sum is: mergers, which run between blocks, use another place.
+        # The norm may overwrite the sum: what runs before the next one, a merger, sums elsewhere.
         total = self._sum(x, "block", None if read else spare)
         return norm.add_(residual, total, self.bias, spare)
 

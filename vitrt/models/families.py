@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Family:
     """One row: what is particular to the checkpoints of a family."""
 
-    name: str  # as VisionConfig.model_type has it
+    name: str  # what VisionConfig.model_type is
     tower: type[VisionTower]
     reference: str  # its class in transformers.models.NAME.modeling_NAME
     # What a vision_config holds and, where it leaves a key out, means: transformers has written
@@ -223,7 +223,7 @@ def _vision_parts(
         yield from _vision_parts(value, f"{where}.{key}" if where else key, named)
 
 
-@lru_cache(maxsize=64)  # said once
+@lru_cache(maxsize=64)  # logged once
 def _note_surroundings(outer: str, family: str) -> None:
     if _named(outer.removesuffix("_thinker")) is None:
         logger.info("the tower inside a model of type %s is %s's", outer, family)

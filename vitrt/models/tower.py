@@ -93,11 +93,11 @@ class VisionTower(RotaryPosMixin, nn.Module):
         """Add learned positions to the embedded patches [T, D], float32, in place."""
 
     def new_deepstack(self, patches: Tensor) -> Tensor | None:
-        """Room for what `tap_` leaves, [L, M, O]; None for a tower that taps no layer."""
+        """Memory for what `tap_` writes, [L, M, O]; None for a tower that taps no layer."""
         return None
 
     def tap_(self, index: int, residual: Tensor, deepstack: Tensor) -> None:
-        """Put the level that layer `index` feeds, if it feeds one, into `deepstack`."""
+        """Write the deepstack level that is taken after layer `index`, if one is."""
 
     # Host
 
@@ -167,7 +167,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
         return cast(VisionBlock, self.blocks[index])
 
     def norm_behind(self, index: int) -> Norm:
-        """The norm of what layer `index` leaves: the next block's or the merger's."""
+        """The norm that follows layer `index`: the next block's, or the merger's."""
         last = index + 1 == self.config.depth
         return self.merger_norm if last else self.block(index + 1).norm1
 

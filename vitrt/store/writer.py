@@ -1,4 +1,4 @@
-"""The output folder: FeatureWriter fills it shard by shard, FeatureStore (in store/) reads it.
+"""FeatureWriter fills an output folder shard by shard; FeatureStore (feature_store.py) reads it.
 
 An image is in the folder once its manifest line is: the line is flushed to the disk only after the
 whole shard is there under its final name.
@@ -43,8 +43,8 @@ class FeatureWriter:
     """Writes features into one rank's shards. Not for several threads at once.
 
     A full shard is written by a thread while the next one fills; one at a time, in order. Nothing
-    is durable before `flush`. An OutputError of that thread surfaces in the next call that needs
-    it; the writer is closed for good then, and what it finished before stays valid.
+    is durable before `flush`. What that thread raises, an OutputError mostly, the next call that
+    hands a shard over raises, and all later ones; what was finished before stays valid.
     """
 
     def __init__(
