@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrt.attention import AttentionBackend, AttentionChoice, attention_shape, resolve_attention
+from vitrt.attention import AttentionBackend, AttentionChoice, attention_shape
 from vitrt.config import RuntimeConfig, VisionConfig
 from vitrt.engine.device import check_precision, resolve_dtype
 from vitrt.engine.eager_runner import EagerRunner
-from vitrt.engine.engine import kernel_plans
+from vitrt.engine.engine import attention_of, kernel_plans
 from vitrt.kernels.ahead import Chip, compiling_for
 from vitrt.kernels.patchify import patchify
 from vitrt.kernels.segments import Rotary, Segments
@@ -55,15 +55,7 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
         if runtime.batch_invariant:
             tower.fix_products()
         tower.compile_kernels()
-        attention = resolve_attention(
-            runtime.attention,
-            device=device,
-            dtype=dtype,
-            head_dim=config.head_dim,
-            window_patches=tower.window_patches,
-            batch_invariant=runtime.batch_invariant,
-        )
-        runner = EagerRunner(tower.eval(), attention)
+        runner = EagerRunner(tower.eval(), attention_of(tower, runtime))
         table = torch.empty(2, 3, 256, dtype=torch.float32, device=device)
         size, temporal = config.patch_size, config.temporal_patch_size
         for plan in kernel_plans(runner):

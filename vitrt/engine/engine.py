@@ -57,6 +57,19 @@ def kernel_plans(runner: EagerRunner) -> list[ForwardPlan]:
     return [*plans[:2], *scheduled[:1]]
 
 
+def attention_of(tower: VisionTower, runtime: RuntimeConfig) -> AttentionChoice:
+    """The backends that `runtime` gives a tower where its weights are. ValueError as `Engine`."""
+    weight = next(tower.parameters())
+    return resolve_attention(
+        runtime.attention,
+        device=weight.device,
+        dtype=weight.dtype,
+        head_dim=tower.config.head_dim,
+        window_patches=tower.window_patches,
+        batch_invariant=runtime.batch_invariant,
+    )
+
+
 class Engine:
     """Runs a filled tower where its weights are, as `runtime` says.
 
@@ -80,15 +93,7 @@ class Engine:
             check_batch_invariant(self.device)
             tower.fix_products()  # for all engines on this tower
             tower.compile_kernels()
-        attention = resolve_attention(
-            runtime.attention,
-            device=self.device,
-            dtype=self.dtype,
-            head_dim=self.config.head_dim,
-            window_patches=tower.window_patches,
-            batch_invariant=runtime.batch_invariant,
-        )
-        self.runner = self._make_runner(attention)
+        self.runner = self._make_runner(attention_of(tower, runtime))
         self._uploader = PixelUploader(self.device)
         budget = runtime.max_batch_tokens or budget_from_memory(tower, self.device, self.dtype)
         # Ranks that share a tower must pack the same batches, whatever memory each has free.

@@ -261,9 +261,8 @@ def stream_features(
     )
     with pipeline:
         for index, result in pipeline.through(enumerate(items)):
-            if isinstance(
-                result, DeviceMemoryError | HostMemoryError
-            ):  # which do not name the image
+            # These do not name the image themselves.
+            if isinstance(result, DeviceMemoryError | HostMemoryError):
                 result = type(result)(f"image {index}: {result}")
             yield failed(result) if isinstance(result, Exception) else result
 
