@@ -74,14 +74,16 @@ def read_processors(
     )
     settings = ProcessorSettings(image, image_file, video or {}, video_file, family_rule)
     if image_file == PROCESSOR and PREPROCESSOR in files:
-        _warn_if_different(name, PREPROCESSOR, image, files[PREPROCESSOR], _image_values)
+        _warn_if_different(
+            name, PREPROCESSOR, image, files[PREPROCESSOR], PreprocessorConfig.from_dict
+        )
     if video_file == PROCESSOR and VIDEO_PREPROCESSOR in files:
         _warn_if_different(
             name,
             VIDEO_PREPROCESSOR,
             settings.video,
             files[VIDEO_PREPROCESSOR],
-            lambda values: asdict(VideoConfig.from_dict(values, family_rule)),
+            lambda values: VideoConfig.from_dict(values, family_rule),
         )
     named = video_rule(settings.video) or family_rule
     if named != family_rule:
@@ -106,19 +108,15 @@ def _first(files: Mapping[str, Settings], nested: object, *own: str) -> tuple[st
     return PROCESSOR, None
 
 
-def _image_values(data: Settings) -> dict[str, Any]:
-    return asdict(PreprocessorConfig.from_dict(data))
-
-
 def _warn_if_different(
     name: str,
     file: str,
     taken: Settings,
     other: Settings,
-    read: Callable[[Settings], dict[str, Any]],
+    read: Callable[[Settings], PreprocessorConfig | VideoConfig],
 ) -> None:
     try:
-        ours, theirs = read(taken), read(other)
+        ours, theirs = asdict(read(taken)), asdict(read(other))
     except ValueError:  # what is taken is checked by its user; what is not taken harms nobody
         return
     differing = [key for key in ours if ours[key] != theirs[key]]

@@ -60,6 +60,7 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
         size, temporal = config.patch_size, config.temporal_patch_size
         for plan in kernel_plans(runner):
             chosen = runner.attention_for(plan)
+            full, window = _or_silent(chosen.choice.full), _or_silent(chosen.choice.window)
             layout = PlanLayout.exact(plan).scheduled(chosen.schedule).with_origins("sources")
             for padded in (False, True):
                 buffer = torch.empty(layout.size, dtype=torch.int32, device=device)
@@ -67,12 +68,8 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
                 pixels = torch.empty(plan.num_patches * 3, dtype=torch.uint8, device=device)
                 assert views.origins is not None
                 patches = patchify(pixels, views.origins, table, size, temporal, dtype)
-                runner.forward(patches, views, _compiling(chosen.choice))
+                runner.forward(patches, views, AttentionChoice(full, window))
     return len(loaded)
-
-
-def _compiling(choice: AttentionChoice) -> AttentionChoice:
-    return AttentionChoice(_or_silent(choice.full), _or_silent(choice.window))
 
 
 def _or_silent(backend: AttentionBackend) -> AttentionBackend:

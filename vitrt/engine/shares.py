@@ -93,7 +93,9 @@ def encode_together(
         own = encode_share(engine, stages, grids)
     except Exception as error:
         problem = error
-    reports = _exchange(engine, _report(own, len(grids), problem))
+    reports: list[Any] = [None] * engine.parallel.dp_size
+    report = _report(own, len(grids), problem)
+    dist.all_gather_object(reports, report, group=engine.parallel.dp_group)
     if problem is not None:
         raise problem
     for rank, report in enumerate(reports):
@@ -128,12 +130,6 @@ def _sendable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _exchange(engine: Engine, report: dict[str, Any]) -> list[dict[str, Any]]:
-    reports: list[Any] = [None] * engine.parallel.dp_size
-    dist.all_gather_object(reports, report, group=engine.parallel.dp_group)
-    return reports
 
 
 def _is_whole(pieces: Sequence[Piece], inputs: int) -> bool:
