@@ -283,7 +283,7 @@ def test_replays_with_other_tails_are_right(encoder: VisionEncoder) -> None:
 
 def test_static_buffers_hold_every_layout(encoder: VisionEncoder) -> None:
     runner = graph_runner(encoder, Scheduling())
-    _, buffer = runner._static(64)
+    _, buffer = runner._inputs.of(64)
     for key, grid in ((WITH, (1, 6, 18)), (WITHOUT, (1, 8, 16))):
         plan = encoder.tower.plan([grid])
         layout = key.layout(plan, runner.attention_for(plan)).with_origins("sources")

@@ -334,7 +334,9 @@ def test_check(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt) 
     shard = output / "features-00000-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-4])
     broken = vitrt("check", output)
-    assert broken.code == 1 and "features-00000-00000.safetensors: 6 images lost" in broken.out
+    assert (
+        broken.code == 1 and "6 images of features-00000-00000.safetensors are lost" in broken.out
+    )
     assert vitrt("encode", tiny_qwen3_vl, photos, "--output", output).code == 0
     assert vitrt("check", output).code == 0
     missing = vitrt("check", tmp_path)

@@ -222,7 +222,7 @@ def test_a_shard_that_safetensors_refuses(
 
     monkeypatch.setattr(check, "safe_open", refuse)
     result = check_folder(output)
-    assert result.problems == [f"{SHARD}: 6 images lost: InvalidOffset"]
+    assert result.problems == [f"6 images of {SHARD} are lost: InvalidOffset"]
     assert result.images == 7 and result.shards == 1
 
 

@@ -150,7 +150,8 @@ class _Check:
             self._checksum(path, entries)
             self.result.bytes += path.stat().st_size
         except (TensorFileError, SafetensorError, OSError) as error:
-            self._problem(f"{name}: {counted(len(entries), 'image')} lost: {error}")
+            lost = "is lost" if len(entries) == 1 else "are lost"
+            self._problem(f"{counted(len(entries), 'image')} of {name} {lost}: {error}")
 
     def _checksum(self, path: Path, entries: list[Entry]) -> None:
         listed = {entry.crc32 for entry in entries if entry.crc32 is not None}
