@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrt.bench.contenders import Forward, UnavailableError
-from vitrt.compare.errors import Output
+from vitrt.compare.errors import Output, output_of
 from vitrt.config import Grid
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
@@ -33,7 +33,7 @@ class Eager:
 
         def forward(pixels: Tensor) -> Output:
             use_attention(self.tower, self.attention)
-            return _output(self.tower(pixels, grid_thw=grid_thw))
+            return output_of(self.tower(pixels, grid_thw=grid_thw))
 
         return forward
 
@@ -65,7 +65,7 @@ class Compiled:
 
         def call(pixels: Tensor) -> Output:
             use_attention(self.tower, self.attention)  # what was traced is guarded by it
-            return _output(compiled(self.tower, pixels, grid_thw, **indexes))
+            return output_of(compiled(self.tower, pixels, grid_thw, **indexes))
 
         return call
 
@@ -158,7 +158,3 @@ def precomputed(tower: Any, grid_thw: Tensor) -> dict[str, Any]:
 
 def _device(tower: nn.Module) -> torch.device:
     return next(tower.parameters()).device
-
-
-def _output(result: Any) -> Output:
-    return result.pooler_output, getattr(result, "deepstack_features", None) or ()

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,11 @@ def compare(out: Output, reference: Output) -> Errors:
 def float32_reference(tower: nn.Module, pixels: Tensor, grids: tuple[Grid, ...]) -> Output:
     """The float32 tower's output for pixels of any dtype."""
     with full_precision():
-        result = tower(pixels.float(), grid_thw=torch.tensor(grids, device=pixels.device))
+        return output_of(tower(pixels.float(), grid_thw=torch.tensor(grids, device=pixels.device)))
+
+
+def output_of(result: Any) -> Output:
+    """What transformers' towers give, of a family with deepstack levels or without."""
     return result.pooler_output, getattr(result, "deepstack_features", None) or ()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vitrt.attention import AutoBackend, resolve_attention, usable, window
 from vitrt.checkpoint.opened import Checkpoint
-from vitrt.compare.errors import Errors, Output, compare, cosines, full_precision
+from vitrt.compare.errors import Errors, Output, compare, cosines, full_precision, output_of
 from vitrt.compare.reference import NamedModel, build_tower
 from vitrt.compare.sample_images import sample_images
 from vitrt.compare.verify_table import Row, Verification
@@ -184,9 +184,8 @@ def _transformers(
     for batch in batches:
         values = torch.cat([sample.pixel_values for sample in batch]).to(device, dtype)
         grids = torch.tensor([sample.prepared.grid_thw for sample in batch], device=device)
-        output = tower(values, grid_thw=grids)
-        levels = getattr(output, "deepstack_features", None) or ()
-        parts.append((output.pooler_output.cpu(), [level.cpu() for level in levels]))
+        embeddings, levels = output_of(tower(values, grid_thw=grids))
+        parts.append((embeddings.cpu(), [level.cpu() for level in levels]))
     return _joined(parts)
 
 
