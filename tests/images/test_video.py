@@ -148,7 +148,7 @@ def test_what_the_user_chooses(tmp_path: Path) -> None:
         ({"fps": 0}, "fps must be a number above 0"),
         ({"fps": 2, "num_frames": 4}, "exclude each other"),
         ({"min_frames": 9, "max_frames": 8}, "min_frames 9 is larger than max_frames 8"),
-        ({"frames": "some"}, 'frames must be "first" or "all"'),
+        ({"frames": "some"}, "frames must be one of first, all, got 'some'"),
     ):
         with pytest.raises(ValueError, match=said):
             RuntimeConfig(**wrong)
