@@ -21,10 +21,10 @@ from vitrt.engine.batch import PixelBatch, PixelValues
 from vitrt.engine.device import dtype_name
 from vitrt.engine.eager_runner import RunnerStats
 from vitrt.engine.engine import Engine
+from vitrt.engine.feature_stream import features_of, raise_it, stream_features
 from vitrt.engine.group import Run, in_group
 from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.per_image import split_by_image
-from vitrt.engine.pipeline import features_of, raise_it, stream_features
 from vitrt.engine.request import TOKENS, Request
 from vitrt.engine.shares import Piece, PieceFeatures, encode_share, encode_together
 from vitrt.engine.stages import Stages

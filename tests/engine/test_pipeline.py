@@ -16,8 +16,9 @@ import torch
 
 from tests.support.folders import FakeEncoder, assert_same, fake_features, pooled
 from vitrt.engine import memory
+from vitrt.engine.feature_stream import features_of, stream_features
 from vitrt.engine.memory import memory_lacking, page_locked
-from vitrt.engine.pipeline import Pipeline, features_of, stream_features, take_batch
+from vitrt.engine.pipeline import Pipeline, take_batch
 from vitrt.engine.splitting import DeviceMemoryError, HostMemoryError
 from vitrt.engine.stages import Stages
 from vitrt.engine.window import Window

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from vitrt import ImageError, ParallelContext, VisionEncoder
-from vitrt.engine.pipeline import Pipeline, features_of, raise_it, stream_features
+from vitrt.engine.feature_stream import features_of, raise_it, stream_features
+from vitrt.engine.pipeline import Pipeline
 from vitrt.engine.stages import Stages
 
 GREY = np.full((64, 64, 3), 128, np.uint8)

@@ -7,6 +7,7 @@ __all__ = [
     "device",
     "eager_runner",
     "engine",
+    "feature_stream",
     "group",
     "loader",
     "memory",

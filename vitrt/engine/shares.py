@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitrt.config import Grid
-from vitrt.engine.pipeline import features_of
+from vitrt.engine.feature_stream import features_of
 from vitrt.engine.stages import Stages
 from vitrt.features import ImageFeatures, join
 from vitrt.models.work import count_flops

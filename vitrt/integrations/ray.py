@@ -30,7 +30,8 @@ from vitrt.integrations.ray_actor import (
     settled,
 )
 from vitrt.integrations.ray_parquet import encode_parquet
-from vitrt.job.encode import open_output, run_identity
+from vitrt.job.encode import open_output
+from vitrt.job.identity import run_identity
 from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress
 from vitrt.job.run import encode_records

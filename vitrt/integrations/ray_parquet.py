@@ -22,7 +22,7 @@ from vitrt.integrations.ray_actor import (
     open_model,
     settled,
 )
-from vitrt.job.encode import run_identity
+from vitrt.job.identity import run_identity
 from vitrt.job.options import EncodeOptions
 from vitrt.store.manifest import RunIdentity
 

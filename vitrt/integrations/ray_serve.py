@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.pipeline import stream_features
+from vitrt.engine.feature_stream import stream_features
 from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures
 from vitrt.images.inputs import ImageError

@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from vitrt.checkpoint.fingerprint import fingerprint
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
-from vitrt.engine.device import dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.eager_runner import RunnerStats
-from vitrt.engine.request import Request
 from vitrt.engine.stages import Stages
-from vitrt.images.config import PreprocessorConfig
 from vitrt.images.processor import ImageProcessor
+from vitrt.job.identity import request_of, run_identity
 from vitrt.job.leader import follow, leading
 from vitrt.job.long_clips import LongClips
 from vitrt.job.options import EncodeOptions
@@ -37,7 +34,7 @@ from vitrt.sources.record import Record
 from vitrt.store.durable import discard, flush_folder, make_folder
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
-from vitrt.store.manifest import TEMPORARY_NAME, RunIdentity, layers_text, matching
+from vitrt.store.manifest import TEMPORARY_NAME, RunIdentity, matching
 from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
 from vitrt.store.writer import FeatureWriter
 
@@ -197,14 +194,9 @@ def load_encoder(
     return encoder
 
 
-def _request(options: EncodeOptions, depth: int) -> Request:
-    request = Request.of(options.layers, merged=options.merged, depth=depth)
-    return replace(request, pool=options.pool == "mean")
-
-
 def stages_of(encoder: VisionEncoder, options: EncodeOptions) -> Stages[Any]:
     """How images become what `options` ask for."""
-    return encoder.stages(_request(options, encoder.config.depth))
+    return encoder.stages(request_of(options, encoder.config.depth))
 
 
 def open_output(output: Path, identity: RunIdentity, *, overwrite: bool) -> FolderLock:
@@ -260,37 +252,3 @@ def _run(
         on_error=options.on_error,
         clips=LongClips(ranks.parts, output, pool=pool) if ranks.parts else None,
     )
-
-
-def run_identity(
-    checkpoint: Checkpoint, runtime: RuntimeConfig, options: EncodeOptions
-) -> RunIdentity:
-    """What decides the features of an image, apart from the image."""
-    dtype = resolve_dtype(runtime.dtype, resolve_device(runtime.device))
-    depth = checkpoint.vision_config().depth
-    layers = _request(options, depth).layers
-    preprocessor = checkpoint.preprocessor_config()
-    return RunIdentity(
-        model=checkpoint.name,
-        model_type=checkpoint.vision_config().model_type,
-        weights=fingerprint(checkpoint),
-        dtype=dtype_name(dtype),
-        min_pixels=runtime.min_pixels or preprocessor.min_pixels,
-        max_pixels=runtime.max_pixels or preprocessor.max_pixels,
-        resize=runtime.resize,
-        video=_video_text(preprocessor, runtime),
-        pool=options.pool,
-        layers=layers_text(layers),
-        merged=options.merged,
-        precision=runtime.precision
-        if runtime.precision == "auto"
-        else f"{runtime.precision}, {runtime.fp8_skip_blocks} blocks skipped",
-        batch_invariant=runtime.batch_invariant,
-    )
-
-
-def _video_text(preprocessor: PreprocessorConfig, runtime: RuntimeConfig) -> str:
-    """What decides the frames of a video and their size."""
-    processor = ImageProcessor.from_configs(preprocessor, runtime)
-    limits = processor.frame_min_pixels, processor.frame_max_pixels
-    return f"{processor.video}, frames of {limits}, {processor.frames} of animations"
