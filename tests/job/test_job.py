@@ -204,7 +204,7 @@ def test_the_folder_is_free_again_where_ranks_do_not_meet(
 
 def test_ranks_that_cannot_be_arranged(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path):
     code, text = encode(2, tiny_qwen3_vl, photos, tmp_path / "none", "--tp", "3")
-    assert code == 1 and "tp = 3 does not divide this job's 2 ranks" in text
+    assert code == 1 and "tp = 3 does not divide the 2 ranks" in text
     assert not (tmp_path / "none").exists()
 
 

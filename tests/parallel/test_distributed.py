@@ -269,7 +269,7 @@ def test_without_torchrun_it_is_one_process(no_torchrun):
 def test_tp_must_divide_the_world(no_torchrun):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
         no_torchrun.setenv(name, value)
-    for tp in (3, 0, 8):
+    for tp in (3, 0, 8, True):
         with pytest.raises(ValueError, match=rf"tp = {tp} does not divide the 4 rank"):
             ParallelContext.from_env(tp=tp)
 

@@ -86,8 +86,8 @@ class ParallelContext:
         rank, world, local_rank = _environment()
         if isinstance(tp, bool) or tp < 1 or world % tp:
             raise ValueError(
-                f"tp = {tp} does not divide this job's {counted(world, 'rank')}: start a multiple "
-                "of it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
+                f"tp = {tp} does not divide the {counted(world, 'rank')} of this job: start a "
+                "multiple of it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
             )
         if world == 1:
             return SINGLE
