@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from gemm_selection import write_products  # noqa: E402
 from torch import Tensor  # noqa: E402
+from tower_turns import microseconds  # noqa: E402
 
 from vitrt.kernels import gemm_quack  # noqa: E402
 from vitrt.kernels.gemm import linear  # noqa: E402
@@ -49,9 +50,12 @@ PRODUCTS: list[tuple[Kind, int, int]] = [
     ("residual", 1280, 1280),
     ("swiglu", 6912, 1280),
     ("residual", 1280, 3456),
+    ("quick_gelu", 5120, 1280),
+    ("residual", 1280, 5120),
 ]
 ROWS = (1296, 3080, 12672, 41472)
 CALLS = 10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Operands:
@@ -59,7 +63,7 @@ class Operands:
 
     def __init__(self, kind: Kind, m: int, n: int, k: int) -> None:
         self.kind = kind
-        x, weight = (torch.randn(rows, k, device="cuda") for rows in (m, n))
+        x, weight = (torch.randn(rows, k, device=DEVICE) for rows in (m, n))
         weight *= k**-0.5
         x_scale = LARGEST / float(x.abs().max())
         self.x8, self.x = (x * x_scale).to(E4M3), x.bfloat16()
@@ -67,11 +71,14 @@ class Operands:
         copies = min(20, max(2, math.ceil(96e6 / (n * k))))
         self.weights8 = [weight8.clone() for _ in range(copies)]
         self.weights = [weight.bfloat16() for _ in range(copies)]
-        self.scale, self.bias = row_scale / x_scale, torch.randn(n, device="cuda")
-        self.residual = torch.randn(m, n, device="cuda") if kind == "residual" else None
-        self.out_scale = torch.full((n,), 10.0, device="cuda") if kind == "gelu_tanh" else None
+        self.scale, self.bias = row_scale / x_scale, torch.randn(n, device=DEVICE)
+        self.residual = torch.randn(m, n, device=DEVICE) if kind == "residual" else None
+        scaled = kind in gemm_quack.TO_E4M3
+        self.out_scale = torch.full((n,), 10.0, device=DEVICE) if scaled else None
 
     def run(self, tile: Tile, index: int = 0) -> Tensor:
+        if self.x8.device.type == "cpu":
+            return self.reference()
         product = gemm_quack.compiled(self.kind, tile, E4M3, self.x8.device)
         weight = self.weights8[index % len(self.weights8)]
         vectors = {"scale": self.scale}
@@ -98,41 +105,19 @@ class Operands:
         return linear(self.x, weight, bias, activation=activation, residual=self.residual)
 
 
-def microseconds(step: Callable[[int], object]) -> float:
-    """The median time of one step inside a CUDA graph of several."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(CALLS):
-            step(index)
-    times = []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / CALLS * 1000)
-    return statistics.median(times[1:])
-
-
-def measure(kind: Kind, n: int, k: int) -> dict[str, Any]:
+def measure(kind: Kind, n: int, k: int, tried: Sequence[int]) -> dict[str, Any]:
     """The table's entry of one product."""
     rows = []
-    for m in ROWS:
+    for m in tried:
         operands = Operands(kind, m, n, k)
         reference = operands.reference().double()
         figures: dict[Tile, float] = {}
         for tile in TILES:
             error = (operands.run(tile).double() - reference).norm() / reference.norm()
             if error < 0.04:  # e4m3 results round by 2^-4 of themselves at most
-                figures[tile] = microseconds(partial(operands.run, tile))
+                figures[tile] = microseconds(partial(operands.run, tile), CALLS)
         best = min(figures, key=lambda tile: figures[tile])
-        half = microseconds(operands.in_bfloat16)
+        half = microseconds(operands.in_bfloat16, CALLS)
         print(
             f"{kind:9} {n}x{k} m={m}: {best} {figures[best]:.1f} us, bfloat16 {half:.1f} us, "
             f"{half / figures[best]:.2f}x",
@@ -145,11 +130,17 @@ def measure(kind: Kind, n: int, k: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", type=Path, required=True, help="the JSON file to fill in")
+    parser.add_argument("--rehearse", action="store_true", help="64 rows, by the references")
     args = parser.parse_args()
+    if not (args.rehearse or torch.cuda.is_available()):
+        parser.error("needs a GPU; --rehearse runs the references")
     table = json.loads(args.table.read_text())
-    kept = [entry for entry in table["products"] if entry.get("operands") != "e4m3"]
-    table["products"] = kept + [measure(*product) for product in PRODUCTS]
-    args.table.write_text(json.dumps(table, indent=1) + "\n")
+    kept = [entry for entry in table.pop("products") if entry.get("operands") != "e4m3"]
+    rows = (64,) if args.rehearse else ROWS
+    products = kept + [measure(*product, rows) for product in PRODUCTS]
+    if args.rehearse:
+        return
+    write_products(args.table, table, products)
 
 
 if __name__ == "__main__":

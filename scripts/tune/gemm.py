@@ -7,8 +7,9 @@ OUT is the table that vitrt/kernels/gemm.py chooses by. For each product and num
 with what its epilogue can do, the bare product followed by our kernel, and quack's kernels with
 everything in the epilogue, in CUDA graphs whose weights do not stay in the L2 cache. A product with
 a residual is timed together with the norm that follows, so that adding the residual in that norm is
-costed as it would run. All measurements go to OUT.raw.json; a second run carries on from there, and
-`--select-only` makes the table from them without a GPU.
+costed as it would run. All measurements go to RAW, which lies in the current folder unless named
+(beside the tables it would be taken for one); a second run carries on from there, and
+`--select-only` makes the table from them without a GPU. Products of OUT that RAW lacks stay.
 """
 
 from __future__ import annotations
@@ -259,17 +260,18 @@ def tune(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the table, JSON")
+    parser.add_argument("--raw", type=Path, help="all measurements, JSON (default: ./OUT.raw.json)")
     parser.add_argument("--time-limit", type=float, default=400, help="seconds, compiling included")
     families = ",".join(dict.fromkeys(layer.family for layer in LAYERS))
     parser.add_argument("--only", default=families, help="families, separated by commas")
     parser.add_argument("--slack", type=float, default=0.015, help="loss that saves a kernel")
-    parser.add_argument("--select-only", action="store_true", help="from OUT.raw.json, no GPU")
+    parser.add_argument("--select-only", action="store_true", help="from RAW, no GPU")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.time_limit
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count()))
 
-    raw_path = arguments.out.with_suffix(".raw.json")
+    raw_path = arguments.raw or Path(arguments.out.stem + ".raw.json")
     raw: dict[str, Any] = {"products": {}}
     if raw_path.exists():
         raw = json.loads(raw_path.read_text())

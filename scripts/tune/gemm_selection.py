@@ -62,16 +62,42 @@ def entries(raw: dict[str, Any], slack: float) -> Iterator[dict[str, Any]]:
 
 
 def write_table(path: Path, raw: dict[str, Any], slack: float) -> list[dict[str, Any]]:
+    """The table at `path` with the products that `raw` has; returns these.
+
+    Those that it had and `raw` has not stay, e4m3's among them. ValueError where it is another
+    device's.
+    """
     products = list(entries(raw, slack))
+    kept = []
+    if path.exists():
+        table = json.loads(path.read_text())
+        if table["device"] != raw["device"]:
+            raise ValueError(
+                f"{path} is of {table['device']}, this was measured on {raw['device']}"
+            )
+        measured = {_product(entry) for entry in products}
+        kept = [entry for entry in table["products"] if _product(entry) not in measured]
+    halves = [entry for entry in kept if "operands" not in entry]
+    others = [entry for entry in kept if "operands" in entry]
+    facts = {key: value for key, value in raw.items() if key != "products"}
+    write_products(path, facts, [*products, *halves, *others])
+    return products
+
+
+def _product(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry["kind"], entry["n"], entry["k"], entry.get("operands")
+
+
+def write_products(path: Path, facts: dict[str, Any], products: list[dict[str, Any]]) -> None:
+    """A table in lines that a difference shows well: one for each product and number of rows."""
     blocks = []
     for entry in products:
         rows = ",\n    ".join(json.dumps(row) for row in entry["rows"])
-        head = json.dumps({key: entry[key] for key in ("kind", "n", "k")})[:-1]
+        head = json.dumps({key: value for key, value in entry.items() if key != "rows"})[:-1]
         blocks.append(f'  {head}, "rows": [\n    {rows}\n  ]}}')
-    facts = [f"{json.dumps(key)}: {json.dumps(raw[key])}" for key in raw if key != "products"]
+    lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(facts[key])}" for key in facts)
     joined = ",\n".join(blocks)
-    path.write_text("{\n " + ",\n ".join(facts) + f',\n "products": [\n{joined}\n ]\n}}\n')
-    return products
+    path.write_text(f'{{\n {lines},\n "products": [\n{joined}\n ]\n}}\n')
 
 
 def summary(products: list[dict[str, Any]]) -> None:
