@@ -104,8 +104,7 @@ def soak(graphs: VisionEncoder, eager: VisionEncoder, images: int) -> dict[str, 
         grids = [random_grid(graphs, rng) for _ in range(count)]
         left -= count
         values = pixels(graphs, grids)
-        if runner._patches is not None:
-            runner._patches.fill_(torch.nan)
+        runner._inputs.of(runner.buckets.largest)[0].fill_(torch.nan)
         got, want = graphs(values, grids), eager(values, grids)
         pairs = [(got.embeddings, want.embeddings)]
         if want.deepstack is not None and got.deepstack is not None:
