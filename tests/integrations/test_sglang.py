@@ -295,7 +295,6 @@ def test_what_derives_from_a_model_elsewhere_stays_sglangs(
     ("vision", "quantised", "reason"),
     [
         ({"disable_merger_proj": True}, None, "disable_merger_proj"),
-        ({"original_num_heads": 4}, None, "original_num_heads"),
         ({"model_type": "new"}, None, "'new'"),
         ({}, QuantMethod(), "QuantMethod"),
     ],
@@ -317,6 +316,22 @@ def test_what_vitrt_cannot_run_is_left_to_sglang(
     assert isinstance(model.visual, OwnTower)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert reason in caplog.text and "\n" not in caplog.records[0].getMessage()
+
+
+@torch.inference_mode()
+def test_what_sglang_pads_on_a_cpu_is_as_the_checkpoint_has_it(
+    family: str, folder: Path, engine: SimpleNamespace
+) -> None:
+    load_plugins()
+    config = settings(folder)
+    vision = config.vision_config
+    for name, padding in (("num_heads", 0), ("intermediate_size", 16)):
+        setattr(vision, f"original_{name}", getattr(vision, name))
+        setattr(vision, name, getattr(vision, name) + padding)
+    model = build(ARCHITECTURE[family], config)
+    assert isinstance(model.visual, EngineTower)
+    model.load_weights(weights_of(folder).items())
+    assert model.visual(pixels_of(model), GRIDS).isfinite().all()
 
 
 def test_a_quantised_model_may_leave_its_tower_out(

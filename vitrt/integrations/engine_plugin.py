@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vitrt.config import VisionConfig
 from vitrt.integrations.engine_tower import EngineTower
-from vitrt.models.families import read_vision_config
 
 
 @contextmanager
@@ -49,17 +47,17 @@ def tower_replaced(
 
 def read_arguments(
     args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[str]
-) -> tuple[VisionConfig, dict[str, Any]]:
+) -> dict[str, Any]:
     """What an engine makes its tower with, by name; the first may be given by position.
 
-    ValueError for an argument that is not known, and for a tower that vitrt does not have.
+    ValueError for an argument that is not known.
     """
     arguments = dict(zip(known[:1], args, strict=False)) | dict(kwargs)
     if len(args) > 1 or not {"vision_config"} <= set(arguments) <= set(known):
         raise ValueError(f"its constructor is called with {', '.join(sorted(arguments))}")
     if arguments.get("norm_eps", 1e-6) != 1e-6:
         raise ValueError(f"norm_eps is {arguments['norm_eps']}, and vitrt's is 1e-06")
-    return read_vision_config(arguments["vision_config"].to_dict()), arguments
+    return arguments
 
 
 def refuse_quantised(tower: nn.Module) -> None:

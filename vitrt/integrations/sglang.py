@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitrt.integrations.engine_plugin import read_arguments, refuse_quantised, tower_replaced
 from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.engine_versions import warn_of_version
+from vitrt.models.families import read_vision_config
 
 __all__ = ["ARCHITECTURES", "READ", "TOWERS", "register"]
 
@@ -139,11 +140,15 @@ def _make_tower(own: type[nn.Module], *args: Any, **kwargs: Any) -> EngineTower:
     device = torch.get_default_device()
     if device.type == "meta":
         raise ValueError("this loader fills an empty model layer by layer")
-    config, arguments = read_arguments(args, kwargs, TOWER_ARGUMENTS)
-    vision = arguments["vision_config"]
-    for name in ("disable_merger_proj", "original_num_heads"):
-        if getattr(vision, name, None):
-            raise ValueError(f"its config has {name}={getattr(vision, name)!r}")
+    arguments = read_arguments(args, kwargs, TOWER_ARGUMENTS)
+    vision = arguments["vision_config"].to_dict()
+    if vision.get("disable_merger_proj"):
+        raise ValueError("its config has disable_merger_proj=True")
+    # On a CPU SGLang pads heads and widths for its own kernels, and notes what they were.
+    noted = {name: value for name, value in vision.items() if name.startswith("original_")}
+    config = read_vision_config(
+        vision | {name.removeprefix("original_"): value for name, value in noted.items()}
+    )
     if arguments.get("quant_config") is not None:
         # SGLang's layers cannot all be made without memory; these are dropped at once.
         refuse_quantised(own(*args, **kwargs))

@@ -18,6 +18,7 @@ from vitrt.config import VisionConfig
 from vitrt.integrations.engine_plugin import read_arguments, refuse_quantised, tower_replaced
 from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.vllm import ARCHITECTURES, dtype_and_device, logger
+from vitrt.models.families import read_vision_config
 
 # What vLLM makes its towers with.
 TOWER_ARGUMENTS = ("vision_config", "norm_eps", "quant_config", "prefix", "input_norm")
@@ -97,7 +98,8 @@ def _tower_maker(vllm_config: Any) -> Callable[..., VllmTower]:
         if kwargs.get("quant_config") is not None:
             with torch.device("meta"):
                 refuse_quantised(own(*args, **kwargs))
-        config, arguments = read_arguments(args, kwargs, TOWER_ARGUMENTS)
+        arguments = read_arguments(args, kwargs, TOWER_ARGUMENTS)
+        config = read_vision_config(arguments["vision_config"].to_dict())
         dtype, device = dtype_and_device()
         return VllmTower(config, arguments.get("input_norm"), device=device, dtype=dtype, **options)
 
