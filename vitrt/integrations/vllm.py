@@ -22,6 +22,7 @@ __all__ = ["ARCHITECTURES", "TRIED", "fill_ec_cache", "register"]
 
 # Architecture -> vLLM's module and the name there of the tower that a model is built with.
 ARCHITECTURES = {
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VisionTransformer"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2_5_VisionTransformer"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3_VisionTransformer"),
     "Qwen3VLMoeForConditionalGeneration": ("qwen3_vl_moe", "Qwen3_VisionTransformer"),
