@@ -1,6 +1,6 @@
 """The prompts that transformers and an engine are asked, and what transformers answers in float32.
 
-    python cases.py WORK FAMILY SIZE    # makes the checkpoint WORK/FAMILY-SIZE and its answers
+    python cases.py WORK FAMILY SIZE DEVICE    # makes the checkpoint WORK/FAMILY-SIZE and answers
 
 A prompt is text, `<vision>` placeholders and a tail; its answers are 16 greedy tokens and the
 log-probabilities of the tail's tokens and of those 16, under the reference's tokens.
@@ -23,18 +23,22 @@ TAIL = (
 )
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
-_SIZES = {"one": [(224, 320)], "three": [(160, 256), (320, 192), (96, 448)], "clip": [(128, 160)]}
+_SIZES = {"one": [(224, 320)], "three": [(160, 256), (320, 192), (96, 448)]}
+_CLIP_SIZE = (128, 160)
+# What an engine can be told: a clip with its times and all of its frames, or frames alone.
+CASES = {"vllm": (*_SIZES, "clip"), "sglang": (*_SIZES, "frames")}
 FRAMES = 8
 FPS = 2.0
 UNKNOWN_FPS = 24.0  # what Qwen2.5-VL's processor takes where it is told none
 
 
-def case_names() -> list[str]:
-    return list(_SIZES)
+def by_frame(folder: Path) -> bool:
+    """Whether a clip is given with its times, one placeholder a frame: Qwen3-VL and later."""
+    return folder.name.startswith("qwen3")
 
 
 def prompt_text(case: str) -> str:
-    return "Look: " + (_VIDEO if case == "clip" else _IMAGE * len(_SIZES[case])) + TAIL
+    return "Look: " + (_IMAGE * len(_SIZES[case]) if case in _SIZES else _VIDEO) + TAIL
 
 
 def random_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -54,8 +58,7 @@ def images_of(case: str) -> list[Image.Image]:
 
 def clip_frames() -> np.ndarray:
     """uint8 [FRAMES, height, width, 3]."""
-    height, width = _SIZES["clip"][0]
-    return np.stack([random_image(height, width, 100 + index) for index in range(FRAMES)])
+    return np.stack([random_image(*_CLIP_SIZE, 100 + index) for index in range(FRAMES)])
 
 
 def clip_metadata() -> dict[str, Any]:
@@ -78,11 +81,15 @@ def reference(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     model = model.to(device).eval()
     model.generation_config.eos_token_id = None
     answers = {}
-    for case in case_names():
-        given: dict[str, Any] = {"images": images_of(case)}
+    for case in (*_SIZES, "clip", "frames"):
+        given: dict[str, Any]
+        if case in _SIZES:
+            given = {"images": images_of(case)}
+        else:
+            given = {"videos": [clip_frames()]}
         if case == "clip":
-            given = {"videos": [clip_frames()], "do_sample_frames": False}
-            if "qwen3_vl" in folder.name:  # vLLM takes none for Qwen2.5-VL
+            given["do_sample_frames"] = False
+            if by_frame(folder):  # vLLM takes none for Qwen2.5-VL
                 given["video_metadata"] = [clip_metadata()]
         inputs = processor(text=[prompt_text(case)], return_tensors="pt", **given).to(device)
         ids = inputs["input_ids"][0]
@@ -106,8 +113,7 @@ def reference(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 if __name__ == "__main__":
     from checkpoints import make_checkpoint
 
-    work, family, size = sys.argv[1:]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    work, family, size, device = sys.argv[1:]
     made = make_checkpoint(Path(work, f"{family}-{size}"), family, size, device)
     torch.cuda.empty_cache()
     (made / "reference.json").write_text(json.dumps(reference(made, device)))

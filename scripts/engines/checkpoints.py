@@ -8,6 +8,7 @@ greedy continuation of a prompt depends on its images.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5", "qwen2_vl")
 
 _TOWERS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen3_vl", "tiny"): {
@@ -50,17 +51,48 @@ _TOWERS: dict[tuple[str, str], dict[str, Any]] = {
         "out_hidden_size": 3584,
         "fullatt_block_indexes": [7, 15, 23, 31],
     },
+    ("qwen3_5", "tiny"): {
+        "depth": 6,
+        "hidden_size": 288,
+        "intermediate_size": 592,
+        "num_heads": 4,
+        "out_hidden_size": 256,
+    },
+    ("qwen2_vl", "tiny"): {
+        "depth": 6,
+        "embed_dim": 320,
+        "num_heads": 4,
+        "hidden_size": 256,
+    },
 }
-_PROCESSORS = {
-    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", 16, [0.5] * 3, [0.5] * 3),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLProcessor",
-        "Qwen2VLVideoProcessor",
-        14,
-        [0.48145466, 0.4578275, 0.40821073],
-        [0.26862954, 0.26130258, 0.27577711],
+# Family -> how transformers' classes are called, the rope's parts (of a head of 128), and more of
+# the language model.
+_INTERLEAVED = {"mrope_interleaved": True}
+_TEXTS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
+    "qwen3_vl": ("Qwen3VL", (24, 20, 20), _INTERLEAVED, {}),
+    "qwen2_5_vl": ("Qwen2_5_VL", (16, 24, 24), {}, {}),
+    # Full attention alone: vLLM's linear attention on a CPU is in bfloat16. Half a head turns.
+    "qwen3_5": (
+        "Qwen3_5",
+        (12, 10, 10),
+        _INTERLEAVED | {"partial_rotary_factor": 0.5},
+        {"layer_types": ["full_attention"] * 2},
     ),
+    "qwen2_vl": ("Qwen2VL", (16, 24, 24), {}, {}),
 }
+_HALF = (16, [0.5] * 3, [0.5] * 3)
+_CLIP = (14, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+_PROCESSORS = {
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", *_HALF),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", *_CLIP),
+    "qwen3_5": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", *_HALF),
+    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor", *_CLIP),
+}
+
+
+def families_of(size: str) -> list[str]:
+    """Those that have a checkpoint of this size."""
+    return [family for family in FAMILIES if (family, size) in _TOWERS]
 
 
 def make_checkpoint(folder: Path, family: str, size: str, device: str = "cpu") -> Path:
@@ -101,12 +133,13 @@ def _model(family: str, size: str, ids: dict[str, int]) -> Any:
     import transformers
 
     vision = _TOWERS[family, size]
-    tiny, width = size == "tiny", vision["out_hidden_size"]
+    name, section, rope, more = _TEXTS[family]
+    tiny = size == "tiny"
+    width = vision.get("out_hidden_size", vision["hidden_size"])
     head = 64 if tiny else 128
-    section = {"qwen3_vl": (24, 20, 20), "qwen2_5_vl": (16, 24, 24)}[family]
-    rope = {"rope_type": "default", "rope_theta": 1e6}
+    rope = {"rope_type": "default", "rope_theta": 1e6} | rope
     rope["mrope_section"] = [part * head // 128 for part in section]
-    text = {
+    text = more | {
         "num_hidden_layers": 2,
         "vocab_size": 512,
         "max_position_embeddings": 32768,
@@ -120,13 +153,9 @@ def _model(family: str, size: str, ids: dict[str, int]) -> Any:
         "bos_token_id": None,
         "pad_token_id": ids["<|endoftext|>"],
     }
-    if family == "qwen3_vl":
+    if family.startswith("qwen3"):
         text["head_dim"] = head
-        rope["mrope_interleaved"] = True
-        kinds = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
-    else:
-        kinds = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
-    config = kinds[0](
+    config = getattr(transformers, f"{name}Config")(
         text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
@@ -135,7 +164,7 @@ def _model(family: str, size: str, ids: dict[str, int]) -> Any:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    return kinds[1](config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
 @torch.no_grad()
@@ -182,3 +211,22 @@ def _write_processors(folder: Path, family: str) -> None:
     }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, indent=1))
+
+
+def faulty_checkpoint(folder: Path, target: Path, fault: str) -> tuple[Path, str]:
+    """A copy with one tensor of the tower "missing", "renamed" or "doubled"; and its name there."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("visual.blocks.1.attn.qkv.bias"))
+    if fault == "doubled":  # in a file of its own: one file holds a name once
+        save_file({name: tensors[name]}, target / "model-again.safetensors", {"format": "pt"})
+        return target, name
+    tensor = tensors.pop(name)
+    if fault == "renamed":
+        name += "es"
+        tensors[name] = tensor
+    save_file(tensors, file, {"format": "pt"})
+    return target, name

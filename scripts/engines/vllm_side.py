@@ -1,15 +1,15 @@
-"""One vLLM engine in this process: answers, or times, one checkpoint and writes them as JSON.
+"""One vLLM engine in this process: answers of one checkpoint, or why it did not start, as JSON.
 
-    python vllm_side.py answers|times|ec FOLDER RESULT.json
+    python vllm_side.py answers|ec|data|weights|faults|times FOLDER RESULT.json
 
-Whether the tower is vitrt's is decided as for any user, by VLLM_PLUGINS. `vllm_check.py` starts it.
+"data" and "weights" answer with two tensor-parallel ranks, by `mm_encoder_tp_mode`. Whether the
+tower is vitrt's is decided as for any user, by VLLM_PLUGINS. `vllm_check.py` starts this.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -22,15 +22,9 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine, and its model,
 import cases
 import numpy as np
 import torch
+from checkpoints import faulty_checkpoint
 from PIL import Image
-
-CUDA = torch.cuda.is_available()
-# The workloads of the tower, as the side of each image in merged tokens; "mixed": 16 images.
-TOWER_LOADS = {
-    "1 of 560x560": None,
-    "32 of 560x560": None,
-    "mixed": [(1, 2 * (8 + i), 2 * (20 - i)) for i in range(16)],
-}
+from tower_times import CUDA, time_first_token, time_tower
 
 
 def start(folder: Path, **options: Any) -> Any:
@@ -61,13 +55,14 @@ def small(folder: Path, **options: Any) -> Any:
 
 
 def tower_name(llm: Any) -> str:
-    return llm.apply_model(lambda model: type(model.visual).__module__)[0]
+    """The module of the tower's class, on every rank."""
+    return ", ".join(sorted(set(llm.apply_model(lambda model: type(model.visual).__module__))))
 
 
 def pixels_data(folder: Path, case: str) -> dict[str, Any]:
     if case != "clip":
         return {"image": cases.images_of(case)}
-    if "qwen3_vl" in folder.name:
+    if cases.by_frame(folder):
         metadata = cases.clip_metadata() | {"do_sample_frames": False}
         return {"video": [(cases.clip_frames(), metadata)]}
     return {"video": [cases.clip_frames()]}
@@ -88,7 +83,7 @@ def features_data(folder: Path, case: str) -> dict[str, Any]:
     if case != "clip":
         return for_vllm(features)
     times = [(2 * index + 0.5) / cases.FPS for index in range(features[0].grid_thw[0])]
-    if "qwen3_vl" in folder.name:
+    if cases.by_frame(folder):
         return for_vllm(videos=features, timestamps=[times])
     return for_vllm(videos=features, second_per_grid_ts=[2 / cases.UNKNOWN_FPS])
 
@@ -128,13 +123,13 @@ def answer(llm: Any, data: dict[str, dict[str, Any]], expected: dict[str, Any]) 
     return answers
 
 
-def answers(folder: Path, result: dict[str, Any]) -> None:
+def answers(folder: Path, result: dict[str, Any], **options: Any) -> None:
     expected = json.loads(Path(folder, "reference.json").read_text())
-    llm = small(folder)
+    llm = small(folder, **options)
     result["tower"] = tower_name(llm)
-    names = cases.case_names()
+    names = cases.CASES["vllm"]
     result["pixels"] = answer(llm, {n: pixels_data(folder, n) for n in names}, expected)
-    if result["tower"].startswith("vitrt"):
+    if result["tower"].startswith("vitrt") and not options:
         try:
             data = {n: features_data(folder, n) for n in names}
             result["features"] = answer(llm, data, expected)
@@ -147,50 +142,22 @@ def times(folder: Path, result: dict[str, Any]) -> None:
     llm = start(folder, max_model_len=16384, gpu_memory_utilization=0.6 if CUDA else 0.3)
     result["seconds_to_start"] = time.perf_counter() - started
     result["tower"] = tower_name(llm)
-    expected = Path(folder, "reference.json")
-    if expected.exists():
-        data = {n: pixels_data(folder, n) for n in cases.case_names()}
-        result["pixels"] = answer(llm, data, json.loads(expected.read_text()))
-    result["tower_ms"] = llm.apply_model(time_tower)[0]
-    result["first_token_ms"] = first_token(llm)
-    result["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30 if CUDA else 0.0
+    expected = json.loads(Path(folder, "reference.json").read_text())
+    data = {name: pixels_data(folder, name) for name in cases.CASES["vllm"]}
+    result["pixels"] = answer(llm, data, expected)
 
+    def tower(model: Any) -> dict[str, float]:
+        patches = 16 if cases.by_frame(folder) else 14
+        return time_tower(model.visual, patches, lists="Qwen2_5" in type(model).__name__)
 
-@torch.inference_mode()
-def time_tower(model: torch.nn.Module) -> dict[str, float]:
-    """Median wall milliseconds of the tower's forward, as the engine calls it."""
-    visual: Any = model.visual
-    patches = 14 if "2_5" in type(model).__name__ else 16
-    width = 3 * 2 * patches**2
-    side = -(-560 // (2 * patches)) * 2
-    found = {}
-    for name, grids in TOWER_LOADS.items():
-        count = int(name.split()[0]) if grids is None else 0
-        grids = [list(g) for g in grids or [(1, side, side)] * count]
-        x = torch.randn(sum(h * w for _, h, w in grids), width, device=visual.device)
-        x = x.to(visual.dtype)
-        grid_thw: Any = grids if patches == 14 else torch.tensor(grids)
-        runs = []
-        for _ in range(15 if CUDA else 1):
-            begin = time.perf_counter()
-            visual(x, grid_thw=grid_thw)
-            if CUDA:
-                torch.cuda.synchronize()
-            runs.append((time.perf_counter() - begin) * 1e3)
-        found[name] = statistics.median(runs[5:] or runs)
-    return found
+    result["tower_ms"] = llm.apply_model(tower)[0]
 
-
-def first_token(llm: Any) -> float:
-    """Median milliseconds from a prompt with a new 560x560 image to its first token."""
-    runs = []
-    for seed in range(15 if CUDA else 2):
-        image = Image.fromarray(cases.random_image(560, 560, 1000 + seed))
+    def first(image: Image.Image) -> None:
         prompt = {"prompt": cases.prompt_text("one"), "multi_modal_data": {"image": [image]}}
-        begin = time.perf_counter()
         ask(llm, [prompt], max_tokens=1)
-        runs.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(runs[len(runs) // 3 :])
+
+    result["first_token_ms"] = time_first_token(first)
+    result["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30 if CUDA else 0.0
 
 
 def ec(folder: Path, result: dict[str, Any]) -> None:
@@ -218,10 +185,33 @@ def ec(folder: Path, result: dict[str, Any]) -> None:
             result[name] = list(made[0].outputs[0].token_ids)
 
 
+def ranks(folder: Path, result: dict[str, Any], mode: str) -> None:
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions that go to the ranks
+    answers(folder, result, tensor_parallel_size=2, mm_encoder_tp_mode=mode)
+
+
+def faults(folder: Path, result: dict[str, Any]) -> None:
+    """What the start says where a checkpoint's tower is not whole."""
+    with tempfile.TemporaryDirectory() as made:
+        for fault in ("missing", "renamed", "doubled"):
+            broken, name = faulty_checkpoint(folder, Path(made, fault), fault)
+            try:
+                small(broken)
+            except Exception as error:
+                named = name.partition("visual.")[2] in str(error)
+                result[fault] = {"tensor": name, "named": named, "error": str(error)[:2000]}
+            else:
+                result[fault] = {"tensor": name, "named": False, "error": "it started"}
+
+
 if __name__ == "__main__":
     job, checkpoint, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     report: dict[str, Any] = {}
-    {"answers": answers, "times": times, "ec": ec}[job](checkpoint, report)
+    if job in ("data", "weights"):
+        ranks(checkpoint, report, job)
+    else:
+        jobs = {"answers": answers, "ec": ec, "faults": faults, "times": times}
+        jobs[job](checkpoint, report)
     target.write_text(json.dumps(report))
     sys.stdout.flush()
     os._exit(0)  # an engine's threads may outlive it

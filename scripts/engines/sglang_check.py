@@ -1,0 +1,47 @@
+"""SGLang's offline engine with vitrt's tower against SGLang's own, on random checkpoints.
+
+    python scripts/engines/sglang_check.py --output DIR [--device cpu]
+        [--only tiny,ranks,faults,full] [--families qwen3_vl,...] [--json FILE]
+
+"tiny": 16 greedy tokens of prompts with one image, three images and the frames of a clip: with the
+plugin, without it (by SGLANG_PLUGINS), and from vitrt's features, each against transformers in
+float32. "ranks": the same with two tensor-parallel ranks. "faults": checkpoints whose tower is not
+whole must not start. "full": the towers of released sizes in front of two layers of language model:
+the same answers, the tower's time inside the engine, and the time to a first token.
+
+Needs sglang with what it pins: torch, transformers, sglang-kernel and, on a GPU, flashinfer. A CPU
+(`--device cpu`: all but "full", in float32) needs SGLang's own CPU build of `sgl_kernel`, or
+`scripts/engines/sglang_stub` on PYTHONPATH in its place: no operator of it is called here.
+"""
+
+from __future__ import annotations
+
+from check import Check, Results, main
+from sides import Job, result_of
+
+
+class SglangCheck(Check):
+    engine = "sglang"
+    at_once = False  # an engine takes the memory that is free when it starts
+
+    def settings(self) -> dict[str, str]:
+        return {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}
+
+    def faults(self, family: str) -> Results:
+        results: Results = {}
+        for fault in ("missing", "renamed", "doubled"):
+            job = Job(fault, self.folder(family, "tiny"))
+            self.run([job])
+            found = result_of(job, self.output)
+            if "tensor" in found:
+                name = found["tensor"].partition("visual.")[2]
+                lines = (self.output / f"{job.stem}.log").read_text(errors="replace").splitlines()
+                said = [line.strip() for line in lines if name in line]
+                found |= {"named": bool(said), "error": said[-1][:2000] if said else None}
+            results[fault] = found
+            print(f"{job.folder.name:18s} {fault:16s} {found}", flush=True)
+        return results
+
+
+if __name__ == "__main__":
+    main(SglangCheck, __doc__.splitlines()[0])

@@ -1,0 +1,33 @@
+"""A plugin of SGLang's for these checks: each rank says which tower it has, and times it if asked.
+
+`TOWER_REPORT` is the folder that it writes into; with `TOWER_TIMES` it times a forward, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tower_times import time_tower
+
+
+def register() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = "sglang.srt.model_executor.model_runner.ModelRunner.initialize"
+    HookRegistry.register(target, initialize, HookType.AROUND)
+
+
+def initialize(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the last step of an engine's start."""
+    result = original(runner, *args, **kwargs)
+    model = runner.model
+    found: dict[str, Any] = {"tower": type(model.visual).__module__}
+    if "TOWER_TIMES" in os.environ:
+        patches = 14 if "Qwen2" in type(model).__name__ else 16
+        found["tower_ms"] = time_tower(model.visual, patches, lists=False)
+    Path(os.environ["TOWER_REPORT"], f"{os.getpid()}.json").write_text(json.dumps(found))
+    return result

@@ -1,0 +1,70 @@
+"""The parts of scripts/engines that need no engine: faulty checkpoints, comparisons, plugins."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitrt.integrations import sglang, vllm
+
+ENGINES = Path(__file__).resolve().parents[1] / "scripts" / "engines"
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ENGINES))
+    return importlib.import_module("sides")
+
+
+def tensors_of(folder: Path) -> list[str]:
+    """The names in all files, as an engine without an index reads them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return sorted(name for file in files for name in load_file(file))
+
+
+def test_a_faulty_checkpoint_has_its_fault(tmp_path: Path, sides: ModuleType) -> None:
+    checkpoints = importlib.import_module("checkpoints")
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    name = "model.visual.blocks.1.attn.qkv.bias"
+    other = "model.visual.blocks.1.norm1.bias"
+    save_file({name: torch.ones(2), other: torch.ones(3)}, folder / "model.safetensors")
+    held = {}
+    for fault in ("missing", "renamed", "doubled"):
+        broken, named = checkpoints.faulty_checkpoint(folder, tmp_path / fault, fault)
+        held[fault] = (named.removeprefix(name), tensors_of(broken))
+    assert held == {
+        "missing": ("", [other]),
+        "renamed": ("es", [f"{name}es", other]),
+        "doubled": ("", [name, name, other]),
+    }
+    assert tensors_of(folder) == [name, other]
+
+
+def test_answers_are_compared_until_they_differ(sides: ModuleType) -> None:
+    expected = {"tokens": [5, 6, 7], "logprobs": [-1.0, -2.0, -3.0, -4.0], "prompt_tokens": 9}
+    same = sides.compare(expected, expected)
+    assert same == {"equal_tokens": 3, "logprob_error": 0.0}
+    other = expected | {"tokens": [5, 8, 7], "logprobs": [-1.5, -2.0], "prompt_tokens": 8}
+    found = sides.compare(other, expected)
+    assert found == {"equal_tokens": 1, "logprob_error": 0.25, "prompt_tokens": [8, 9]}
+
+
+@pytest.mark.parametrize(("engine", "module"), [("vllm", vllm), ("sglang", sglang)])
+def test_an_engine_is_offered_the_plugin(
+    engine: str, module: ModuleType, tmp_path: Path, sides: ModuleType
+) -> None:
+    group, allow_list, own = sides.ENGINES[engine]
+    allowed = sides.environment(engine, sides.WITH, tmp_path)[allow_list]
+    refused = sides.environment(engine, sides.WITHOUT, tmp_path)[allow_list]
+    assert set(allowed.split(",")) - {"vitrt"} == set(own) == set(refused.split(",")) - {""}
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path / "installed")])
+    plugins = {point.name: point for point in found.entry_points if point.group == group}
+    assert plugins["vitrt"].load() is module.register
+    assert (ENGINES / f"{engine}_side.py").exists()
