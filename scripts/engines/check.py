@@ -61,11 +61,11 @@ class Check:
 
     def ranks(self, family: str) -> Results:
         folder = self.folder(family, "tiny")
-        jobs = [Job(mode, folder, side) for mode in ("data", "weights") for side in (WITHOUT, WITH)]
+        jobs = [Job(mode, folder) for mode in ("data", "weights")]
         self.run(jobs)
         results: Results = {}
         for job in jobs:
-            results |= self.answers(job, f"{job.name}, {job.side}")
+            results |= self.answers(job, job.name)
         return results
 
     def full(self, family: str) -> Results:

@@ -42,6 +42,7 @@ _TOWERS: dict[tuple[str, str], dict[str, Any]] = {
         "num_heads": 4,
         "out_hidden_size": 256,
         "fullatt_block_indexes": [2, 5],
+        "tokens_per_second": 2,
     },
     ("qwen2_5_vl", "full"): {
         "depth": 32,
@@ -50,6 +51,7 @@ _TOWERS: dict[tuple[str, str], dict[str, Any]] = {
         "num_heads": 16,
         "out_hidden_size": 3584,
         "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
     },
     ("qwen3_5", "tiny"): {
         "depth": 6,

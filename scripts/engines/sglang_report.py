@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tower_times import time_tower
+from tower_times import module_of_tower, time_tower
 
 
 def register() -> None:
@@ -25,7 +25,7 @@ def initialize(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: 
     """Around the last step of an engine's start."""
     result = original(runner, *args, **kwargs)
     model = runner.model
-    found: dict[str, Any] = {"tower": type(model.visual).__module__}
+    found: dict[str, Any] = {"tower": module_of_tower(model)}
     if "TOWER_TIMES" in os.environ:
         patches = 14 if "Qwen2" in type(model).__name__ else 16
         found["tower_ms"] = time_tower(model.visual, patches, lists=False)

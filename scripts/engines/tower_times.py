@@ -1,4 +1,4 @@
-"""Times of a vision tower inside an engine's process, and of a first token."""
+"""What a tower inside an engine's process is, its times there, and those of a first token."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ TOWER_LOADS = {
     "32 of 560x560": None,
     "mixed": [(1, 2 * (8 + i), 2 * (20 - i)) for i in range(16)],
 }
+
+
+def module_of_tower(model: Any) -> str:
+    """Here, where an engine's other processes find the function."""
+    return type(model.visual).__module__
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from checkpoints import faulty_checkpoint
 from PIL import Image
-from tower_times import CUDA, time_first_token, time_tower
+from tower_times import CUDA, module_of_tower, time_first_token, time_tower
 
 
 def start(folder: Path, **options: Any) -> Any:
@@ -56,7 +56,7 @@ def small(folder: Path, **options: Any) -> Any:
 
 def tower_name(llm: Any) -> str:
     """The module of the tower's class, on every rank."""
-    return ", ".join(sorted(set(llm.apply_model(lambda model: type(model.visual).__module__))))
+    return ", ".join(sorted(set(llm.apply_model(module_of_tower))))
 
 
 def pixels_data(folder: Path, case: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def facts(sglang: Path) -> Facts:
             for node in hooks["HookType"].body
             if isinstance(node, ast.Assign)
         ],
+        "ranks": _reads_ranks(sglang / "srt"),
         "entry_point": '"sglang.srt.plugins"' in plugins,
         "allow_list": "SGLANG_PLUGINS" in plugins,
         "encoder_processes": {
@@ -82,6 +83,14 @@ def _reads_of_sharing(file: Path) -> set[str]:
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vision_model"
     }
+
+
+def _reads_ranks(srt: Path) -> bool:
+    """Whether towers are told the number of ranks by runtime_context.get_parallel().tp_size."""
+    defined = {getattr(node, "name", None) for node in tree_of(srt / "runtime_context.py").body}
+    tower = ast.unparse(tree_of(srt / "models" / "qwen3_vl.py"))
+    imported = "from sglang.srt.runtime_context import " in tower
+    return "get_parallel" in defined and imported and "get_parallel().tp_size" in tower
 
 
 def _has(sglang: Path, module: str, name: str) -> bool:

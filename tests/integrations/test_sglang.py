@@ -58,7 +58,7 @@ def test_an_installed_sglang_was_read() -> None:
 @pytest.mark.parametrize("version", SOURCES)
 def test_sources_have_what_the_plugin_needs(version: str, family: str, folder: Path) -> None:
     found = SOURCES[version]
-    assert found["entry_point"] and found["allow_list"]
+    assert found["entry_point"] and found["allow_list"] and found["ranks"]
     assert found["register"] == ["cls", "target", "hook", "hook_type", "source"]
     assert {"AROUND", "REPLACE"} <= set(found["hook_types"])
     for architecture, model in found["models"].items():
@@ -151,12 +151,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     ranks = SimpleNamespace(count=1)
     modules = {name: ModuleType(name) for name in ("sglang", "sglang.srt", "sglang.srt.models")}
     modules["sglang"].__version__ = "0.5.23"  # type: ignore[attr-defined]
-    for name in ("plugins", "plugins.hook_registry", "distributed"):
+    for name in ("plugins", "plugins.hook_registry", "runtime_context"):
         modules[f"sglang.srt.{name}"] = ModuleType(f"sglang.srt.{name}")
     hooks = modules["sglang.srt.plugins.hook_registry"]
     vars(hooks).update(HookRegistry=HookRegistry, HookType=HookType)
-    sharing = modules["sglang.srt.distributed"]
-    vars(sharing)["get_tensor_model_parallel_world_size"] = lambda: ranks.count
+    context = modules["sglang.srt.runtime_context"]
+    vars(context)["get_parallel"] = lambda: SimpleNamespace(tp_size=ranks.count)
     for architecture, module_name in sglang.ARCHITECTURES.items():
         name = f"sglang.srt.models.{module_name}"
         module = modules.setdefault(name, ModuleType(name))

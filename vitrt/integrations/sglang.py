@@ -157,9 +157,7 @@ def _make_tower(own: type[nn.Module], *args: Any, **kwargs: Any) -> EngineTower:
 
 def _ranks() -> int:
     """Tensor-parallel ranks of the model that is being built."""
-    ranks: int = pkgutil.resolve_name(
-        "sglang.srt.distributed:get_tensor_model_parallel_world_size"
-    )()
+    ranks: int = pkgutil.resolve_name("sglang.srt.runtime_context:get_parallel")().tp_size
     return ranks
 
 
