@@ -518,6 +518,7 @@ def main() -> None:
     os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count()))
     keep_kernels()
     if arguments.compile_only:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever GPUs there are stay out of it
         with compiling_for(CHIPS["sm_90a"]):
             compile_all(Kernels(torch.device("cuda", 0)), workers=False)
         return

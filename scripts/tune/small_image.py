@@ -465,8 +465,12 @@ def compile_all(arguments: argparse.Namespace) -> None:
     started, parts = time.monotonic(), os.cpu_count() or 1
     command = [sys.executable, __file__, "--models", arguments.models]
     command += ["--workloads", arguments.workloads]
+    # Whatever GPUs there are stay out of it.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([*command, "--part", f"{part}/{parts}"], stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, "--part", f"{part}/{parts}"], env=environment, stdout=subprocess.DEVNULL
+        )
         for part in range(parts)
     ]
     failed = sum(each.wait() != 0 for each in running)
