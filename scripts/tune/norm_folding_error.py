@@ -73,9 +73,9 @@ CASES = (
 )
 
 
-def alter(tower: nn.Module, case: Case) -> None:
+def alter(tower: nn.Module, case: Case, seed: int) -> None:
     """Change transformers' tower in place."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2 * seed + 1)
     blocks: Any = tower.blocks
     channel = 7
     with torch.no_grad():
@@ -191,7 +191,7 @@ def folding(encoder: VisionEncoder, way: str) -> Iterator[None]:
                 del norm.forward
 
 
-def run(model: str, depth: int | None, case: Case) -> None:
+def run(model: str, depth: int | None, case: Case, seed: int) -> None:
     named = find_model(model, tiny=depth is None)
     if depth is not None:
         config = replace(
@@ -202,10 +202,10 @@ def run(model: str, depth: int | None, case: Case) -> None:
         )
         named = replace(named, config=config, checkpoint=None)
     cpu = torch.device("cpu")
-    tower = build_tower(named, device=cpu, dtype=torch.bfloat16)
-    alter(tower, case)
+    tower = build_tower(named, device=cpu, dtype=torch.bfloat16, seed=seed)
+    alter(tower, case, seed)
     patches = sum(t * h * w for t, h, w in GRIDS)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2 * seed + 2)
     pixels = torch.randn(patches, named.config.patch_dim, generator=generator)
     expected = float32_reference(float32_copy(tower, named.config), pixels, GRIDS)
     grids = torch.tensor(GRIDS)
@@ -231,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", default="qwen3-vl-8b,qwen2.5-vl-7b")
     parser.add_argument("--depth", type=int, default=4, help="layers of full width; 0: tiny towers")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
     for model in arguments.models.split(","):
@@ -239,7 +240,7 @@ def main() -> None:
         with torch.no_grad():
             for case in CASES:
                 if arguments.only in case.name:
-                    run(model, arguments.depth or None, case)
+                    run(model, arguments.depth or None, case, arguments.seed)
 
 
 if __name__ == "__main__":
