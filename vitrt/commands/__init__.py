@@ -3,18 +3,7 @@
 A module here imports nothing heavy before its `run` is called, so that `--help` comes at once.
 """
 
-__all__ = [
-    "COMMANDS",
-    "bench",
-    "check",
-    "console",
-    "encode",
-    "export",
-    "extract",
-    "info",
-    "show",
-    "verify",
-]
+__all__ = ["COMMANDS", "console"]
 
 COMMANDS = {
     "encode": "images -> features",

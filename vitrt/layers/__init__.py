@@ -4,7 +4,6 @@ __all__ = [
     "attention",
     "cache",
     "float8",
-    "fused",
     "linear",
     "merger",
     "mlp",

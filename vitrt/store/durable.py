@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vitrt.messages import reason_of
@@ -56,15 +56,12 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     temporary = temporary_path(path)
     action, target = "create", temporary
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
+        with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as handle:
             action = "write"
             for chunk in chunks:
                 _write_all(handle, chunk)
             action = "flush"
             os.fsync(handle)
-        finally:
-            os.close(handle)
         action, target = "rename a finished file to", path
         os.replace(temporary, path)
     except OSError as error:
@@ -80,16 +77,13 @@ def append(path: Path, data: bytes, *, flush: bool) -> None:
     """
     action, before = "open", None
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
+        with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as handle:
             before = os.fstat(handle).st_size
             action = "write"
             _write_all(handle, data)
             if flush:
                 action = "flush"
                 os.fsync(handle)
-        finally:
-            os.close(handle)
     except OSError as error:
         failure = AppendError(action, path, error)
         failure.undone = before is None or _truncated(path, before)
@@ -105,12 +99,9 @@ class AppendError(OutputError):
 def truncate(path: Path, size: int) -> None:
     """Cut `path` to `size` bytes and flush it."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
+        with _opened(path, os.O_WRONLY) as handle:
             os.ftruncate(handle, size)
             os.fsync(handle)
-        finally:
-            os.close(handle)
     except OSError as error:
         raise OutputError("cut", path, error) from error
 
@@ -136,11 +127,8 @@ def flush_folder(folder: Path) -> None:
     if os.name == "nt":
         return
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as handle:
             os.fsync(handle)
-        finally:
-            os.close(handle)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):
             return  # this file system has no such operation
@@ -153,6 +141,15 @@ def free_bytes(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError as error:
         raise OutputError("look at", folder, error) from error
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _write_all(handle: int, data: bytes | memoryview) -> None:
