@@ -165,7 +165,11 @@ def test_memory_that_runs_out_amid_a_shared_clip(folder: Path, tmp_path: Path) -
         if frames[-1] == 4 and frames.count(4) == 2:
             raise torch.OutOfMemoryError
 
-    ranks.on_run[0] = run
+    def leave_some(images: Sequence[PreparedImage]) -> None:
+        """Of the clip to its owner: no second part before it failed."""
+        wait_for(lambda: not ranks.given.is_set() or frames.count(4) >= 2)
+
+    ranks.on_run = [run, leave_some]
     ranks.run(folder)
     assert_whole(ranks, folder)
     assert frames.count(4) == 2 and frames.count(2) >= 2
@@ -222,6 +226,9 @@ def test_an_owner_that_leaves_writes_no_part_of_a_clip(folder: Path, tmp_path: P
         leaving.wait(20)
         ranks.stops[0].request()
 
+    ranks.on_run[0] = lambda images: wait_for(
+        lambda: leaving.is_set() or len(images[0].pixels) == 1
+    )
     ranks.on_run[1] = wait
     thread = threading.Thread(target=stop)
     thread.start()

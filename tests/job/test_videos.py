@@ -80,11 +80,11 @@ def test_a_pooled_video_keeps_its_times(tiny_qwen3_vl: Path, inputs: Path, tmp_p
 def test_ranks_share_one_long_clip(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    write_video(folder / "long.mp4", 64, (96, 128), codec="libx264")
+    write_video(folder / "long.mp4", 96, (96, 128), codec="libx264")
     Image.new("RGB", (90, 60), "red").save(folder / "still.png")
     limits = ["--fps", "25"]
     for bound in ("--video-min-pixels", "--video-max-pixels"):
-        limits += [bound, str(64 * 400 * 500)]
+        limits += [bound, str(96 * 400 * 500)]
     code, said = run_ranks(2, *command(tiny_qwen3_vl, folder, tmp_path / "two"), *limits, "-v")
     assert code == 0, said
     assert "of long.mp4 for another rank" in said
