@@ -156,8 +156,11 @@ def product(
     *,
     pdl: bool = False,
     prefetch: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """act(x [T, K] weight [N, K]^T + bias) in x's dtype, [T, N] or, for swiglu, [T, N / 2].
+
+    It goes into `out` where that is given, rows contiguous.
 
     "shares": float32 [S, T, N], whose sum over S is x weight^T.
     """
@@ -165,9 +168,9 @@ def product(
     (m, k), n = x.shape, weight.shape[0]
     if kind == "shares":
         out = torch.empty(shape.shares, m, n, dtype=torch.float32, device=x.device)
-    else:
-        assert shape.shares == 1 and bias is not None
+    elif out is None:
         out = x.new_empty(m, n // 2 if kind == "swiglu" else n)
+    assert out.is_contiguous() and (kind == "shares" or (shape.shares == 1 and bias is not None))
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     _few_rows_kernel[(ceil_div(n, shape.n), ceil_div(m, shape.m), shape.shares)](
         x, weight, bias, out, m, n, k, shape.m, shape.n, shape.k, shape.shares, kind,

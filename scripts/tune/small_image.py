@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,14 @@ class Small:
         return self.shapes.get((kind, rows, *linear.weight.shape), PLAIN)
 
     def product(
-        self, kind: str, x: Tensor, linear: Linear, on: frozenset[str], **options: Any
+        self,
+        kind: str,
+        x: Tensor,
+        linear: Linear,
+        on: frozenset[str],
+        out: Tensor | None = None,
     ) -> Tensor:
         shape = self.shape(kind, len(x), linear)
-        if "shares" in options:
-            shape = replace(shape, shares=options["shares"])
         return few_rows.product(
             kind,
             x,
@@ -101,6 +104,7 @@ class Small:
             shape,
             pdl="pdl" in on,
             prefetch="prefetch" in on,
+            out=out,
         )
 
     def add_norm(
@@ -153,8 +157,7 @@ class Small:
             merger: PatchMerger, normed: Tensor, out: Tensor | None = None
         ) -> Tensor:
             x = self.product("gelu", normed.view(-1, merger.joined), merger.fc1, on)
-            result = self.product("bias", x, merger.fc2, on)
-            return result if out is None else out.copy_(result)
+            return self.product("bias", x, merger.fc2, on, out)
 
         with mock.patch.object(VisionBlock, "forward", block_forward):
             if "mergers" in on:
