@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vitrt.images import prepared as prepared_file
 from vitrt.images import processor as processor_file
 from vitrt.images.prepared import PreparedImage
 from vitrt.images.video import VideoFile
+from vitrt.job import long_clips
 from vitrt.job.long_clips import LongClips
 from vitrt.job.progress import Progress
 from vitrt.job.run import Outcome, encode_records
@@ -35,6 +37,7 @@ from vitrt.job.stop import Stop
 from vitrt.parallel.shared_parts import SharedParts
 from vitrt.sources.folder import walk
 from vitrt.store.check import check_folder
+from vitrt.store.durable import OutputError
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.recovery import recover
 from vitrt.store.writer import FeatureStore, FeatureWriter
@@ -210,6 +213,49 @@ def test_a_rank_that_leaves_lets_the_others_finish(folder: Path, tmp_path: Path)
     ranks.run(folder)
     assert ranks.outcomes[1].interrupted and not ranks.outcomes[0].interrupted
     assert_whole(ranks, folder)
+
+
+def test_a_part_that_cannot_be_read_is_encoded_again(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(long_clips, "to_bytes", lambda features, **_: b"torn")
+    ranks = Ranks(tmp_path / "out")
+    ranks.on_run[0] = ranks.until_given
+    ranks.run(folder)
+    assert_whole(ranks, folder)
+    assert "encoding again what another rank did of a clip" in caplog.text
+
+
+def test_a_rank_whose_disk_is_full_leaves_what_it_has_in_hand(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, chunks: Any) -> None:
+        raise OutputError("write", path, OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(long_clips, "write_file", refuse)
+    ranks = Ranks(tmp_path / "out")
+    ranks.on_run[0] = lambda images: wait_for(lambda: images[0].shape[0] == 1 or 1 in ranks.errors)
+    ranks.run(folder)
+    assert isinstance(ranks.errors.pop(1), OutputError)
+    assert_whole(ranks, folder)
+
+
+def test_a_part_that_comes_after_the_end_is_left(tmp_path: Path) -> None:
+    """As where the listing thread takes one just as the rank stops."""
+    store = HashStore()
+    own, other = (SharedParts(store, 2, leaving=lambda: False) for _ in range(2))
+    (tmp_path / "a.mp4").touch()
+    (record,) = walk(str(tmp_path))
+    offer = own.offer({"record": asdict(record), "bounds": [0, 2]}, 1)
+    clips = LongClips(other, tmp_path, pool=False)
+    parts = clips.parts(0)
+    assert next(parts).id == "a.mp4"
+    clips._in_hand.clear()  # `close` was faster
+    parts.close()
+    assert store.check(["part/0/0"]) and not offer.is_done(0)
 
 
 def test_an_owner_that_leaves_writes_no_part_of_a_clip(folder: Path, tmp_path: Path) -> None:

@@ -248,3 +248,15 @@ def test_ranks_that_ended_are_not_missed(quick: list[int]):
     with Watchdog(store, 0, 2, on_failure=asked.set) as watchdog:
         assert not asked.wait(1)
         watchdog.check()
+
+
+def test_a_rank_that_left_is_not_waited_for() -> None:
+    store = HashStore()
+    gone, other = (SharedParts(store, 2, leaving=lambda leaves=leaves: leaves) for leaves in (1, 0))
+    assert not list(gone.take_others(lambda: False, lambda: True))
+    thread = threading.Thread(
+        target=lambda: list(other.take_others(lambda: True, lambda: True)), daemon=True
+    )
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()

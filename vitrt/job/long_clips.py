@@ -89,7 +89,7 @@ class LongClips:
 
         def in_runs() -> Iterator[Any]:
             for part, (first, stop) in enumerate(pairwise(firsts)):
-                if offer.is_mine(part) or not offer.is_done(part):
+                if (given := self._given(offer, part)) is None:
                     begun = len(clip.begun)
                     while clip.begun:
                         yield clip.begun.pop()
@@ -97,10 +97,19 @@ class LongClips:
                 else:
                     clip.begun.clear()
                     times = clip.rows(*bounds[part : part + 2]).times
-                    content = (self._folder / part_name(offer.number, part)).read_bytes()
-                    yield _Computed(replace(from_bytes(content), times=times))
+                    yield _Computed(replace(given, times=times))
 
         return replace(clip, in_runs=in_runs)
+
+    def _given(self, offer: Offer, part: int) -> ImageFeatures | None:
+        """What another rank made of it; None where this one is to encode it."""
+        if offer.is_mine(part) or not offer.is_done(part):
+            return None
+        try:
+            return from_bytes((self._folder / part_name(offer.number, part)).read_bytes())
+        except (OSError, ValueError) as error:  # of a file system that several hosts share
+            logger.warning("encoding again what another rank did of a clip: %s", error)
+            return None
 
     def finished(self, record: Record) -> None:
         """A record has its features, or its error."""
@@ -123,7 +132,11 @@ class LongClips:
         ):
             first, stop = taken.item["bounds"][taken.part : taken.part + 2]
             self._in_hand.add(taken)
-            yield ClipPart(**taken.item["record"], taken=taken, span=(first, stop))
+            try:
+                yield ClipPart(**taken.item["record"], taken=taken, span=(first, stop))
+            except GeneratorExit:  # nobody takes it any more, perhaps not even `close`
+                self._finish(taken, done=False)
+                raise
 
     def give(self, part: ClipPart, features: ImageFeatures) -> None:
         """Hand a part to the clip's owner. OutputError."""

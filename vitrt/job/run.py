@@ -107,9 +107,11 @@ def encode_records(
         finally:
             # Also on the way out of an error, and before the listing has ended, which may take a
             # slow disk a while: what was encoded is kept.
-            behind.finish()
-            if clips:
-                clips.close()
+            try:
+                behind.finish()
+            finally:
+                if clips:
+                    clips.close()
     outcome.interrupted = stop.requested
     return outcome
 

@@ -54,7 +54,7 @@ class SharedParts:
         """Parts of others' items, until no rank has unfinished ones. To be called once, by all.
 
         `is_free`: whether this rank has finished all of its own, `has_room`: whether it can take
-        one more.
+        one more. A rank that leaves counts as one with nothing unfinished.
         """
         rests = False
         while not self._leaving():
@@ -69,6 +69,8 @@ class SharedParts:
                 return
             else:
                 time.sleep(_POLL_SECONDS)
+        if not rests:
+            self._store.add("resting", 1)  # or the others would wait for it
 
     def _take(self) -> Taken | None:
         """From the item that was offered last: its owner comes to it last."""
