@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         target = args.output / f"pooled-{parallel.dp_rank:05}.safetensors"
         save_file(pooled, target)
-        print(f"{target}: {len(pooled)} images", flush=True)
+        print(f"{target}: images: {len(pooled)}", flush=True)
     del encoder
     parallel.close()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from vitrt.features import EncoderOutput, ImageFeatures
 from vitrt.messages import counted, reason_of, shorten
 
 
@@ -28,3 +30,16 @@ def test_long_texts_keep_both_ends() -> None:
 )
 def test_reasons(error: Exception, reason: str) -> None:
     assert reason_of(error) == reason
+
+
+def test_features_are_shown_by_their_shapes() -> None:
+    rows = torch.zeros(4, 8)
+    features = ImageFeatures(rows, rows[None], (1, 4, 4), times=tuple(map(float, range(500))))
+    shown = repr(features)
+    assert shown.startswith(
+        "ImageFeatures(embeddings=float32 [4, 8], deepstack=float32 [1, 4, 8], "
+        "grid_thw=(1, 4, 4), merge_size=2, times=(0.0, 1.0, "
+    )
+    assert len(shown) < 300
+    output = EncoderOutput(rows.bfloat16(), None, torch.tensor([[1, 4, 4]]))
+    assert repr(output) == "EncoderOutput(embeddings=bfloat16 [4, 8], grid_thw=int64 [1, 3])"

@@ -60,6 +60,10 @@ class VisionEncoder:
         tables = level_tables(preprocessor, self.processor.resize)
         self.table = torch.from_numpy(tables).to(engine.device)  # float32 [2, 3, 256]
 
+    def __repr__(self) -> str:
+        what = f"{self.config.model_type}, {dtype_name(self.dtype)} on {self.device}"
+        return f"VisionEncoder({self.name or 'no name'!r}, {what})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return VisionEncoder, (self.engine, self.preprocessor, self.name)
 

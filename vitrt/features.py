@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrt.messages import counted
+from vitrt.messages import counted, shorten
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ImageFeatures:
     """Features of one image or clip.
 
@@ -32,6 +32,9 @@ class ImageFeatures:
     layers: tuple[int, ...] = ()  # that `hidden` holds, in its order, from 0
     # Seconds of the grid's frames in their video, each the middle of those merged into it.
     times: tuple[float, ...] | None = None
+
+    def __repr__(self) -> str:
+        return _described(self)
 
     @property
     def merged(self) -> bool:
@@ -90,6 +93,21 @@ class ImageFeatures:
         return ImageFeatures, tuple(getattr(alone, field.name) for field in fields(alone))
 
 
+def _described(features: ImageFeatures | EncoderOutput) -> str:
+    """Shapes, where a dataclass by itself would show pages of numbers."""
+    values = ((field.name, getattr(features, field.name)) for field in fields(features))
+    shown = [
+        f"{name}={_shape(value) if isinstance(value, Tensor) else shorten(str(value))}"
+        for name, value in values
+        if value is not None and value != ()
+    ]
+    return f"{type(features).__name__}({', '.join(shown)})"
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -135,7 +153,7 @@ def _join_times(parts: Sequence[ImageFeatures]) -> tuple[float, ...] | None:
     return sum((part.times or () for part in parts), ()) or None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EncoderOutput:
     """Features of a whole batch, in the order of its `pixel_values`."""
 
@@ -143,3 +161,6 @@ class EncoderOutput:
     deepstack: Tensor | None  # [levels, tokens, out_hidden]
     grid_thw: Tensor  # int64 [images, 3]
     hidden: Tensor | None = None  # [patches, hidden_size] before the merger, only on request
+
+    def __repr__(self) -> str:
+        return _described(self)

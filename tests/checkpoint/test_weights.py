@@ -479,6 +479,9 @@ def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     refused(tmp_path / "nowhere", "nowhere: no such folder")
     refused("./a/b/c", "./a/b/c: no such folder, and no hub id")
     refused("file.json", "file.json: is a file")
+    (tmp_path / "config.json").write_text("{}")  # of the folder that "" would be
+    for no_name in ("", 5, None, b"file.json"):
+        refused(no_name, f"{no_name!r}: expected a folder, or a hub id")
     for name in ("x" * 5000, "owner/" + "x" * 5000, "./" + "x" * 250):
         message = refused(name, f"{name[:100]}...")
         assert len(message) < 400, message

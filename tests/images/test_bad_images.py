@@ -375,7 +375,7 @@ def test_broken_bytes_give_pixels_or_an_image_error(file_format: str) -> None:
         ({"merge_size": -1}, "merge_size is -1"),
         ({"temporal_patch_size": 0}, "temporal_patch_size is 0"),
         ({"min_pixels": 0}, "min_pixels is 0"),
-        ({"min_pixels": 5000, "max_pixels": 4000}, "max_pixels 4000 is below min_pixels 5000"),
+        ({"min_pixels": 5000, "max_pixels": 4000}, "4000 is below min_pixels 5000: give both"),
         ({"min_pixels": 1, "max_pixels": 783}, "max_pixels is 783.*28 x 28 = 784"),
         ({"resize": "lanczos"}, "resize is 'lanczos'.*pillow.*torch"),
     ],

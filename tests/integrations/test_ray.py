@@ -182,8 +182,11 @@ def test_parquet_is_resumed_by_id(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     (vectors,) = [pq.read_table(path) for path in output.glob("*.parquet")]
     assert sorted(vectors.column("id").to_pylist()) == [row["id"] for row in rows[:3]]
     pq.write_table(pa.table({"id": ["x"]}), output / "other.parquet")
-    with pytest.raises(ValueError, match="not written by encode_parquet"):
-        encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, options=pooled)
+    held = sorted(output.iterdir())
+    for options in (pooled, over):
+        with pytest.raises(ValueError, match="not written by encode_parquet"):
+            encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, options=options)
+    assert sorted(output.iterdir()) == held
 
 
 def test_a_folder_of_another_run_is_refused(tiny_qwen3_vl: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def open_checkpoint(
     checkpoint = _open(model, revision, options, limits, weights=weights)
     if adapter is None:
         return checkpoint
-    name, folder = os.fspath(adapter), named_folder(adapter)
+    folder, name = named_folder(adapter), os.fspath(adapter)
     if not (folder / ADAPTER_CONFIG).is_file():
         if folder.exists() or not _HUB_ID.fullmatch(name):
             raise CheckpointError(
@@ -188,7 +188,7 @@ def _open(
     *,
     weights: bool,
 ) -> Checkpoint:
-    name, folder = os.fspath(model), named_folder(model)
+    folder, name = named_folder(model), os.fspath(model)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{name}: holds no {CONFIG}{taken_for(folder)}")
@@ -220,8 +220,10 @@ def _open(
 def named_folder(name: str | os.PathLike[str]) -> Path:
     """The folder that a checkpoint's or an adapter's name would be, whether or not it is there.
 
-    CheckpointError where the system takes no such name.
+    CheckpointError for what is no name, or none that the system takes.
     """
+    if not isinstance(name, str | os.PathLike) or name == "":
+        raise CheckpointError(f"{name!r}: expected a folder, or a hub id (owner/name)")
     folder = Path(name).expanduser()
     try:
         folder.exists()

@@ -64,7 +64,10 @@ class ImageProcessor:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_pixels < self.min_pixels:
-            raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
+            raise ValueError(
+                f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}: give both, "
+                "where one of them is the checkpoint's"
+            )
         if self.max_pixels < self.factor**2:
             raise ValueError(
                 f"max_pixels is {self.max_pixels}; one merged token alone covers "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,7 +126,12 @@ class _Files:
         return sorted(info.path for info in found if info.path.endswith(".parquet"))
 
     def remove(self) -> None:
-        for path in self._list():
+        """ValueError, before anything is removed, where a file is of something else."""
+        paths = self._list()
+        for path in paths:
+            with suppress(pa.ArrowInvalid), pq.ParquetFile(path, filesystem=self.system) as file:
+                _metadata(path, file.schema_arrow)
+        for path in paths:
             self.system.delete_file(path)
 
     def held(
@@ -155,14 +161,25 @@ class _Files:
     def _check(
         self, path: str, schema: pa.Schema, columns: list[str], identity: RunIdentity
     ) -> None:
-        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        if "format" not in metadata or not set(columns) <= set(schema.names):
+        metadata = _metadata(path, schema)
+        if not set(columns) <= set(schema.names):
             raise ValueError(
-                f"{path} was not written by encode_parquet, or has no columns "
-                f"{', '.join(columns)}, but {', '.join(schema.names)}: choose another output"
+                f"{path} has no columns {', '.join(columns)}, but {', '.join(schema.names)}: "
+                "choose another output"
             )
         if differences := identity.differences(metadata):
             raise ValueError(
                 f"{path} is of another run: {'; '.join(differences)}. Choose another output, or "
                 "overwrite"
             )
+
+
+def _metadata(path: str, schema: pa.Schema) -> dict[str, str]:
+    """What says which run a file is of."""
+    metadata = {
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (schema.metadata or {}).items()
+    }
+    if "format" not in metadata or "vitrt_version" not in metadata:
+        raise ValueError(f"{path} was not written by encode_parquet: choose another output")
+    return metadata
