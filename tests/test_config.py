@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.support.checkpoints import (
 from vitrt import VisionEncoder
 from vitrt.config import RuntimeConfig
 from vitrt.images.config import PreprocessorConfig
+from vitrt.job.options import EncodeOptions
 from vitrt.models.families import read_vision_config, write_vision_config
 
 # As released: depth, width, MLP width, heads, patch, output width.
@@ -329,6 +331,12 @@ def test_impossible_preprocessors(change: dict[str, Any], said: str) -> None:
         ({"max_batch_tokens": 0}, "max_batch_tokens.*0"),
         ({"min_pixels": 9, "max_pixels": 8}, "min_pixels 9 is larger than max_pixels 8"),
         ({"graph_memory_mib": -1.0}, "graph_memory_mib.*-1.0"),
+        ({"graph_memory_mib": True}, "graph_memory_mib must be a number.*True"),
+        ({"graph_memory_mib": "4096"}, "graph_memory_mib must be a number.*'4096'"),
+        ({"fps": math.inf}, "fps must be a number above 0, got inf"),
+        ({"cuda_graphs": 0}, "cuda_graphs must be .*got 0"),
+        ({"batch_invariant": "no"}, "batch_invariant must be True or False, got 'no'"),
+        ({"min_pixels": [[5], [5]]}, "min_pixels must be a positive integer"),
         ({"fp8_skip_blocks": -1}, "fp8_skip_blocks must be an integer from 0 on, got -1"),
         ({"fp8_skip_blocks": True}, "fp8_skip_blocks.*got True"),
         ({"max_batch_tokens": True}, "max_batch_tokens.*got True"),
@@ -345,3 +353,19 @@ def test_every_choice_is_an_argument_with_the_same_default() -> None:
     arguments = inspect.signature(VisionEncoder.from_pretrained).parameters
     for field in fields(RuntimeConfig):
         assert arguments[field.name].default == field.default, field.name
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"pool": "max"}, "pool must be one of none, mean, got 'max'"),
+        ({"on_error": "raise"}, "on_error must be one of skip, fail, got 'raise'"),
+        ({"overwrite": "no"}, "overwrite must be True or False, got 'no'"),
+        ({"merged": None}, "merged must be True or False, got None"),
+        ({"shard_mib": "5"}, "shard_mib must be above 0 and finite, got '5'"),
+        ({"shard_mib": True}, "shard_mib must be above 0 and finite, got True"),
+    ],
+)
+def test_options_of_a_run_are_checked(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncodeOptions(**choice)

@@ -66,7 +66,7 @@ class VisionConfig:
 
 def positive_integer(name: str, value: Any) -> int:
     """A positive integer; a square size may be given as [n, n]."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(set(value)) == 1:
+    if isinstance(value, list | tuple) and value and value == type(value)(value[:1] * len(value)):
         value = value[0]
     if not is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -76,6 +76,29 @@ def positive_integer(name: str, value: Any) -> int:
 def is_integer(value: object) -> bool:
     """Whether it is a whole number; True and False are none, though Python counts with them."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value)
+
+
+def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """ValueError where a field has none of its `choices`."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}"
+            )
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """ValueError where one of these fields is neither True nor False: "no" would count as True."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r}")
 
 
 def integer(value: Any) -> int:
@@ -154,7 +177,7 @@ def sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(name) is not None
     }
     if (fps := values.get("fps")) is not None:
-        if not (is_integer(fps) or isinstance(fps, float)) or not fps > 0:
+        if not is_number(fps) or not fps > 0:
             raise ValueError(f"fps must be a number above 0, got {fps!r}")
         found["fps"] = float(fps)
     elif "num_frames" in found:
@@ -195,12 +218,9 @@ class RuntimeConfig:
     batch_invariant: bool = False  # an image's features are the same bits whatever is beside it
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if self.cuda_graphs not in ("auto", True, False):
+        check_choices(self, _CHOICES)
+        check_flags(self, "batch_invariant")
+        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):
             raise ValueError(f'cuda_graphs must be "auto", True or False, got {self.cuda_graphs!r}')
         if self.batch_invariant and self.precision == "fp8":
             raise ValueError(
@@ -219,9 +239,9 @@ class RuntimeConfig:
             raise ValueError(
                 f"fp8_skip_blocks must be an integer from 0 on, got {self.fp8_skip_blocks!r}"
             )
-        if not self.graph_memory_mib >= 0:
+        if not is_number(self.graph_memory_mib) or self.graph_memory_mib < 0:
             raise ValueError(
-                f"graph_memory_mib must not be negative, got {self.graph_memory_mib!r}"
+                f"graph_memory_mib must be a number from 0 on, got {self.graph_memory_mib!r}"
             )
 
     def sampling(self) -> dict[str, Any]:

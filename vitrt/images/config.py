@@ -11,7 +11,7 @@ from vitrt.config import (
     VideoRule,
     check_order,
     check_sampling,
-    is_integer,
+    is_number,
     positive_integer,
     sampling_of,
 )
@@ -166,7 +166,7 @@ def _pixel_limit(data: Mapping[str, Any], name: str, edge: str) -> int:
 def _channels(data: Mapping[str, Any], name: str) -> tuple[float, float, float]:
     values = data.get(name)
     if isinstance(values, list | tuple) and len(values) == 3:
-        numbers = [value for value in values if is_integer(value) or isinstance(value, float)]
+        numbers = [value for value in values if is_number(value)]
         if len(numbers) == 3 and (name != "image_std" or min(numbers) > 0):
             return float(numbers[0]), float(numbers[1]), float(numbers[2])
     raise ValueError(f"{name} must be three numbers, of image_std above 0, got {values!r}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from vitrt.config import positive_integer
+from vitrt.config import check_choices, check_flags, is_number, positive_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,8 @@ class EncodeOptions:
     warmup: bool = False  # record CUDA graphs of all sizes before the first image
 
     def __post_init__(self) -> None:
+        check_choices(self, {"pool": ("none", "mean"), "on_error": ("skip", "fail")})
+        check_flags(self, "overwrite", "merged", "warmup")
         if self.pool == "mean" and self.layers:
             raise ValueError(
                 f"pool 'mean' keeps one row an image and no hidden states of layers "
@@ -30,5 +31,5 @@ class EncodeOptions:
             )
         if self.workers is not None:
             positive_integer("workers", self.workers)
-        if not (self.shard_mib > 0 and math.isfinite(self.shard_mib)):
-            raise ValueError(f"shard_mib must be above 0 and finite, got {self.shard_mib}")
+        if not is_number(self.shard_mib) or self.shard_mib <= 0:
+            raise ValueError(f"shard_mib must be above 0 and finite, got {self.shard_mib!r}")
