@@ -304,6 +304,7 @@ def test_rows_and_files_that_hold_no_image(tmp_path: Path) -> None:
     assert_refused({"bytes": "text", "path": "a/b.png"}, "a/b.png", "bytes is a str")
     assert_refused({"bytes": b"text", "path": "a/b.png"}, "a/b.png", "not an image")
     assert_refused({"path": str(tmp_path / "no.png")}, "no.png", "No such file")
+    assert_refused({"path": True}, "dict", "path is a bool")
     assert_refused(io.BytesIO(b"x"), "BytesIO", "not an image")
     assert_refused(io.BytesIO(), "BytesIO", "empty")
     assert_refused(io.StringIO("text"), "StringIO", "not open in binary mode")
@@ -322,6 +323,9 @@ def test_one_image_is_no_list_of_images() -> None:
             check_images(image)
     with pytest.raises(ValueError, match=r"one array of shape \[2, 3, 4, 5\]; give \[array\] if"):
         check_images(torch.zeros(2, 3, 4, 5))
+    for nothing in (True, 5, None):
+        with pytest.raises(ValueError, match="images is a .*; give a list of images"):
+            check_images(nothing)
 
 
 def test_decompression_bombs_follow_pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import HashStore
@@ -256,6 +257,23 @@ def test_a_part_that_comes_after_the_end_is_left(tmp_path: Path) -> None:
     clips._in_hand.clear()  # `close` was faster
     parts.close()
     assert store.check(["part/0/0"]) and not offer.is_done(0)
+
+
+def test_a_part_that_nobody_waits_for_leaves_no_file(tmp_path: Path) -> None:
+    store = HashStore()
+    own, other = (SharedParts(store, 2, leaving=lambda: False) for _ in range(2))
+    (tmp_path / "a.mp4").touch()
+    (record,) = walk(str(tmp_path))
+    offer = own.offer({"record": asdict(record), "bounds": [0, 1, 2]}, 2)
+    clips = LongClips(other, tmp_path, pool=False)
+    features = fake_features(PreparedImage(np.zeros((2, 64, 64, 3), np.uint8), (1, 4, 4)))
+    parts = clips.parts(0)
+    clips.give(next(parts), features)
+    assert len(list(tmp_path.glob(".part*"))) == 1
+    part = next(parts)
+    offer.close()
+    clips.give(part, features)
+    assert len(list(tmp_path.glob(".part*"))) == 1
 
 
 def test_an_owner_that_leaves_writes_no_part_of_a_clip(folder: Path, tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def check_images(images: Iterable[ImageInput]) -> None:
     one = isinstance(images, (str, *BYTES, os.PathLike, Image.Image, Pixels, Mapping))
     if one or numbers or is_file(images):
         raise ValueError(f"images is one image, {name_of(images)}; give a list: [image]")
+    if not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+        raise ValueError(f"images is a {type(images).__name__}; give a list of images")
 
 
 def check_array(array: np.ndarray, name: str) -> np.ndarray:

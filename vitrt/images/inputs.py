@@ -153,7 +153,9 @@ def _of_row(row: Mapping[str, Any], name: str) -> PlainInput:
             f"{shorten(', '.join(map(str, row)))}"
         )
     if content is None:
-        return str(path)
+        if not isinstance(path, str | os.PathLike):
+            raise ImageError(f"{name}: path is a {type(path).__name__}")
+        return os.fspath(path)
     if not isinstance(content, BYTES):
         raise ImageError(f"{name}: bytes is a {type(content).__name__}")
     return bytes(content)

@@ -144,6 +144,8 @@ class LongClips:
         write_file(path, [to_bytes(features, pooled=self._pool)])
         logger.debug("encoded frames %d to %d of %s for another rank", *part.span, part.id)
         self._finish(part.taken, done=True)
+        if not self._shared.is_wanted(part.taken):  # its owner may not have seen the file
+            discard(path)
 
     def leave(self, part: ClipPart) -> None:
         """Let the owner encode it."""

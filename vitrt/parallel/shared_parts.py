@@ -89,6 +89,10 @@ class SharedParts:
             self._exhausted.add(number)
         return None
 
+    def is_wanted(self, taken: Taken) -> bool:
+        """Whether its owner still waits for it."""
+        return self._store.get(f"offer/{taken.offer}") != b""
+
     def finish(self, taken: Taken, *, done: bool) -> None:
         """Tell the owner that a part is done, or left to it."""
         self._store.set(_outcome(taken.offer, taken.part), "done" if done else "left")
