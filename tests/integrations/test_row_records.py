@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def test_the_state_of_a_path_is_the_files(tmp_path: Path) -> None:
         ("", b"x", "its id is ''"),
         (None, b"x", "its id is None"),
         (1.5, b"x", "its id is 1.5"),
+        (True, b"x", "its id is True"),
         ("a", None, "no image"),
+        ("a", math.nan, "a: expected a path"),  # a table's missing value
+        ("a", {"bytes": None, "path": 5}, "a: expected a path"),
+        ("a", {"bytes": 7, "path": None}, "bytes is a int"),
         ("a", "/no/such/file", "/no/such/file|No such file"),
     ],
 )

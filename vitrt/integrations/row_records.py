@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vitrt.config import is_integer
+from vitrt.images.inputs import BYTES
 from vitrt.sources.folder import id_from
 from vitrt.sources.record import Record
 
@@ -28,7 +30,7 @@ def row_record(image_id: Any, image: Any) -> Record:
 
     `problem` says what is no id, or no image.
     """
-    is_id = isinstance(image_id, str | int | np.integer) and image_id != ""
+    is_id = is_integer(image_id) or (isinstance(image_id, str | np.integer) and image_id != "")
     name = id_from(str(image_id))
     problem = None if is_id else f"its id is {image_id!r}, which is no id"
     if image is None:
@@ -38,7 +40,9 @@ def row_record(image_id: Any, image: Any) -> Record:
     if problem is None and isinstance(image, str):
         return _of_path(name, image)
     content = image.get("bytes") if isinstance(image, Mapping) else image
-    size = content.nbytes if isinstance(content, np.ndarray) else len(content or b"")
+    size = len(content) if isinstance(content, BYTES) else 0
+    if isinstance(content, np.ndarray):
+        size = content.nbytes
     return _RowImage(name, f"row {name}", size, problem=problem, image=image)
 
 
