@@ -150,6 +150,7 @@ def _model(family: str, size: str, ids: dict[str, int]) -> Any:
         "num_attention_heads": width // head,
         "num_key_value_heads": 2 if tiny else 4,
         "rope_parameters": rope,
+        "rms_norm_eps": 1e-6,  # as released; some engines take it for their tower's, too
         "tie_word_embeddings": False,
         "eos_token_id": ids["<|im_end|>"],
         "bos_token_id": None,

@@ -9,9 +9,16 @@ float32. "ranks": the same with two tensor-parallel ranks. "faults": checkpoints
 whole must not start. "full": the towers of released sizes in front of two layers of language model:
 the same answers, the tower's time inside the engine, and the time to a first token.
 
-Needs sglang with what it pins: torch, transformers, sglang-kernel and, on a GPU, flashinfer. A CPU
-(`--device cpu`: all but "full", in float32) needs SGLang's own CPU build of `sgl_kernel`, or
-`scripts/engines/sglang_stub` on PYTHONPATH in its place: no operator of it is called here.
+Needs sglang with what it pins. A CPU (`--device cpu`: all but "full", in float32) needs SGLang's
+own build of `sgl_kernel`, or `scripts/engines/sglang_stub` on PYTHONPATH in its place: no
+operator of it is called here. Where nothing can be installed, these are the packages to bring, the
+whole of sglang's wheel among them (it looks for its headers), transformers as it pins it:
+
+    accelerate aiohttp apache-tvm-ffi compressed-tensors dill einops fastapi gguf httpx2 ipython
+    loguru msgspec nvidia-ml-py openai orjson partial-json-parser pillow psutil pybase64 pydantic
+    python-multipart pyzmq requests scipy sentencepiece setproctitle sglang starlette tiktoken
+    tokenizers torch torchvision transformers uvicorn uvloop xgrammar, and what these need;
+    on a GPU sglang-kernel (sm90/common_ops, flash_ops), triton and flashinfer, too
 """
 
 from __future__ import annotations

@@ -145,6 +145,8 @@ if __name__ == "__main__":
     job, checkpoint, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     report: dict[str, Any] = {}
     if job in ("data", "weights"):
+        if not CUDA:  # the cores of each rank
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
         answers(checkpoint, report, tp_size=2, mm_enable_dp_encoder=job == "data")
     elif job in ("missing", "renamed", "doubled"):
         fault(checkpoint, report, job, target)

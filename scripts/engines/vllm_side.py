@@ -62,10 +62,11 @@ def tower_name(llm: Any) -> str:
 def pixels_data(folder: Path, case: str) -> dict[str, Any]:
     if case != "clip":
         return {"image": cases.images_of(case)}
-    if cases.by_frame(folder):
-        metadata = cases.clip_metadata() | {"do_sample_frames": False}
-        return {"video": [(cases.clip_frames(), metadata)]}
-    return {"video": [cases.clip_frames()]}
+    # Qwen2.5-VL is told what its processor takes where, as the reference's, it is told nothing;
+    # vLLM 0.26 drops it, 0.32 asks for it.
+    fps = cases.FPS if cases.by_frame(folder) else cases.UNKNOWN_FPS
+    metadata = cases.clip_metadata() | {"fps": fps, "do_sample_frames": False}
+    return {"video": [(cases.clip_frames(), metadata)]}
 
 
 def features_of(folder: Path, case: str) -> list[Any]:

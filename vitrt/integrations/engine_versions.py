@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 
 Version = tuple[int, ...]
 
@@ -11,7 +12,7 @@ Version = tuple[int, ...]
 def warn_of_version(
     engine: str,
     version: str,
-    ran: str | None,
+    ran: Sequence[str],
     read: tuple[Version, Version],
     logger: logging.Logger,
 ) -> None:
@@ -22,7 +23,7 @@ def warn_of_version(
         logger.warning(
             "vitrt's plugin ran with %s %s and was written for %s to %s; this is %s",
             engine,
-            ran or "of no version",
+            " and ".join(ran),
             *(".".join(map(str, release)) for release in read),
             version,
         )

@@ -37,6 +37,7 @@ def for_vllm(
             sizes the placeholder. It keeps them as one tensor, so the videos of one prompt must be
             equally long.
         second_per_grid_ts: with videos, Qwen2.5-VL: the seconds between two frames of each grid.
+            Qwen2-VL counts no time and reads none: anything will do.
 
     Returns `{"image": {"image_embeds": [M, O * (1 + L)], "image_grid_thw": int64 [N, 3]}}` and the
     like for videos, on the CPU. Raises ValueError for features that do not belong together.

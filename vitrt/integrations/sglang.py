@@ -23,7 +23,7 @@ from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.engine_versions import warn_of_version
 from vitrt.models.families import read_vision_config
 
-__all__ = ["ARCHITECTURES", "READ", "TOWERS", "register"]
+__all__ = ["ARCHITECTURES", "READ", "TOWERS", "TRIED", "register"]
 
 # Model class -> its module. By the names of the classes: those that derive from them stay as is.
 ARCHITECTURES = {
@@ -47,7 +47,8 @@ TOWER_ARGUMENTS = (
     "use_data_parallel",
     "max_context_len",
 )
-READ = ((0, 5, 17), (0, 5, 23))  # its sources were read from the one to the other; none was run
+TRIED = ("0.5.17", "0.5.23")  # run, on a CPU
+READ = ((0, 5, 17), (0, 5, 23))  # its sources were read from the one to the other
 _MODELS = "sglang.srt.models"
 _DISAGGREGATION = "sglang.srt.disaggregation"
 
@@ -58,7 +59,7 @@ logger = logging.getLogger("sglang.plugins.vitrt")
 def register() -> None:
     """Hook every Qwen-VL model that this SGLang has. May run twice."""
     version = str(getattr(importlib.import_module("sglang"), "__version__", "of no version"))
-    warn_of_version("SGLang", version, None, READ, logger)
+    warn_of_version("SGLang", version, TRIED, READ, logger)
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
     for architecture, module in ARCHITECTURES.items():
         target = f"{_MODELS}.{module}.{architecture}"

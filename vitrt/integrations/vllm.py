@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen3_VisionTransformer"),
     "Qwen3_5MoeForConditionalGeneration": ("qwen3_5", "Qwen3_VisionTransformer"),
 }
-TRIED = "0.26.0"  # run
+TRIED = ("0.26.0", "0.32.0")  # run
 READ = ((0, 26), (0, 33))  # its sources were read from the one to the other
 
 # Below vLLM's own logger, or its settings would not show what is said here.
