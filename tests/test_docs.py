@@ -27,6 +27,19 @@ def test_paths_in_the_documents_exist(document: str) -> None:
     assert {path for path in found if not (ROOT / path).exists()} == set()
 
 
+def test_files_that_the_code_names_exist() -> None:
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    known = {"/" + path.relative_to(ROOT).as_posix() for path in files}
+    gone = {
+        (path.name, name)
+        for path in files
+        if path.is_relative_to(ROOT / "vitrt")
+        for name in re.findall(r"\b\w[\w/]*\.py\b", path.read_text())
+        if not any(each.endswith(f"/{name}") for each in known)
+    }
+    assert gone == set()
+
+
 def test_a_path_that_is_gone_is_seen() -> None:
     text = "`vitrt/config.py` and `scripts/bench/gone.py --json x`, `tests/test_NAME.py`, `.ci/run`"
     assert paths_in(text) == {"vitrt/config.py", "scripts/bench/gone.py", ".ci/run"}

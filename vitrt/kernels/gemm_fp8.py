@@ -2,7 +2,7 @@
 
 e4m3 is a floating-point format: a scale only has to keep values inside its range, +-448, and 14
 binades of full precision lie below. So activations need no maximum that is found while they are
-computed: one scale a layer, from a bound that the weights alone give (layers/precision.py), never
+computed: one scale a layer, from a bound that the weights alone give (layers/float8.py), never
 overflows and costs no pass. Weights have one scale an output channel.
 
 On Hopper with quack everything is one kernel. Elsewhere PyTorch's scaled product runs, and our
