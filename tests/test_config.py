@@ -333,7 +333,7 @@ def test_impossible_preprocessors(change: dict[str, Any], said: str) -> None:
         ({"graph_memory_mib": -1.0}, "graph_memory_mib.*-1.0"),
         ({"graph_memory_mib": True}, "graph_memory_mib must be a number.*True"),
         ({"graph_memory_mib": "4096"}, "graph_memory_mib must be a number.*'4096'"),
-        ({"fps": math.inf}, "fps must be a number above 0, got inf"),
+        ({"fps": math.inf}, "fps must be a finite number above 0, got inf"),
         ({"cuda_graphs": 0}, "cuda_graphs must be .*got 0"),
         ({"batch_invariant": "no"}, "batch_invariant must be True or False, got 'no'"),
         ({"min_pixels": [[5], [5]]}, "min_pixels must be a positive integer"),

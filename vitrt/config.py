@@ -178,7 +178,7 @@ def sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if (fps := values.get("fps")) is not None:
         if not is_number(fps) or not fps > 0:
-            raise ValueError(f"fps must be a number above 0, got {fps!r}")
+            raise ValueError(f"fps must be a finite number above 0, got {fps!r}")
         found["fps"] = float(fps)
     elif "num_frames" in found:
         found["fps"] = None

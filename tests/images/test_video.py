@@ -145,7 +145,7 @@ def test_what_the_user_chooses(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="a.mp4: num_frames 999"):
         processor(FRAME, num_frames=999).prepare(path)
     for wrong, said in (
-        ({"fps": 0}, "fps must be a number above 0"),
+        ({"fps": 0}, "fps must be a finite number above 0"),
         ({"fps": 2, "num_frames": 4}, "exclude each other"),
         ({"min_frames": 9, "max_frames": 8}, "min_frames 9 is larger than max_frames 8"),
         ({"frames": "some"}, "frames must be one of first, all, got 'some'"),

@@ -13,6 +13,7 @@ import torch
 from tests.support.commands import Vitrt, vitrt
 from tests.support.folders import IDENTITY, encode, expected, photo, photos
 from vitrt import FeatureStore
+from vitrt.store.check import check_folder
 from vitrt.store.export import TableFormat, export_vectors
 
 __all__ = ["vitrt"]
@@ -99,6 +100,9 @@ def test_a_failed_export_leaves_what_was_there(
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="not an output folder"):
         export_vectors(tmp_path, "parquet")
+    for read in (FeatureStore, check_folder):
+        with pytest.raises(ValueError, match="nowhere: no such folder"):
+            read(tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/manifest-00000.jsonl").touch()
     with pytest.raises(ValueError, match="out holds no image"):

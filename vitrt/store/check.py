@@ -27,6 +27,7 @@ from vitrt.store.manifest import (
     Damage,
     Entry,
     RunIdentity,
+    check_any,
     iter_manifest,
     manifests,
     matching,
@@ -80,10 +81,7 @@ def check_folder(folder: str | Path) -> CheckResult:
 
 class _Check:
     def __init__(self, folder: Path) -> None:
-        if not manifests(folder):
-            raise ValueError(
-                f"{folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
-            )
+        check_any(folder)
         self.folder = folder
         self.result = CheckResult()
         self._seen: Counter[str] = Counter()

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitrt.features import ImageFeatures
 from vitrt.messages import counted
 from vitrt.store.feature_shard import merge_size_of, parse_layers, read_header
-from vitrt.store.manifest import Entry, live_entries, manifests
+from vitrt.store.manifest import Entry, check_any, live_entries
 
 _OPEN_SHARDS = 64  # kept mapped
 
@@ -36,10 +36,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         Unless a later run moved features while this store was open: then it reads the folder anew.
         """
         self.folder = Path(folder)
-        if not manifests(self.folder):
-            raise ValueError(
-                f"{self.folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
-            )
+        check_any(self.folder)
         self._open: OrderedDict[str, tuple[Any, frozenset[str]]] = OrderedDict()
         self._lock = threading.Lock()
         self._refresh()

@@ -173,6 +173,16 @@ def manifests(folder: Path) -> list[Path]:
     return matching(folder, MANIFEST_NAME)
 
 
+def check_any(folder: Path) -> None:
+    """ValueError where `folder` is no output folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not manifests(folder):
+        raise ValueError(
+            f"{folder} holds no manifest-*.jsonl: not an output folder of vitrt encode"
+        )
+
+
 def entry_key(image_id: str, shard: str) -> int:
     """Stands for an entry in 64 bits, in this process: there may be tens of millions of them."""
     return hash((image_id, shard))
