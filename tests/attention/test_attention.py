@@ -194,7 +194,7 @@ def test_windows_larger_than_a_kernel_takes_go_elsewhere(monkeypatch: pytest.Mon
     """Towers of other window sizes than the released ones still run."""
     ask = partial(resolve_attention, device="cuda", dtype=torch.bfloat16, head_dim=80)
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
-    monkeypatch.setattr("vitrt.attention.window.not_triton", lambda device: None)
+    monkeypatch.setattr("vitrt.attention.probe.not_triton", lambda device: None)
     assert ask("auto", window_patches=64).window.name == "window"
     large = ask("auto", window_patches=196)
     assert large.window is large.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,24 +190,24 @@ def test_an_adapter_can_be_trained_on_features(pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "depth"),
+    ("name", "vision"),
     [
-        ("qwen2.5-vl-7b", None),
-        ("qwen3-vl-8b", None),
-        ("qwen3.5-0.8b", None),
-        ("qwen2-vl-2b", 4),
-        ("qwen3.5-27b", 4),
+        ("qwen3.5-0.8b", {}),
+        ("qwen2.5-vl-7b", {"depth": 9, "fullatt_block_indexes": [3, 7]}),
+        ("qwen3-vl-8b", {"depth": 9, "deepstack_visual_indexes": [2, 4, 7]}),
+        ("qwen2-vl-2b", {"depth": 4}),
+        ("qwen3.5-27b", {"depth": 4}),
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.get('depth', 'all')} blocks",
 )
-def test_full_size_tower_on_a_photo(name: str, depth: int | None, tmp_path: Path):
-    """Released sizes, random weights, one 560 x 560 photograph through the whole path."""
+def test_full_size_tower_on_a_photo(name: str, vision: dict[str, Any], tmp_path: Path):
+    """Released widths, random weights, one 560 x 560 photograph through the whole path."""
     from PIL import Image
     from skimage import data
 
     from vitrt.images.levels import patches_reference
 
-    layers = {} if depth is None else {"depth": depth}
-    folder = full_size_checkpoint(name, tmp_path / name, **layers)
+    folder = full_size_checkpoint(name, tmp_path / name, **vision)
     encoder = VisionEncoder.from_pretrained(folder, device="cpu", dtype="float32")
     photo = Image.fromarray(data.astronaut()).resize((560, 560))
     features = encoder.encode([photo])[0]
