@@ -315,10 +315,10 @@ def test_a_forward_never_waits_for_the_device(folder: Path):
 
 
 @pytest.fixture
-def runner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
+def runner(tiny_qwen3_vl: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
     """Room for two recordings; the largest bucket, which is recorded first, is out of the way."""
     monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
-    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
     made = GraphRunner(encoder.tower, encoder.engine.attention, limit_bytes=75)
     made._pool = cast("GraphPool", FakePool(encoder.device, encoder.dtype))
     return made

@@ -101,6 +101,7 @@ def encode_records(
                         outcome.dropped.append((record.id, old))
                     if on_error == "fail":
                         raise SkippedImageError(message)
+                    logger.warning("skipped: %s", message)
         except BaseException:
             stop.request()
             raise
@@ -165,13 +166,12 @@ def _write(
 
 
 def _skip(record: Record, error: Exception, behind: WriteBehind) -> str:
-    """Log and record that an image is skipped; returns the message."""
+    """Record that an image has no features; returns why."""
     if not isinstance(error, ValueError):
         logger.debug("unexpected error from %s", record.id, exc_info=error)
     name = shown(record.id)
     message = (str(error) or type(error).__name__).replace(record.id, name)
     if name not in message:
         message = f"{name}: {message}"
-    logger.warning("skipped: %s", message)
     behind.put(Skipped(record.id, type(error).__name__, message))
     return message
