@@ -98,11 +98,11 @@ def case_rate(path: str) -> float:
         return float(container.streams.video[0].average_rate)
 
 
-def test_sampling_of_many_lengths_equals_transformers(tmp_path: Path) -> None:
+def test_sampling_of_every_length_equals_transformers(tmp_path: Path) -> None:
     """2 to 400 frames, and a few longer ones, by both rules."""
     cases = []
     for rule in ("frame", "clip"):
-        for total in [*range(2, 130), *range(130, 401, 3), 2999, 90_000]:
+        for total in [*range(2, 401), 2999, 90_000]:
             for rate, more in (
                 (29.97, {"fps": 2.0}),
                 (7.5, {"fps": 3.3, "max_frames": 50}),

@@ -44,6 +44,16 @@ def items(count: int) -> list[Item]:
     ]
 
 
+def as_ranks(run: Callable[[int], None], size: int) -> None:
+    """`run` by a thread for each rank, at once."""
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
 def share_among(
     size: int,
     listing: Callable[[], Iterator[Item]],
@@ -64,12 +74,7 @@ def share_among(
         except Exception as error:
             errors[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    as_ranks(run, size)
     return drawn, errors
 
 
@@ -174,12 +179,7 @@ def test_each_part_goes_to_one_rank(size: int) -> None:
                 work(rank, taken.offer, taken.part)
             parts.finish(taken, done=bool(number % 3))
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    as_ranks(run, size)
     assert len(done) == 27 * (size - 1) and all(len(ranks) == 1 for ranks in done.values())
 
 
