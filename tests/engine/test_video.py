@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.videos import write_video
+from tests.support.videos import hold_at_most, write_video
 from vitrt import ImageError, VisionEncoder
-from vitrt.images import prepared as prepared_file
-from vitrt.images import processor as processor_file
 from vitrt.images.prepared import LazyImage, PreparedImage
 
 MEMORY = """
@@ -62,8 +60,7 @@ def test_a_long_video_run_by_run_equals_one_pass(
 ) -> None:
     encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu", fps=25.0)
     (whole,) = encoder.encode([video])
-    for module in (prepared_file, processor_file):
-        monkeypatch.setattr(module, "MAX_HELD_BYTES", 40_000)
+    hold_at_most(40_000, monkeypatch)
     runs = []
     run = encoder.engine.run
     monkeypatch.setattr(encoder.engine, "run", lambda b, r: (runs.append(b.grids), run(b, r))[1])
@@ -82,8 +79,7 @@ def test_a_long_video_is_decoded_while_the_device_works(
 ) -> None:
     """No run of frames goes through the tower before the next one is decoded."""
     encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu", fps=25.0)
-    for module in (prepared_file, processor_file):
-        monkeypatch.setattr(module, "MAX_HELD_BYTES", 80_000)
+    hold_at_most(80_000, monkeypatch)
     runs = len(encoder.processor.prepare(video).split(10**9))
     decoded = [threading.Event() for _ in range(runs)]
     ready, ran = iter(decoded), iter(range(runs))
@@ -113,8 +109,7 @@ def test_one_broken_video_spoils_nobody_elses(
     tiny_qwen3_vl: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is found only when its frames are asked for."""
-    for module in (prepared_file, processor_file):
-        monkeypatch.setattr(module, "MAX_HELD_BYTES", 100_000)
+    hold_at_most(100_000, monkeypatch)
     broken = write_video(tmp_path / "broken.mkv", 60, (96, 128), codec="mpeg4")
     content = bytearray(broken.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,16 +17,15 @@ import pytest
 from PIL import Image
 
 from tests.support.video_reference import run_video_processors
-from tests.support.videos import read_all, write_video
+from tests.support.videos import hold_at_most, read_all, write_video
 from vitrt.config import RuntimeConfig
-from vitrt.images import prepared as prepared_file
 from vitrt.images.config import PreprocessorConfig, VideoConfig
 from vitrt.images.inputs import ImageError
 from vitrt.images.levels import normalisation_table, patches_reference
 from vitrt.images.prepared import LazyImage
 from vitrt.images.processor import ImageProcessor
 from vitrt.images.sampling import sample_frames
-from vitrt.images.video import VideoFile
+from vitrt.images.video import VideoFile, _Cores
 
 HALF = (0.5, 0.5, 0.5)
 CLIP = VideoConfig("clip", 1024, 4_000_000, HALF, HALF)
@@ -242,8 +242,7 @@ def test_a_long_video_is_decoded_run_by_run(
     whole = ours.prepare(path)
     assert whole.shape[0] == 62 and not whole.is_lazy
     run = 5 * 2 * 3 * 64 * 96
-    monkeypatch.setattr(prepared_file, "MAX_HELD_BYTES", 2 * run)
-    monkeypatch.setattr("vitrt.images.processor.MAX_HELD_BYTES", 2 * run)
+    hold_at_most(2 * run, monkeypatch)
     lazy = ours.prepare(path)
     assert isinstance(lazy, LazyImage)
     assert lazy.nbytes - lazy.source.nbytes == run  # the first of them, and an open decoder
@@ -302,6 +301,68 @@ def test_a_frame_amid_a_video_is_decoded_from_the_key_before_it(
         np.testing.assert_array_equal(found[0], whole[index])
     if name != "f.avi":  # whose frames have no stamps of their own
         assert len(video._keys) >= 5 and len(decoded) <= 6 * 10
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "b.mkv", "c.ts", "d.webm", "e.avi"])
+def test_what_nobody_wants_nor_refers_to_is_not_decoded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = {"d.webm": "libvpx-vp9", "e.avi": "mpeg4"}.get(name, "libx264")
+    path = write_video(tmp_path / name, 121, codec=codec)
+    whole, decoded = read_all(path), []
+    decode = VideoFile._decode
+
+    def counted(self: VideoFile, start: int = 0) -> Iterator[Any]:
+        for frame in decode(self, start):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(VideoFile, "_decode", counted)
+    for wanted in ([0, 15, 16, 40, 41, 42, 99, 120], [7, 8, 8], [118]):
+        decoded.clear()
+        video, found = VideoFile(str(path), name), []
+        video.wanted = wanted
+        for start in range(0, len(wanted), 3):
+            video.read(wanted[start : start + 3], lambda _, frame, to=found: to.append(frame))
+        np.testing.assert_array_equal(found, [whole[index] for index in wanted])
+        assert video._frames is None and len(decoded) <= wanted[-1] + 1
+        if codec == "libx264" and wanted[-1] > 100:
+            assert len(decoded) < 0.8 * wanted[-1]
+
+
+def test_a_wanted_frame_that_is_left_out_is_decoded_all_the_same(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 61, codec="libx264")
+    video, whole, found = VideoFile(str(path), "a"), read_all(path), []
+    video.wanted = [3, 30, 60]
+    decode, lost = video._decode, []
+
+    def loses_one(start: int = 0) -> Iterator[Any]:
+        for frame in decode(start):
+            if frame.pts == video._stamps[30] and not lost:
+                lost.append(frame)
+            else:
+                yield frame
+
+    video._decode = loses_one  # type: ignore[method-assign]
+    video.read(video.wanted, lambda _, frame: found.append(frame))
+    assert lost and not video._skips
+    np.testing.assert_array_equal(found, [whole[index] for index in (3, 30, 60)])
+
+
+def test_clips_that_are_decoded_at_once_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr("vitrt.images.video._cores", _Cores())
+    path = write_video(tmp_path / "a.mp4", 30, codec="libx264")
+    videos = [VideoFile(str(path), "a") for _ in range(5)]
+    for video in videos:
+        video.read([0], lambda _, frame: None)
+    assert [video._threads for video in videos] == [12, 6, 4, 3, 3]
+    for video in videos:
+        video._close()
+    videos[0].read([0], lambda _, frame: None)
+    assert videos[0]._threads == 12
 
 
 def test_stamps_that_a_decoder_does_not_give_are_not_trusted(tmp_path: Path) -> None:

@@ -24,10 +24,8 @@ from tests.support.folders import (
     pooled,
 )
 from tests.support.ranks import wait_for
-from tests.support.videos import write_video
+from tests.support.videos import hold_at_most, write_video
 from vitrt.features import ImageFeatures, join_pooled
-from vitrt.images import prepared as prepared_file
-from vitrt.images import processor as processor_file
 from vitrt.images.prepared import PreparedImage
 from vitrt.images.video import VideoFile
 from vitrt.job import long_clips
@@ -52,8 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "in"
     photo(folder / "a.png", 1)
     write_video(folder / "long.mp4", FRAMES, rate=2)
-    for module in (prepared_file, processor_file):
-        monkeypatch.setattr(module, "MAX_HELD_BYTES", 2 * 4 * 3 * 64 * 96)  # runs of 2 of 24
+    hold_at_most(2 * 4 * 3 * 64 * 96, monkeypatch)  # runs of 2 of 24
     return folder
 
 

@@ -17,7 +17,10 @@ from PIL import Image
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import Resize, resize_pillow, resize_torch
 
-MAX_HELD_BYTES = 32 << 20  # of the pixels of a video at a time: of two runs of its frames
+MAX_HELD_BYTES = 32 << 20  # of the pixels of a long video at a time: of two runs of its frames
+# Of one that a worker decodes to its end, beside others. Qwen3-VL bounds a clip's pixels at 75 MB,
+# however long it is; an open decoder of 1080p, which a longer one keeps, may hold as much.
+MAX_WHOLE_BYTES = 80 << 20
 
 Frame = Image.Image | np.ndarray  # RGB; an array is uint8 [H, W, 3]
 

@@ -19,7 +19,7 @@ from vitrt.images.config import PreprocessorConfig, VideoConfig
 from vitrt.images.decode import check_array, decode, name_of, size_of
 from vitrt.images.inputs import ImageError, ImageInput, PlainInput, plain_input
 from vitrt.images.prepared import (
-    MAX_HELD_BYTES,
+    MAX_WHOLE_BYTES,
     Frames,
     LazyImage,
     Prepared,
@@ -194,8 +194,8 @@ class ImageProcessor:
         whole = self._lazy(source, indices, grid)
         part = whole.rows(*span) if span is not None and len(indices) > 1 else whole
         if isinstance(source, VideoFile):
-            source.last_wanted = part.indices[-1]
-            if 3 * prod(part.shape) > MAX_HELD_BYTES:
+            source.wanted = part.indices
+            if 3 * prod(part.shape) > MAX_WHOLE_BYTES:
                 return part.begin()
         return part.decoded()
 
