@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -68,3 +69,37 @@ def test_an_engine_is_offered_the_plugin(
     plugins = {point.name: point for point in found.entry_points if point.group == group}
     assert plugins["vitrt"].load() is module.register
     assert (ENGINES / f"{engine}_side.py").exists()
+
+
+def is_running(process: int) -> bool:
+    """A zombie, which only waits for its parent's notice, is not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_job_that_hangs_is_ended_with_what_it_started(
+    tmp_path: Path, sides: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "if sys.argv[1] == 'hangs':\n"
+        "    child = subprocess.Popen(['sleep', '600'])\n"
+        '    pathlib.Path(sys.argv[3]).write_text(\'{"failed": "", "child": %d}\' % child.pid)\n'
+        "    print('LastError', flush=True)\n"
+        "    time.sleep(600)\n"
+        "pathlib.Path(sys.argv[3]).write_text('{\"done\": true}')\n"
+    )
+    monkeypatch.setattr(sides, "HERE", tmp_path)
+    jobs = [sides.Job(name, tmp_path / "checkpoint") for name in ("hangs", "ends")]
+    sides.run_jobs(script.name, "sglang", jobs, tmp_path, {}, at_once=False, timeout=1.5)
+    hung, ended = (sides.result_of(job, tmp_path) for job in jobs)
+    assert ended == {"done": True}
+    assert hung["failed"] == "LastError"
+    deadline = time.monotonic() + 10
+    while is_running(hung["child"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(hung["child"])

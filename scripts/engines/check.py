@@ -20,19 +20,18 @@ class Check:
     """One engine's; a part is a method that takes a family and returns what goes into the JSON."""
 
     engine: ClassVar[str]
-    at_once = True  # whether engines share a card, and run side by side there
 
-    def __init__(self, device: str, work: Path, output: Path) -> None:
-        self.device, self.work, self.output = device, work, output
+    def __init__(self, device: str, work: Path, output: Path, timeout: float) -> None:
+        self.device, self.work, self.output, self.timeout = device, work, output, timeout
 
     def settings(self) -> dict[str, str]:
         """More of the environment of an engine."""
         return {}
 
     def run(self, jobs: list[Job]) -> None:
-        at_once = self.at_once and self.device == "cuda" and all(j.name != "times" for j in jobs)
-        script = f"{self.engine}_side.py"
-        run_jobs(script, self.engine, jobs, self.output, self.settings(), at_once)
+        at_once = self.device == "cuda" and all(job.name != "times" for job in jobs)
+        script, settings = f"{self.engine}_side.py", self.settings()
+        run_jobs(script, self.engine, jobs, self.output, settings, at_once, self.timeout)
 
     def folder(self, family: str, size: str) -> Path:
         make_checkpoints([family], size, self.work, self.device)
@@ -47,7 +46,8 @@ class Check:
         expected = self.expected(job.folder)
         found = result_of(job, self.output)
         shown = {name: show_answers(job.folder, name, found.get("pixels", found), expected)}
-        shown[name] |= {key: found[key] for key in ("tower", "ranks", "refused") if key in found}
+        kept = ("tower", "ranks", "refused", "failed")
+        shown[name] |= {key: found[key] for key in kept if key in found}
         if "features" in found or "features_error" in found:
             features = found.get("features", {"failed": found.get("features_error")})
             shown["features"] = show_answers(job.folder, "features", features, expected)
@@ -100,11 +100,12 @@ def main(kind: type[Check], description: str) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--only", help="of tiny, ranks, faults, full; default: all that can run")
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--timeout", type=float, default=3600, help="of one engine, in seconds")
     parser.add_argument("--json", type=Path, help="add what was found to it, after every part")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     work = arguments.work or arguments.output / "checkpoints"
-    check = kind(arguments.device, work, arguments.output)
+    check = kind(arguments.device, work, arguments.output, arguments.timeout)
     cuda = arguments.device == "cuda"
     parts = arguments.only or ("tiny,faults,full" if cuda else "tiny,ranks,faults")
     report: Results = {

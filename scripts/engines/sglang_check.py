@@ -1,7 +1,7 @@
 """SGLang's offline engine with vitrt's tower against SGLang's own, on random checkpoints.
 
     python scripts/engines/sglang_check.py --output DIR [--device cpu]
-        [--only tiny,ranks,faults,full] [--families qwen3_vl,...] [--json FILE]
+        [--only tiny,ranks,faults,full] [--families qwen3_vl,...] [--timeout SECONDS] [--json FILE]
 
 "tiny": 16 greedy tokens of prompts with one image, three images and the frames of a clip: with the
 plugin, without it (by SGLANG_PLUGINS), and from vitrt's features, each against transformers in
@@ -18,7 +18,7 @@ whole of sglang's wheel among them (it looks for its headers), transformers as i
     loguru msgspec nvidia-ml-py openai orjson partial-json-parser pillow psutil pybase64 pydantic
     python-multipart pyzmq requests scipy sentencepiece setproctitle sglang starlette tiktoken
     tokenizers torch torchvision transformers uvicorn uvloop xgrammar, and what these need;
-    on a GPU sglang-kernel (sm90/common_ops, flash_ops), triton and flashinfer, too
+    on a GPU sglang-kernel (sm90/common_ops, flash_ops), triton, flashinfer and nvcc, too
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sides import Job, result_of
 
 class SglangCheck(Check):
     engine = "sglang"
-    at_once = False  # an engine takes the memory that is free when it starts
 
     def settings(self) -> dict[str, str]:
         return {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}

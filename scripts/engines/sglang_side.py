@@ -4,7 +4,8 @@
 
 "data" and "weights": answers of two tensor-parallel ranks, with --mm-enable-dp-encoder or without.
 "missing", "renamed", "doubled": start on a checkpoint whose tower is not whole. Whether the tower
-is vitrt's is decided as for any user, by SGLANG_PLUGINS. `sglang_check.py` starts this.
+is vitrt's is decided as for any user, by SGLANG_PLUGINS. ENGINE_OPTIONS may hold more arguments of
+SGLang's Engine on a GPU, as JSON. `sglang_check.py` starts this.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def start(folder: Path, result: dict[str, Any], **options: Any) -> Any:
     from sglang import Engine
 
     if CUDA:
-        options = {"mem_fraction_static": 0.6} | options
+        # Room beside another engine, and nothing compiled for two layers of language model.
+        options |= {"mem_fraction_static": 0.6, "max_total_tokens": 65536}
+        options |= {"attention_backend": "triton", "sampling_backend": "pytorch"}
+        options |= json.loads(os.environ.get("ENGINE_OPTIONS", "{}"))
     else:
         options |= {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 16384}
         options["mm_attention_backend"] = "sdpa"
@@ -97,7 +101,7 @@ def answer(engine: Any, given: dict[str, Any], expected: dict[str, Any]) -> dict
     return {"tokens": tokens, "prompt_tokens": meta["prompt_tokens"], "logprobs": logprobs}
 
 
-def answers(folder: Path, result: dict[str, Any], **options: Any) -> Any:
+def answers(folder: Path, result: dict[str, Any], *, features: bool = False, **options: Any) -> Any:
     expected = json.loads((folder / "reference.json").read_text())
     engine = start(folder, result, **options)
     result["pixels"], refused = {}, {}
@@ -109,7 +113,7 @@ def answers(folder: Path, result: dict[str, Any], **options: Any) -> Any:
     result["pixels"]["again"] = answer(engine, pixels_data("one"), expected["one"])
     if refused:
         result["refused"] = refused
-    if result["tower"].startswith("vitrt") and not options:
+    if features and result["tower"].startswith("vitrt"):
         try:
             result["features"] = {
                 name: answer(engine, features_data(folder, name), expected[name])
@@ -121,9 +125,10 @@ def answers(folder: Path, result: dict[str, Any], **options: Any) -> Any:
     return engine
 
 
-def times(folder: Path, result: dict[str, Any]) -> None:
+def times(folder: Path, result: dict[str, Any], target: Path) -> None:
     os.environ["TOWER_TIMES"] = "1"
     engine = answers(folder, result)
+    target.write_text(json.dumps(result | {"failed": "no time of a first token"}))
 
     def first(image: Image.Image) -> None:
         given = {"prompt": cases.prompt_text("one"), "image_data": [image]}
@@ -150,8 +155,10 @@ if __name__ == "__main__":
         answers(checkpoint, report, tp_size=2, mm_enable_dp_encoder=job == "data")
     elif job in ("missing", "renamed", "doubled"):
         fault(checkpoint, report, job, target)
+    elif job == "times":
+        times(checkpoint, report, target)
     else:
-        {"answers": answers, "times": times}[job](checkpoint, report)
+        answers(checkpoint, report, features=True)
     target.write_text(json.dumps(report))
     sys.stdout.flush()
     os._exit(0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,32 +60,50 @@ def run_jobs(
     output: Path,
     more: Mapping[str, str],
     at_once: bool,
+    timeout: float,
 ) -> None:
-    """`script NAME FOLDER RESULT.json` for every job; what it prints goes beside the result."""
-    running = []
-    for job in jobs:
-        result = output / f"{job.stem}.json"
-        result.unlink(missing_ok=True)
-        with (output / f"{job.stem}.log").open("wb") as log:
-            command = [sys.executable, str(HERE / script), job.name, str(job.folder)]
-            command.append(str(result))
-            environ = environment(engine, job.side, output) | more
-            process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
-        running.append(process)
-        if not at_once:
-            process.wait()
-    for process in running:
-        process.wait()
+    """`script NAME FOLDER RESULT.json` for every job; what it prints goes beside the result.
+
+    A job that takes more than `timeout` seconds is ended, with all processes that it started.
+    """
+    for group in [jobs] if at_once else [[job] for job in jobs]:
+        running = [_start(script, engine, job, output, more) for job in group]
+        deadline = time.monotonic() + timeout
+        try:
+            for job, process in zip(group, running, strict=True):
+                try:
+                    process.wait(max(deadline - time.monotonic(), 0))
+                except subprocess.TimeoutExpired:
+                    print(f"{job.stem} was ended after {timeout:.0f} s", flush=True)
+        finally:
+            for process in running:  # what an engine left behind holds the device's memory
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _start(
+    script: str, engine: str, job: Job, output: Path, more: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    result = output / f"{job.stem}.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / script), job.name, str(job.folder), str(result)]
+    environ = environment(engine, job.side, output) | more
+    with (output / f"{job.stem}.log").open("wb") as log:
+        return subprocess.Popen(
+            command, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def result_of(job: Job, output: Path) -> dict[str, Any]:
-    """What the job wrote, or {"failed": its last error}."""
+    """What the job wrote; with its last error as "failed" where it did not come to its end."""
     result = output / f"{job.stem}.json"
-    if result.exists():
-        return json.loads(result.read_text())
-    lines = (output / f"{job.stem}.log").read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "Error" in line] or lines[-5:]
-    return {"failed": errors[-1] if errors else "no output"}
+    found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"failed": ""}
+    if "failed" in found:
+        lines = (output / f"{job.stem}.log").read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "Error" in line] or lines[-5:]
+        found["failed"] = errors[-1][:2000] if errors else "no output"
+    return found
 
 
 def make_checkpoints(families: Sequence[str], size: str, work: Path, device: str) -> None:
