@@ -189,6 +189,25 @@ def test_parquet_is_resumed_by_id(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     assert sorted(output.iterdir()) == held
 
 
+@pytest.mark.parametrize("encode", [encode_dataset, encode_parquet])
+def test_an_actor_has_two_batches_in_hand(
+    encode: Any, tiny_qwen3_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device works on one while the other begins or is handed over."""
+
+    class SeenError(Exception):
+        pass
+
+    def map_batches(self: Any, encoder: Any, *, compute: Any, **arguments: Any) -> None:
+        assert compute.max_concurrent_calls_per_actor >= 2
+        assert compute.enable_true_multi_threading
+        raise SeenError
+
+    monkeypatch.setattr(ray.data.Dataset, "map_batches", map_batches)
+    with pytest.raises(SeenError):
+        encode(ray.data.from_items(rows_of(3)), tiny_qwen3_vl, tmp_path / "out")
+
+
 def test_a_folder_of_another_run_is_refused(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     dataset = ray.data.from_items([*rows_of(3), {"id": "bad.png", "image": b"broken"}])
     pooled = EncodeOptions(pool="mean")

@@ -1,6 +1,7 @@
 """Ray Data: rows with images in, rows with features or an output folder out, by actors.
 
-    dataset.map_batches(RayEncoder, fn_constructor_kwargs={"model": model}, ...)   # rows
+    dataset.map_batches(RayEncoder, fn_constructor_kwargs={"model": model},        # rows
+                        compute=two_at_a_time(8), batch_size=1024, num_gpus=1)
     encode_dataset(dataset, model, "features", actors=8)   # a folder as `vitrt encode` writes it
     encode_parquet(dataset, model, "rows", actors=8)       # the rows in Parquet files
 
@@ -28,6 +29,7 @@ from vitrt.integrations.ray_actor import (
     RayEncoder,
     open_model,
     settled,
+    two_at_a_time,
 )
 from vitrt.integrations.ray_parquet import encode_parquet
 from vitrt.job.encode import open_output
@@ -43,7 +45,14 @@ from vitrt.store.manifest import RunIdentity, manifest_name
 from vitrt.store.recovery import compact, recover
 from vitrt.store.writer import FeatureWriter
 
-__all__ = ["DatasetSummary", "RayEncoder", "encode_dataset", "encode_parquet", "from_bytes"]
+__all__ = [
+    "DatasetSummary",
+    "RayEncoder",
+    "encode_dataset",
+    "encode_parquet",
+    "from_bytes",
+    "two_at_a_time",
+]
 
 
 def encode_dataset(
@@ -102,9 +111,7 @@ def encode_dataset(
                 "revision": revision,
             },
             batch_size=batch_size,
-            compute=ray.data.ActorPoolStrategy(
-                size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
-            ),
+            compute=two_at_a_time(actors),
             num_gpus=num_gpus,
             num_cpus=num_cpus,
         )

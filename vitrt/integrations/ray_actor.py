@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import ray.data
 import torch
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
@@ -162,6 +163,17 @@ def _one_behind(results: Iterable[Result]) -> Iterator[Result]:
 
 def _nbytes(row: Mapping[str, Any]) -> int:
     return row["vector"].nbytes if "vector" in row else len(row["features"])
+
+
+def two_at_a_time(actors: int) -> ray.data.ActorPoolStrategy:
+    """So many actors, for `map_batches`, each with two batches in hand.
+
+    While one batch begins (nothing of it is decoded yet) or ends (its rows are handed over, or
+    written), the device works on the other.
+    """
+    return ray.data.ActorPoolStrategy(
+        size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+    )
 
 
 def open_model(

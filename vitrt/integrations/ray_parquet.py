@@ -22,6 +22,7 @@ from vitrt.integrations.ray_actor import (
     RayEncoder,
     open_model,
     settled,
+    two_at_a_time,
 )
 from vitrt.job.identity import run_identity
 from vitrt.job.options import EncodeOptions
@@ -81,7 +82,7 @@ def encode_parquet(
             "revision": revision,
         },
         batch_size=batch_size,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=two_at_a_time(actors),
         num_gpus=num_gpus,
         num_cpus=num_cpus,
     ).write_parquet(files.path, filesystem=files.system)
