@@ -1,29 +1,21 @@
-"""The candidates in scripts/tune compute what today's forward does: nothing else runs them here."""
+"""What scripts/tune write into the tables, and the shapes that they try."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.support.interpreter import interpreted
-from vitrt.bench.workloads import Workload
-from vitrt.kernels.gemm import linear_ref
-from vitrt.kernels.segments import Rotary, Segments, tile_list
-from vitrt.kernels.window_attention import window_attention_ref
+from vitrt.kernels.gemm_table import SplitTile
 
 TUNE = Path(__file__).resolve().parents[1] / "scripts" / "tune"
-pytestmark = interpreted
 
 
 @pytest.fixture
@@ -40,111 +32,37 @@ def tune(monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("model", ["qwen3-vl-8b", "qwen2.5-vl-7b"])
-def test_folded_norms_give_the_same_features(tune, model: str):
-    folded, turns = tune("folded_norm"), tune("tower_turns")
-    with torch.inference_mode():
-        config = turns.config_named(model, tiny=True)
-        tower = turns.random_tower(config, torch.device("cpu"), torch.float32)
-        batch = turns.Batch(tower, Workload("two", ((1, 6, 4), (1, 10, 8))))
-        folding = folded.Folding(tower, folded.Kernels(torch.device("cpu")))
-        changes = {"today": lambda tower: nullcontext()}
-        for way in ("add", "fold"):
-            changes[way] = partial(folding.changed, way, way)
-        found = turns.take_turns(batch, changes)
-        assert found["fold"].off < 5e-6 and found["add"].off < 5e-6
-        # What is folded matters: without a norm's own weights all would be another.
-        for linear_and_norm, vectors in folding.vectors.items():
-            wrong = folded.Vectors(vectors.bias + 1, vectors.columns)
-            folding.vectors[linear_and_norm] = wrong
-        assert turns.take_turns(batch, changes)["fold"].off > 1e-3
-
-
-def test_a_small_image_keeps_its_features(tune, monkeypatch: pytest.MonkeyPatch):
-    small, turns = tune("small_image"), tune("tower_turns")
-    # The interpreter takes its time by programs and steps.
-    monkeypatch.setattr(small, "PLAIN", small.few_rows.Shape(64, 256, 256))
-    with torch.inference_mode():
-        config = turns.config_named("qwen3-vl-8b", tiny=True)
-        config = replace(config, depth=1, deepstack_visual_indexes=(0,))
-        tower = turns.random_tower(config, torch.device("cpu"), torch.float32)
-        batch = turns.Batch(tower, Workload("one", ((1, 4, 6),)), bucket=64)
-        on = frozenset({"attention", "residual", "products", "mergers"})
-        changes = {
-            "today": lambda tower: nullcontext(),
-            "all": partial(small.Small(tower, True).changed, on),
-        }
-        found = turns.take_turns(batch, changes)
-        assert found["all"].off < 5e-6 and found["all"].error < 1e-5
-
-
-@pytest.mark.parametrize("centred", [True, False])
-def test_row_scales(tune, centred: bool):
-    folded = tune("folded_norm")
-    x = torch.randn(70, 96, generator=torch.Generator().manual_seed(0)) + 0.5
-    tiles = x.view(70, 3, 32)
-    sums, squares = tiles.sum(dim=2), (tiles * tiles).sum(dim=2)
-    sums = sums if centred else None
-    for function in (folded.row_scale, folded.row_scale_ref):  # interpreted, and plain
-        inverse, mean = function(sums, squares, 96)
-        variance = x.var(dim=1, correction=0) if centred else (x * x).mean(dim=1)
-        expected = torch.rsqrt(variance + 1e-6)
-        torch.testing.assert_close(inverse, expected, rtol=1e-5, atol=0)
-        if centred:
-            torch.testing.assert_close(mean, x.mean(dim=1) * expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("kind", ["bias", "gelu_tanh", "quick_gelu", "gelu", "swiglu", "shares"])
-def test_products_of_few_rows(tune, kind: str, turned: bool):
+def test_shares_go_into_the_table(tune, tmp_path: Path):
     few = tune("few_rows")
-    generator = torch.Generator().manual_seed(0)
-    m, n, k = 19, 38, 150
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((m, k), (n, k), (n,)))
-    shape = few.Shape(16, 32, 64, 3 if kind == "shares" else 1, turned)
-    out = few.product(kind, x, weight, bias, shape)
-    if kind == "shares":
-        assert out.shape == (3, m, n)
-        out, expected = out.sum(dim=0), x @ weight.t()
-    else:
-        activation: Any = None if kind == "bias" else kind
-        expected = linear_ref(x, weight, bias, activation=activation)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-5)
+    path = tmp_path / "table.json"
+    shutil.copy(TUNE.parents[1] / "vitrt/kernels/gemm_tables/h200.json", path)
+    before = json.loads(path.read_text())
+    tile = SplitTile.parse("64x32x64/3w4s4")
+    found = {
+        (1280, 1280, 64): few.Found(10.0, tile, 9.0),
+        (1280, 1280, 128): few.Found(10.0, tile, 9.9),  # not worth a kernel
+        (1280, 3456, 96): few.Found(10.0, tile, 9.0),  # rows that the table lacks
+    }
+    few.write_shares(path, found)
+    after = json.loads(path.read_text())
+    changed = {
+        (entry["n"], entry["k"], row["m"]): row["use"]
+        for entry, old in zip(after["products"], before["products"], strict=True)
+        for row in entry["rows"]
+        if row not in old["rows"]
+    }
+    assert changed == {(1280, 1280, 64): f"split {tile}", (1280, 3456, 96): f"split {tile}"}
+    rows = next(e["rows"] for e in after["products"] if e["k"] == 3456 and e["kind"] == "residual")
+    assert [row["m"] for row in rows] == sorted(row["m"] for row in rows)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_sum_and_norm(tune, centred: bool):
+@interpreted
+def test_every_shape_that_is_tried_is_right(tune):
     few = tune("few_rows")
-    generator = torch.Generator().manual_seed(0)
-    shares, residual = (torch.randn(*s, generator=generator) for s in ((3, 5, 144), (5, 144)))
-    bias, weight, shift = torch.randn(3, 144, generator=generator)
-    total = residual + shares.sum(dim=0) + bias
-    out = few.sum_norm(shares, bias, residual, weight, shift if centred else None, 1e-6)
-    if centred:
-        expected = torch.nn.functional.layer_norm(total, (144,), weight, shift, 1e-6)
-    else:
-        expected = torch.nn.functional.rms_norm(total, (144,), weight, 1e-6)
-    torch.testing.assert_close(residual, total, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("head_dim", [64, 72, 80])
-@pytest.mark.parametrize("tiled", [True, False])
-def test_small_attention(tune, head_dim: int, tiled: bool):
-    few = tune("few_rows")
-    generator = torch.Generator().manual_seed(0)
-    bounds = np.array([0, 5, 75], np.int32)
-    qkv = torch.randn(80, 3, 1, head_dim, generator=generator)
-    qkv[75:] = float("nan")  # padding
-    angles = torch.rand(9, head_dim // 4, generator=generator) * 3
-    positions = torch.randint(0, 9, (80, 2), dtype=torch.int32, generator=generator)
-    rotary = Rotary(positions, angles.cos(), angles.sin())
-    tiles = torch.tensor(tile_list(bounds)) if tiled else None
-    count = torch.tensor([2], dtype=torch.int32)
-    segments = Segments(torch.tensor(bounds), count, tiles, count if tiled else None, (5, 70), 70)
-    expected = window_attention_ref(qkv, segments, rotary, torch.zeros(80, head_dim))[:75]
-    out = few.attention(qkv, segments, rotary, keys=32)[:75]
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    x, weight = torch.randn(70, 96), torch.randn(40, 96)
+    for tile in few.candidates(64, 40, 2)[:4]:
+        shares = few.split_product(x, weight, tile)
+        torch.testing.assert_close(shares.sum(dim=0), x @ weight.t(), rtol=1e-5, atol=2e-5)
 
 
 def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
@@ -154,6 +72,7 @@ def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
     before = json.loads(path.read_text())
     products = {"quick_gelu 5120 1280": {"64": {"mm": 5.0, "quack 128x128p1x1": 4.0}}}
     products["gelu_tanh 4304 1152"] = {"64": {"addmm": 1.0, "mm": 2.0}}
+    products["residual 1152 1152"] = {"64": {"mm": 1.0}, "128": {"mm": 1.0}}
     facts = {key: value for key, value in before.items() if key != "products"}
     selection.write_table(path, facts | {"products": products}, 0.01)
 
@@ -163,7 +82,10 @@ def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
     was, now = by_product(before), by_product(json.loads(path.read_text()))
     assert [row["use"] for row in now["quick_gelu", 5120, 1280, None]] == ["quack 128x128p1x1"]
     assert len(now["gelu_tanh", 4304, 1152, None]) == 1
-    for product in was.keys() - {("gelu_tanh", 4304, 1152, None)}:
+    uses = [row["use"] for row in now["residual", 1152, 1152, None]]
+    assert uses == [was["residual", 1152, 1152, None][0]["use"], "mm"], "shares of K stay"
+    again = {("gelu_tanh", 4304, 1152, None), ("residual", 1152, 1152, None)}
+    for product in was.keys() - again:
         assert now[product] == was[product]
     assert {product[-1] for product in now} == {None, "e4m3"}
     # Nor does a table change that is written with nothing new.

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from gemm_selection import write_products  # noqa: E402
+from graph_timing import microseconds  # noqa: E402
 from torch import Tensor  # noqa: E402
-from tower_turns import microseconds  # noqa: E402
 
 from vitrt.kernels import gemm_quack  # noqa: E402
 from vitrt.kernels.gemm import linear  # noqa: E402

@@ -1,418 +1,275 @@
-"""Kernels for a block of a tower at few rows, for small_image.py: what a small image is bound by is
-the number of kernels and the reading of weights, not arithmetic.
+#!/usr/bin/env python3
+"""What few rows run fastest by: attention with RoPE inside, and the residual's products in shares.
 
-    product     a tile of N_TILE columns and one share of K a program, so that even the narrow
-                products have as many programs as there are processors. What adds to the residual
-                leaves its shares of K apart, in float32
-    sum_norm    the residual plus those shares and the bias, and its norm: one kernel
-    attention   rotates q and k on the way and takes segments of any length: two kernels fewer than
-                RoPE, FlashAttention-3's planning, and itself
+    python scripts/tune/few_rows.py --table vitrt/kernels/gemm_tables/h200.json [--json FILE]
 
-With PDL a kernel starts while the one before still runs, and first asks the L2 cache for its
-weights, which nobody computes; then it waits. Each of them waits, or an order of three would break.
-
-Shapes: T rows, K input and N output features, S shares of K, D width, H heads, Dh head size.
+First attention of small images and short lists, every tiling of short_attention.py beside what
+"auto" takes for larger batches, with its RoPE: where that wins decides the rule in
+attention/registry.py. Then every product that adds to a residual, by cuBLAS and the norm behind it
+and in shares of K that this norm adds up; what gains 3% goes into TABLE. Kernels are compiled by as
+many processes as there are processors.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-from vitrt.kernels.attention_block import split_head
-from vitrt.kernels.dispatch import ceil_div, jit, pow2_ceil, row_tiles, tl
-from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
-from vitrt.kernels.window_attention import _angles, _turn, split_pairs
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from gemm_products import LAYERS  # noqa: E402
+from gemm_selection import write_products  # noqa: E402
+from graph_timing import microseconds  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from vitrt.attention import resolve_attention  # noqa: E402
+from vitrt.kernels.dispatch import ceil_div  # noqa: E402
+from vitrt.kernels.gemm_table import SplitTile  # noqa: E402
+from vitrt.kernels.norm import add_norm  # noqa: E402
+from vitrt.kernels.persistent import processors  # noqa: E402
+from vitrt.kernels.rope import rope_  # noqa: E402
+from vitrt.kernels.segments import Rotary, Segments, tile_list  # noqa: E402
+from vitrt.kernels.short_attention import VARIANTS, ShortTiling, _short_triton  # noqa: E402
+from vitrt.kernels.split_product import split_product  # noqa: E402
 
-@jit()
-def _begin(PDL: tl.constexpr):
-    """Let the next kernel start, then wait for the one before."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@jit()
-def _prefetch(at):
-    """Ask the L2 cache for the 128 bytes at each of these addresses."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@jit(do_not_specialize=["m"])
-def _few_rows_kernel(
-    x, weight, bias, out, m, N: tl.constexpr, K: tl.constexpr, M_TILE: tl.constexpr,
-    N_TILE: tl.constexpr, K_TILE: tl.constexpr, SHARES: tl.constexpr, KIND: tl.constexpr,
-    TURNED: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows M_TILE of columns N_TILE of one share of K. TURNED: the weight is the left operand."""
-    STEPS: tl.constexpr = (K + K_TILE - 1) // K_TILE
-    EACH: tl.constexpr = (STEPS + SHARES - 1) // SHARES * K_TILE
-    column = tl.program_id(0) * N_TILE + tl.arange(0, N_TILE)
-    row = tl.program_id(1) * M_TILE + tl.arange(0, M_TILE)
-    share = tl.program_id(2)
-    first = share * EACH
-    last = tl.minimum(first + EACH, K)
-    step = tl.arange(0, K_TILE)
-    # Columns and rows past the end are read again from the start, and not written.
-    weight_rows = weight + (column % N).to(tl.int64) * K
-    if PREFETCH:
-        lines = tl.arange(0, K_TILE // 64) * 64
-        for at in tl.range(first, last, K_TILE):
-            _prefetch(weight_rows[:, None] + tl.minimum(at + lines, K - 1)[None, :])
-    _begin(PDL)
-    x_rows = x + (row % m).to(tl.int64) * K
-    if TURNED:
-        acc = tl.zeros((N_TILE, M_TILE), tl.float32)
-    else:
-        acc = tl.zeros((M_TILE, N_TILE), tl.float32)
-    for at in tl.range(first, last, K_TILE, num_stages=STAGES):
-        live = at + step < last
-        if TURNED:
-            w = tl.load(weight_rows[:, None] + (at + step)[None, :], mask=live[None, :], other=0.0)
-            v = tl.load(x_rows[None, :] + (at + step)[:, None], mask=live[:, None], other=0.0)
-            acc = tl.dot(w, v, acc, input_precision=PRECISION)
-        else:
-            v = tl.load(x_rows[:, None] + (at + step)[None, :], mask=live[None, :], other=0.0)
-            w = tl.load(weight_rows[None, :] + (at + step)[:, None], mask=live[:, None], other=0.0)
-            acc = tl.dot(v, w, acc, input_precision=PRECISION)
-    if TURNED:
-        acc = tl.trans(acc)
-    if KIND != "shares":
-        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-    live_row = (row < m)[:, None]
-    target = out + (share * m + row).to(tl.int64)[:, None] * N + column[None, :]
-    live = live_row & (column < N)[None, :]
-    if KIND == "swiglu":
-        gate, up = tl.split(tl.reshape(acc, (M_TILE, N_TILE // 2, 2)))
-        acc = gate / (1.0 + tl.exp(-gate)) * up
-        half = tl.program_id(0) * (N_TILE // 2) + tl.arange(0, N_TILE // 2)
-        target = out + row.to(tl.int64)[:, None] * (N // 2) + half[None, :]
-        live = live_row & (half < N // 2)[None, :]
-    if KIND == "gelu":
-        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-    if KIND == "quick_gelu":
-        acc = acc / (1.0 + tl.exp(-1.702 * acc))
-    if KIND == "gelu_tanh":
-        acc = acc / (1.0 + tl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))
-    tl.store(target, acc.to(out.dtype.element_ty), mask=live)
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A product's tiles, and how Triton compiles it."""
-
-    m: int
-    n: int
-    k: int
-    shares: int = 1
-    turned: bool = False
-    warps: int = 4
-    stages: int = 3
-
-    def __str__(self) -> str:
-        turned = "t" if self.turned else ""
-        return f"{self.m}x{self.n}x{self.k}{turned}/{self.shares} w{self.warps}s{self.stages}"
-
-
-# (M_TILE, N_TILE, turned, warps) that are tried at up to so many rows.
-_TRIED = (
-    (16, ((16, 64, True, 4), (16, 128, True, 4), (16, 32, False, 4), (16, 64, False, 4))),
+DTYPE = torch.bfloat16
+GAIN = 0.97  # of cuBLAS's time: what a kernel more is worth
+ROWS = (64, 128, 192, 256, 320, 384, 512)
+LISTS = ([16], [64], [100], [196], [256], [324], [400], [576], [768], [64] * 4, [196] * 2,
+         [196] * 4, [256] * 8)  # fmt: skip
+SHAPES = {"qwen3-vl-8b": (16, 72), "qwen2.5-vl-7b": (16, 80)}  # heads, head size
+_TILES = (  # M, N, the weight on the left, warps; for up to so many rows
     (64, ((64, 32, False, 4), (64, 64, False, 4), (64, 64, True, 4), (64, 128, True, 8))),
-    (256, ((64, 64, False, 4), (64, 128, False, 4), (128, 64, False, 8), (128, 64, True, 4),
-           (256, 64, True, 8))),
+    (512, ((64, 64, False, 4), (64, 128, False, 4), (128, 64, False, 8), (128, 64, True, 4))),
 )  # fmt: skip
 
 
-def candidates(kind: str, m: int, n: int, processors: int) -> list[Shape]:
-    """Shapes worth a try; shares of K where they give every processor a program or two."""
-    tiles = next((tried for rows, tried in _TRIED if m <= rows), _TRIED[-1][1])
+@dataclass(frozen=True)
+class Found:
+    """Microseconds of a residual's product and the norm behind it."""
+
+    mm_us: float
+    tile: SplitTile
+    split_us: float
+
+
+# Attention
+
+
+def packed_segments(lengths: list[int], device: torch.device) -> Segments:
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tiles = torch.as_tensor(tile_list(bounds), device=device)
+    return Segments(
+        torch.as_tensor(bounds, device=device),
+        torch.tensor([len(lengths)], dtype=torch.int32, device=device),
+        tiles,
+        torch.tensor([len(tiles)], dtype=torch.int32, device=device),
+        tuple(lengths),
+        max(lengths),
+    )
+
+
+class Attention:
+    """Attention of one list of segments, by today's backend and by the kernel that is tried."""
+
+    def __init__(self, auto: Any, heads: int, head_dim: int, lengths: list[int]) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        tokens = sum(lengths)
+        self.segments = packed_segments(lengths, device)
+        angles = torch.rand(64, head_dim // 4, device=device)
+        positions = torch.randint(0, 64, (tokens, 2), dtype=torch.int32, device=device)
+        self.rotary = Rotary(positions, angles.cos(), angles.sin())
+        self.qkvs = torch.randn(8, tokens, 3, heads, head_dim, device=device).to(DTYPE)
+        self.out = torch.empty(tokens, heads * head_dim, dtype=DTYPE, device=device)
+        # As for a batch too large for the kernel that is tried.
+        self.backend = auto.select([max(lengths)] * 4096) if hasattr(auto, "select") else auto
+
+    def today(self, index: int) -> None:
+        qkv = self.qkvs[index % 8]
+        rope_(qkv, self.rotary)
+        self.backend(qkv, self.segments, self.rotary, self.out)
+
+    def short(self, tiling: ShortTiling, index: int) -> None:
+        _short_triton(self.qkvs[index % 8], self.segments, self.rotary, self.out, tiling)
+
+
+def time_attention(model: str, device: torch.device) -> list[dict[str, Any]]:
+    heads, head_dim = SHAPES[model]
+    auto = resolve_attention("auto", device=device, dtype=DTYPE, head_dim=head_dim).full
+    names = "".join(f"{f'{v.block_m}x{v.block_n}w{v.warps}':>9}" for v in VARIANTS)
+    print(f"\n{model:26}{'today':>8}{names}  us")
+    rows = []
+    for lengths in LISTS:
+        case = Attention(auto, heads, head_dim, lengths)
+        found = {"today": microseconds(case.today)}
+        for tiling in VARIANTS:
+            with suppress(Exception):  # a tiling that does not fit this GPU
+                found[str(tiling)] = microseconds(partial(case.short, tiling))
+        text = "".join(f"{found.get(str(v), float('nan')):9.1f}" for v in VARIANTS)
+        name = f"{len(lengths)} x {lengths[0]}"
+        print(f"  {name:24}{found['today']:8.1f}{text}", flush=True)
+        rows.append({"model": model, "lengths": lengths, "today": case.backend.name, "us": found})
+    return rows
+
+
+# Products
+
+
+def candidates(m: int, n: int, processors: int) -> list[SplitTile]:
+    """Shapes worth a try: shares of K that give every processor a program or two."""
+    tiles = next((tried for rows, tried in _TILES if m <= rows), _TILES[-1][1])
     found = []
     for m_tile, n_tile, turned, warps in tiles:
         programs = ceil_div(n, n_tile) * ceil_div(m, m_tile)
         shares = [s for s in (1, 2, 3, 4, 6, 8) if 0.7 <= programs * s / processors <= 2.3]
-        for share in (shares or [1]) if kind == "shares" else [1]:
+        for share in shares or [1]:
             found += [
-                Shape(m_tile, n_tile, k_tile, share, turned, warps, stages)
+                SplitTile(m_tile, n_tile, k_tile, turned, share, warps, stages)
                 for k_tile, stages in ((64, 4), (128, 3))
             ]
     return found
 
 
-def product(
-    kind: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shape: Shape,
-    *,
-    pdl: bool = False,
-    prefetch: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """act(x [T, K] weight [N, K]^T + bias) in x's dtype, [T, N] or, for swiglu, [T, N / 2].
-
-    It goes into `out` where that is given, rows contiguous.
-
-    "shares": float32 [S, T, N], whose sum over S is x weight^T.
-    """
-    assert x.is_contiguous() and weight.is_contiguous()
-    (m, k), n = x.shape, weight.shape[0]
-    if kind == "shares":
-        out = torch.empty(shape.shares, m, n, dtype=torch.float32, device=x.device)
-    elif out is None:
-        out = x.new_empty(m, n // 2 if kind == "swiglu" else n)
-    assert out.is_contiguous() and (kind == "shares" or (shape.shares == 1 and bias is not None))
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _few_rows_kernel[(ceil_div(n, shape.n), ceil_div(m, shape.m), shape.shares)](
-        x, weight, bias, out, m, n, k, shape.m, shape.n, shape.k, shape.shares, kind,
-        shape.turned, shape.stages, pdl, prefetch,
-        "ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=shape.warps, num_stages=shape.stages, **options,
-    )  # fmt: skip
-    return out
+def residual_products() -> list[tuple[int, int]]:
+    """(N, K) of every product that adds to a residual, the benchmark's towers first."""
+    pairs = [(e.product.n, e.product.k) for e in LAYERS if e.product.kind == "residual"]
+    return list(dict.fromkeys(pairs))
 
 
-@jit()
-def _sum(shares, bias, residual, row, columns, m, D: tl.constexpr, SHARES: tl.constexpr):
-    """The new residual of some columns of a row, which is written."""
-    mask = columns < D
-    at = row.to(tl.int64) * D + columns
-    values = tl.load(residual + at, mask=mask, other=0.0)
-    added = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    for share in tl.static_range(SHARES):
-        added += tl.load(shares + share * m.to(tl.int64) * D + at, mask=mask, other=0.0)
-    values += added
-    tl.store(residual + at, values, mask=mask)
-    return values
+class Operands:
+    """What a product reads, in weights that do not stay in the L2 cache, and the norm's."""
+
+    def __init__(self, n: int, k: int, m: int, device: torch.device) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device).to(DTYPE)
+
+        self.weights = [normal(n, k) * k**-0.5 for _ in range(max(2, int(96e6 / (2 * n * k))))]
+        self.x, self.residual = normal(m, k), normal(m, n).float()
+        self.bias, self.weight, self.shift = normal(n), normal(n), normal(n)
+        self.out = normal(m, n)
+
+    def norm(self, delta: Tensor) -> None:
+        into = self.residual
+        add_norm(
+            delta, self.bias, into, self.weight, self.shift, 1e-6, sum_out=into, out=self.out
+        )  # fmt: skip
+
+    def cublas(self, index: int) -> None:
+        self.norm(self.x @ self.weights[index % len(self.weights)].t())
+
+    def split(self, tile: SplitTile, index: int) -> None:
+        self.norm(split_product(self.x, self.weights[index % len(self.weights)], tile))
+
+    def is_right(self, tile: SplitTile) -> bool:
+        expected = self.x.float() @ self.weights[0].float().t()
+        off = split_product(self.x, self.weights[0], tile).sum(dim=0) - expected
+        return bool(off.norm() < 1e-3 * expected.norm())
 
 
-@jit(do_not_specialize=["m"])
-def _sum_norm_kernel(
-    shares, bias, residual, weight, norm_bias, out, m, eps, D: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, SHARES: tl.constexpr, CENTRE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One row a program, in two parts as in vitrt/kernels/norm.py."""
-    row = tl.program_id(0)
-    main = tl.arange(0, MAIN)
-    scale = tl.load(weight + main, mask=main < D, other=0.0).to(tl.float32)
-    shift = scale
-    if CENTRE:
-        shift = tl.load(norm_bias + main, mask=main < D, other=0.0).to(tl.float32)
-    if TAIL:
-        tail = MAIN + tl.arange(0, TAIL)
-        tail_scale = tl.load(weight + tail, mask=tail < D, other=0.0).to(tl.float32)
-        tail_shift = tail_scale
-        if CENTRE:
-            tail_shift = tl.load(norm_bias + tail, mask=tail < D, other=0.0).to(tl.float32)
-    _begin(PDL)
-    values = _sum(shares, bias, residual, row, main, m, D, SHARES)
-    total = tl.sum(values, 0)
-    if TAIL:
-        rest = _sum(shares, bias, residual, row, tail, m, D, SHARES)
-        total += tl.sum(rest, 0)
-    if CENTRE:
-        mean = total / D
-        values = tl.where(main < D, values - mean, 0.0)
-        if TAIL:
-            rest = tl.where(tail < D, rest - mean, 0.0)
-    squares = tl.sum(values * values, 0)
-    if TAIL:
-        squares += tl.sum(rest * rest, 0)
-    inverse = tl.rsqrt(squares / D + eps)
-    at = row.to(tl.int64) * D
-    values = values * inverse * scale
-    if CENTRE:
-        values += shift
-    tl.store(out + at + main, values.to(out.dtype.element_ty), mask=main < D)
-    if TAIL:
-        rest = rest * inverse * tail_scale
-        if CENTRE:
-            rest += tail_shift
-        tl.store(out + at + tail, rest.to(out.dtype.element_ty), mask=tail < D)
+def time_products(device: torch.device, deadline: float) -> dict[tuple[int, int, int], Found]:
+    print(f"\n{'residual':18}{'rows':>6}{'cuBLAS':>9}{'shares':>9}  best, us with the norm behind")
+    found = {}
+    for n, k in residual_products():
+        for m in ROWS:
+            if time.monotonic() > deadline:
+                print("time limit reached")
+                return found
+            operands = Operands(n, k, m, device)
+            times = {}
+            for tile in candidates(m, n, processors(device)):
+                with suppress(Exception):  # a shape that does not fit this GPU
+                    if operands.is_right(tile):
+                        times[tile] = microseconds(partial(operands.split, tile))
+            if not times:
+                continue
+            best = min(times, key=times.__getitem__)
+            row = Found(microseconds(operands.cublas), best, times[best])
+            found[n, k, m] = row
+            print(f"{f'{n}x{k}':18}{m:6}{row.mm_us:9.1f}{row.split_us:9.1f}  {best}", flush=True)
+    return found
 
 
-def sum_norm(
-    shares: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    norm_bias: Tensor | None,
-    eps: float,
-    *,
-    warps: int = 4,
-    pdl: bool = False,
-) -> Tensor:
-    """residual [T, D] += bias + the sum of shares [S, T, D], in place; returns its norm."""
-    count, m, width = shares.shape
-    assert residual.is_contiguous() and residual.dtype == torch.float32
-    out = torch.empty(m, width, dtype=weight.dtype, device=weight.device)
-    main, tail, _ = row_tiles(width)
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _sum_norm_kernel[(m,)](
-        shares, bias, residual, weight, norm_bias, out, m, eps, width, main, tail, count,
-        norm_bias is not None, pdl, num_warps=warps, **options,
-    )  # fmt: skip
-    return out
+def write_shares(path: Path, found: dict[tuple[int, int, int], Found]) -> None:
+    """Into the table at `path`, where shares gain; its other rows stay as they are."""
+    table = json.loads(path.read_text())
+    for entry in table["products"]:
+        if entry["kind"] != "residual" or "operands" in entry:
+            continue
+        rows = {row["m"]: row for row in entry["rows"]}
+        for m in {m for _, _, m in found}:
+            row = found.get((entry["n"], entry["k"], m))
+            if row is None or row.split_us > GAIN * row.mm_us:
+                continue
+            new = rows.setdefault(m, {"m": m, "use": "mm"})
+            new["use"] = f"split {row.tile}"
+        entry["rows"] = [rows[m] for m in sorted(rows)]
+    facts = {key: value for key, value in table.items() if key != "products"}
+    write_products(path, facts, table["products"])
 
 
-@jit()
-def _turned(
-    at, positions, rows_left, cos, sin, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Rotated rows of a head in three parts, cut as in vitrt/kernels/window_attention.py."""
-    HALF: tl.constexpr = D // 2
-    QUARTER: tl.constexpr = D // 4
-    LEFT: tl.constexpr = HALF - A
-    rows = tl.arange(0, ROWS)[:, None]
-    within = rows < rows_left
-    row = tl.load(positions + 2 * rows, mask=within, other=0)
-    column = tl.load(positions + 2 * rows + 1, mask=within, other=0)
-    pair = tl.arange(0, A)[None, :]
-    live = within & (pair < HALF)
-    low = tl.load(at + rows * STRIDE + pair, mask=live, other=0.0)
-    high = tl.load(at + rows * STRIDE + pair + HALF, mask=live, other=0.0)
-    c = _angles(cos, row, column, pair, live, QUARTER)
-    s = _angles(sin, row, column, pair, live, QUARTER)
-    first = _turn(low, high, c, -s)
-    second = _turn(high, low, c, s)
-    rest = first
-    if B:
-        index = tl.arange(0, B)[None, :]
-        upper = index >= LEFT
-        frequency = A + tl.where(upper, index - LEFT, index)
-        live = within & (index < 2 * LEFT)
-        own = at + rows * STRIDE + frequency + tl.where(upper, HALF, 0)
-        other = at + rows * STRIDE + frequency + tl.where(upper, 0, HALF)
-        value = tl.load(own, mask=live, other=0.0)
-        partner = tl.load(other, mask=live, other=0.0)
-        c = _angles(cos, row, column, frequency, live, QUARTER)
-        s = _angles(sin, row, column, frequency, live, QUARTER)
-        rest = _turn(value, partner, c, tl.where(upper, s, -s))
-    return first, second, rest
+def compile_part(part: int, parts: int, device: torch.device) -> None:
+    """Launch every `parts`-th kernel once: Triton keeps what it compiles on disk."""
+    jobs: list[Callable[[], object]] = []
+    for n, k in residual_products():
+        weight, bias = (torch.zeros(*s, dtype=DTYPE, device=device) for s in ((n, k), (n,)))
+        for tile in dict.fromkeys(t for m in ROWS for t in candidates(m, n, processors(device))):
+            jobs.append(partial(split_product, weight.new_zeros(64, k), weight, tile))
+        for count in (1, 2, 3, 4, 6, 8):
+            shares, residual = (torch.zeros(*s, n, device=device) for s in ((count, 64), (64,)))
+            jobs.append(partial(add_norm, shares, bias, residual, bias, bias, 1e-6))
+    for job in jobs[part::parts]:
+        with suppress(Exception):
+            job()
+    torch.cuda.synchronize()
 
 
-@jit(
-    do_not_specialize=["scale"],
-    do_not_specialize_on_alignment=["tiles", "count", "positions"],
-)
-def _small_attention_kernel(
-    qkv, tiles, count, positions, cos, sin, out, scale, H: tl.constexpr, D: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """M query rows of a head a program, over all keys of their segment; TILE: _flash_kernel's."""
-    STRIDE: tl.constexpr = 3 * H * D
-    PARTS: tl.constexpr = TILE // M if TILE else 1
-    head = tl.program_id(1)
-    tile = tl.program_id(0) // PARTS
-    entries = tl.load(count)
-    if TILE:
-        first = tl.load(tiles + 3 * tile) + tl.program_id(0) % PARTS * M
-        start = tl.load(tiles + 3 * tile + 1)
-        end = tl.load(tiles + 3 * tile + 2)
-    else:
-        first = tl.load(tiles + tile)
-        start = first
-        end = tl.load(tiles + tile + 1)
-    _begin(PDL)
-    if (tile < entries) & (first < end):
-        queries = qkv + first.to(tl.int64) * STRIDE + head * D
-        q_first, q_second, q_rest = _turned(
-            queries, positions + 2 * first, end - first, cos, sin, STRIDE, M, D, A, B
-        )
-        peak = tl.full([M], -1e30, tl.float32)
-        total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, MAIN], tl.float32)
-        if TAIL:
-            acc_tail = tl.zeros([M, TAIL], tl.float32)
-        keys = qkv + start.to(tl.int64) * STRIDE + (H + head) * D
-        places = positions + 2 * start
-        length = end - start
-        for at in tl.range(0, length, N):
-            values = keys + H * D
-            left = length - at
-            within = tl.arange(0, N)[:, None] < left
-            lines = tl.arange(0, N)[:, None] * STRIDE
-            column = tl.arange(0, MAIN)[None, :]
-            v = tl.load(values + lines + column, mask=within & (column < D), other=0.0)
-            if TAIL:
-                last = MAIN + tl.arange(0, TAIL)[None, :]
-                v_tail = tl.load(values + lines + last, mask=within & (last < D), other=0.0)
-            k_first, k_second, k_rest = _turned(keys, places, left, cos, sin, STRIDE, N, D, A, B)
-            scores = tl.dot(q_first, tl.trans(k_first), input_precision=PRECISION)
-            scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision=PRECISION)
-            if B:
-                scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-            live = tl.arange(0, N)[None, :] < left
-            scores = tl.where(live, scores * scale, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            total = total * shrink + tl.sum(weights, 1)
-            peak = new_peak
-            weights = weights.to(v.dtype)
-            acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
-            if TAIL:
-                acc_tail = tl.dot(
-                    weights, v_tail, acc_tail * shrink[:, None], input_precision=PRECISION
-                )
-            keys += N * STRIDE
-            places += 2 * N
-        inverse = 1.0 / total[:, None]
-        live_row = tl.arange(0, M)[:, None] < end - first
-        target = out + first.to(tl.int64) * (H * D) + head * D
-        lines = tl.arange(0, M)[:, None] * (H * D)
-        column = tl.arange(0, MAIN)[None, :]
-        result = (acc * inverse).to(out.dtype.element_ty)
-        tl.store(target + lines + column, result, mask=live_row & (column < D))
-        if TAIL:
-            last = MAIN + tl.arange(0, TAIL)[None, :]
-            result = (acc_tail * inverse).to(out.dtype.element_ty)
-            tl.store(target + lines + last, result, mask=live_row & (last < D))
+def compile_all() -> None:
+    started, parts = time.monotonic(), os.cpu_count() or 1
+    command = [sys.executable, __file__, "--part"]
+    running = [subprocess.Popen([*command, f"{part}/{parts}"]) for part in range(parts)]
+    failed = sum(each.wait() != 0 for each in running)
+    print(f"compiled in {time.monotonic() - started:.0f} s; {failed} of {parts} parts failed")
 
 
-def attention(
-    qkv: Tensor,
-    segments: Segments,
-    rotary: Rotary,
-    *,
-    rows: int = 64,
-    keys: int = 64,
-    warps: int = 4,
-    pdl: bool = False,
-) -> Tensor:
-    """Rotary embedding and attention of qkv [T, 3, H, Dh], which is left as it is; [T, H * Dh].
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", type=Path, help="where shares that gain are written")
+    parser.add_argument("--time-limit", type=float, default=150, help="seconds")
+    parser.add_argument("--json", type=Path, help="every figure")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.time_limit
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.inference_mode():
+        if arguments.part is not None:
+            compile_part(*map(int, arguments.part.split("/")), device)
+            return
+        compile_all()
+        attention = [row for model in SHAPES for row in time_attention(model, device)]
+        products = time_products(device, deadline)
+    if arguments.table is not None:
+        write_shares(arguments.table, products)
+    if arguments.json is not None:
+        rows = [
+            {"n": n, "k": k, "m": m, **asdict(row), "tile": str(row.tile)}
+            for (n, k, m), row in products.items()
+        ]
+        report = {"device": torch.cuda.get_device_name(), "attention": attention, "products": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    Rows outside of every segment are not written.
-    """
-    _, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(qkv.shape[0], heads * head_dim)
-    main, tail = split_head(head_dim)
-    pairs, rest = split_pairs(head_dim)
-    if segments.tiles is None or segments.tile_count is None:
-        assert segments.max_seqlen <= TILE_ROWS
-        work, count, tile = segments.cu_seqlens, segments.count, 0
-        rows = max(16, pow2_ceil(segments.max_seqlen))
-        programs = work.numel() - 1
-    else:
-        work, count, tile = segments.tiles, segments.tile_count, TILE_ROWS
-        programs = work.shape[0] * (TILE_ROWS // rows)
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _small_attention_kernel[(programs, heads)](
-        qkv, work, count, rotary.positions, rotary.cos, rotary.sin, out,
-        head_dim**-0.5 * math.log2(math.e), heads, head_dim, pairs, rest, main, tail, tile,
-        rows, keys, pdl, "ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=warps, num_stages=1, **options,
-    )  # fmt: skip
-    return out
+
+if __name__ == "__main__":
+    main()

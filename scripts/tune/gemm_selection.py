@@ -64,8 +64,8 @@ def entries(raw: dict[str, Any], slack: float) -> Iterator[dict[str, Any]]:
 def write_table(path: Path, raw: dict[str, Any], slack: float) -> list[dict[str, Any]]:
     """The table at `path` with the products that `raw` has; returns these.
 
-    Those that it had and `raw` has not stay, e4m3's among them. ValueError where it is another
-    device's.
+    Those that it had and `raw` has not stay, e4m3's among them, and so do shares of K, which
+    few_rows.py measures. ValueError where it is another device's.
     """
     products = list(entries(raw, slack))
     kept = []
@@ -76,6 +76,15 @@ def write_table(path: Path, raw: dict[str, Any], slack: float) -> list[dict[str,
                 f"{path} is of {table['device']}, this was measured on {raw['device']}"
             )
         measured = {_product(entry) for entry in products}
+        splits = {
+            (_product(entry), row["m"]): row["use"]
+            for entry in table["products"]
+            for row in entry["rows"]
+            if row["use"].startswith("split")
+        }
+        for entry in products:
+            for row in entry["rows"]:
+                row["use"] = splits.get((_product(entry), row["m"]), row["use"])
         kept = [entry for entry in table["products"] if _product(entry) not in measured]
     halves = [entry for entry in kept if "operands" not in entry]
     others = [entry for entry in kept if "operands" in entry]

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.attention_cases import dense_reference, make_segments, no_rotary
+from tests.support.attention_cases import (
+    dense_reference,
+    make_rotary,
+    make_segments,
+    no_rotary,
+    rotated,
+)
 from vitrt.attention import (
     AutoBackend,
     BackendSpec,
@@ -22,7 +28,7 @@ from vitrt.attention import (
     resolve_attention,
     usable,
 )
-from vitrt.attention.registry import _SPECS
+from vitrt.attention.registry import _SPECS, Rule
 from vitrt.attention.sdpa import SdpaBackend, _batches
 from vitrt.kernels.segments import TILE_ROWS, tile_list
 
@@ -104,13 +110,13 @@ def test_tile_list_covers_each_row_once(lengths: list[int]) -> None:
 
 def test_usable_gives_every_name_a_reason_on_cpu() -> None:
     reasons = dict(usable("cpu", torch.float32, 80))
-    assert list(reasons) == ["sdpa", "triton", "fa2", "fa3", "fa4", "window"]
+    assert list(reasons) == ["sdpa", "triton", "fa2", "fa3", "fa4", "short", "window"]
     assert reasons.pop("sdpa") is None
     assert all(reasons.values())
     assert "cpu" in str(reasons["triton"])
 
 
-@pytest.mark.parametrize("name", ["triton", "fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("name", ["triton", "fa2", "fa3", "fa4", "short"])
 def test_named_backend_that_cannot_run_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' cannot run on cpu .*Usable here: auto, sdpa"):
         resolve_attention(name, device="cpu", dtype=torch.float32, head_dim=80)
@@ -185,6 +191,10 @@ def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
     assert choice.for_batch([4096], 16).choice.full.name == "fa4"
     assert choice.for_batch([512], 16).choice.full.name == "fa3"
+    pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4", "short"})
+    choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
+    assert choice.for_batch([196, 60], 16).choice.full.name == "short"
+    assert choice.for_batch([196, 64], 16).choice.full.name == "fa3"
     assert choice.full.capturable
     single = resolve_attention("auto", device="cuda", dtype=torch.float32, head_dim=80)
     assert single.full.name == single.window.name == "sdpa"
@@ -196,8 +206,8 @@ def test_windows_larger_than_a_kernel_takes_go_elsewhere(monkeypatch: pytest.Mon
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
     monkeypatch.setattr("vitrt.attention.probe.not_triton", lambda device: None)
     assert ask("auto", window_patches=64).window.name == "window"
-    large = ask("auto", window_patches=196)
-    assert large.window is large.full
+    assert ask("auto", window_patches=196).window.name == "fa3"
+    assert ask("auto", window_patches=800).window.name == "fa4"
     pretend_hopper(monkeypatch, {"sdpa", "triton"}, most_window={"triton": 128})
     assert ask("auto", window_patches=128).window.name == "triton"
     assert ask("auto", window_patches=196).window.name == "sdpa"
@@ -217,22 +227,40 @@ def test_auto_falls_back_and_a_named_backend_does_not(
         resolve_attention("fa3", device="cuda", dtype=torch.bfloat16, head_dim=72)
 
 
-def test_auto_selects_by_longest_segment() -> None:
-    long, short = SdpaBackend(), SdpaBackend()
-    long.capturable = True
-    auto = AutoBackend([(2048, long), (0, short)])
-    assert auto.select(2048) is long
-    assert auto.select(2047) is short
-    assert auto.select(1) is short
+def test_auto_selects_by_segments() -> None:
+    few, long, rest = (Fake(name) for name in ("few", "long", "rest"))
+    rest.capturable = False
+    rules = (Rule("few", most_patches=64), Rule("long", from_patches=2048), Rule("rest"))
+    auto = AutoBackend(list(zip(rules, (few, long, rest), strict=True)))
+    assert auto.select([64]) is auto.select([60, 4]) is few
+    assert auto.select([2048]) is auto.select([1, 2048, 1]) is long
+    assert auto.select([2047] * 9) is auto.select([64, 1]) is rest
     assert auto.capturable is False
-    assert repr(auto) == "auto(sdpa from 2048, sdpa)"
+    assert repr(auto) == "auto(few to 64, long from 2048, rest)"
+
+
+def test_auto_rotates_for_backends_that_do_not() -> None:
+    """Asked for attention by itself, as a layer asks any backend."""
+    tokens = 24
+    rotary = make_rotary(tokens, 16)
+    rotating = Fake("rotating")
+    rotating.applies_rotary = True
+    auto = AutoBackend([(Rule("rotating", most_patches=8), rotating), (Rule("rest"), Fake("rest"))])
+    assert auto.applies_rotary
+    qkv = torch.randn(tokens, 3, 2, 16)
+    expected = dense_reference(rotated(qkv, rotary), [20, 4])
+    got = auto(qkv.clone(), make_segments([20, 4]), rotary)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    plain = dense_reference(qkv[:8], [8])
+    got = auto(qkv[:8].clone(), make_segments([8]), rotary)
+    torch.testing.assert_close(got.double(), plain, rtol=1e-5, atol=1e-5)
 
 
 GPU_MIXES = [[64, 48, 16, 4], [1296, 1296], [3080], [5, 300, 1, 127, 129, 2100]]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "triton", "fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("name", ["sdpa", "triton", "fa2", "fa3", "fa4", "short"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
 @pytest.mark.parametrize("lengths", GPU_MIXES, ids=str)
 def test_backend_on_gpu(name: str, head_dim: int, lengths: list[int]) -> None:
@@ -254,7 +282,7 @@ def test_backend_on_gpu(name: str, head_dim: int, lengths: list[int]) -> None:
     # probabilities.
     assert error < 2**-9 * math.sqrt(2)
     assert torch.equal(backend(qkv, segments, rotary)[:tokens], out[:tokens])
-    if name == "triton":
+    if name in ("triton", "short"):
         assert out[tokens:].isnan().all()
 
 
@@ -264,4 +292,5 @@ def test_auto_on_gpu_uses_the_window_kernel() -> None:
     assert choice.window.name == "window"
     assert choice.window.applies_rotary
     assert choice.full.capturable
-    assert not choice.full.applies_rotary
+    assert choice.for_batch([16], 16).choice.full.name == "short"
+    assert not choice.for_batch([4096], 16).choice.full.applies_rotary

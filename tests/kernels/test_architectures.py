@@ -84,6 +84,26 @@ def test_other_head_sizes_and_widths(arch: str, tmp_path: Path):
     assert_fits(arch, compile_for(arch, "rest", tmp_path))
 
 
+def test_no_gpu_is_looked_for():
+    """PyTorch built for CUDA raises where its own fake tensors look for one, as in a container."""
+    program = """
+import torch
+from torch._subclasses import fake_tensor
+from vitrt.kernels.ahead import CHIPS, compiling_for
+
+def look(device):
+    raise RuntimeError("No CUDA GPUs are available")
+
+fake_tensor.init_gpu_context = look
+with compiling_for(CHIPS["sm_90a"]):
+    torch.empty(2, device="cuda")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_what_does_not_fit_is_found():
     """What the tests above hold is not true of every tiling."""
     chip = CHIPS["sm_86"]

@@ -8,16 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from tests.support.attention_cases import dense_reference, make_segments
+from tests.support.attention_cases import dense_reference, make_segments, rotary_case, rotated
 from tests.support.interpreter import interpreted
+from vitrt.kernels.attention_block import split_pairs
 from vitrt.kernels.segments import Rotary, Segments
 from vitrt.kernels.window_attention import (
     VARIANTS,
     WindowTiling,
     _window_triton,
-    split_pairs,
     window_attention,
     window_attention_ref,
 )
@@ -25,44 +24,11 @@ from vitrt.kernels.window_attention import (
 PLAIN = WindowTiling(2, False, 4, 1, 4)
 
 
-def make_rotary(tokens: int, head_dim: int, device: str = "cpu") -> Rotary:
-    """Random positions in a table of 40, with the towers' frequencies."""
-    quarter = head_dim // 4
-    inverse = 10000 ** -(torch.arange(quarter) / quarter)
-    angles = torch.arange(40)[:, None] * inverse
-    positions = torch.randint(0, 40, (tokens, 2), dtype=torch.int32)
-    return Rotary(positions.to(device), angles.cos().to(device), angles.sin().to(device))
-
-
-def rotated(qkv: Tensor, rotary: Rotary) -> Tensor:
-    """RoPE of q and k as transformers writes it, in float64: x * cos + rotate_half(x) * sin."""
-    positions = rotary.positions.long().cpu()
-    cos, sin = rotary.cos.double().cpu(), rotary.sin.double().cpu()
-    cos = torch.cat([cos[positions[:, 0]], cos[positions[:, 1]]], -1).repeat(1, 2)[:, None, None]
-    sin = torch.cat([sin[positions[:, 0]], sin[positions[:, 1]]], -1).repeat(1, 2)[:, None, None]
-    result = qkv.double().cpu().clone()
-    x = result[:, :2]
-    low, high = x.chunk(2, -1)
-    result[:, :2] = x * cos + torch.cat([-high, low], -1) * sin
-    return result
-
-
-def case(
-    lengths: list[int], padding: int, heads: int, head_dim: int
-) -> tuple[Tensor, Rotary, Tensor]:
-    """(qkv with NaN in its padding rows, rotary, an output full of NaN)."""
-    torch.manual_seed(head_dim + sum(lengths))
-    tokens = sum(lengths) + padding
-    qkv = torch.randn(tokens, 3, heads, head_dim)
-    qkv[sum(lengths) :] = math.nan
-    return qkv, make_rotary(tokens, head_dim), torch.full((tokens, heads * head_dim), math.nan)
-
-
 @interpreted
 @pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 72, 80, 96, 128])
 @pytest.mark.parametrize("lengths", [[64], [4, 64, 16, 48, 8, 60], [1, 3]], ids=str)
 def test_kernel_equals_dense(head_dim: int, lengths: list[int]) -> None:
-    qkv, rotary, out = case(lengths, 5, 2, head_dim)
+    qkv, rotary, out = rotary_case(lengths, 5, 2, head_dim)
     before = qkv.clone()
     _window_triton(qkv, make_segments(lengths, room=3, tiles=False), rotary, out, PLAIN)
     tokens = sum(lengths)
@@ -78,7 +44,7 @@ def test_kernel_equals_dense(head_dim: int, lengths: list[int]) -> None:
 @pytest.mark.parametrize(("heads", "group"), [(3, 4), (6, 4), (4, 4), (5, 1), (12, 4)])
 def test_head_groups(heads: int, group: int, keep: bool) -> None:
     lengths = [16, 64, 4]
-    qkv, rotary, out = case(lengths, 0, heads, 64 if heads == 12 else 80)
+    qkv, rotary, out = rotary_case(lengths, 0, heads, 64 if heads == 12 else 80)
     segments = make_segments(lengths, tiles=False)
     _window_triton(qkv, segments, rotary, out, replace(PLAIN, heads=group, keep=keep))
     expected = dense_reference(rotated(qkv, rotary), lengths)
@@ -89,7 +55,7 @@ def test_head_groups(heads: int, group: int, keep: bool) -> None:
 def test_replay_with_other_boundaries() -> None:
     """A graph replays the launch: only what the tensors hold may change."""
     first, second = [64, 32, 16], [16, 8, 64, 4]
-    qkv, rotary, out = case(first, 0, 2, 40)
+    qkv, rotary, out = rotary_case(first, 0, 2, 40)
     segments = make_segments(first, room=3, tiles=False)
     _window_triton(qkv, segments, rotary, out, PLAIN)
     expected = dense_reference(rotated(qkv, rotary), first)
@@ -106,7 +72,7 @@ def test_replay_with_other_boundaries() -> None:
 
 def test_reference_is_the_cpu_path() -> None:
     lengths = [64, 8, 36]
-    qkv, rotary, out = case(lengths, 0, 2, 80)
+    qkv, rotary, out = rotary_case(lengths, 0, 2, 80)
     segments = make_segments(lengths, tiles=False)
     if torch.cuda.is_available():
         window_attention_ref(qkv, segments, rotary, out)
@@ -117,7 +83,7 @@ def test_reference_is_the_cpu_path() -> None:
 
 
 def test_long_windows_are_refused() -> None:
-    qkv, rotary, out = case([65], 0, 1, 8)
+    qkv, rotary, out = rotary_case([65], 0, 1, 8)
     with pytest.raises(ValueError, match="at most 64 patches, got 65"):
         window_attention(qkv, make_segments([65]), rotary, out)
 
@@ -133,7 +99,7 @@ def test_split_pairs(head_dim: int, parts: tuple[int, int]) -> None:
 
 def check_on_gpu(tiling: WindowTiling, head_dim: int, heads: int) -> None:
     lengths, padding = [64] * 300 + [32, 16, 4, 60, 8], 30
-    qkv, rotary, out = case(lengths, padding, heads, head_dim)
+    qkv, rotary, out = rotary_case(lengths, padding, heads, head_dim)
     qkv, out = qkv.cuda().bfloat16(), out.cuda().bfloat16()
     rotary = Rotary(rotary.positions.cuda(), rotary.cos.cuda(), rotary.sin.cuda())
     segments: Segments = make_segments(lengths, room=50, tiles=False, device="cuda")

@@ -59,3 +59,36 @@ def poisoned(
     qkv = torch.randn(tokens + padding, 3, heads, head_dim)
     qkv[tokens:] = math.nan
     return qkv, torch.full((tokens + padding, heads * head_dim), math.nan)
+
+
+def make_rotary(tokens: int, head_dim: int, device: str = "cpu") -> Rotary:
+    """Random positions in a table of 40, with the towers' frequencies."""
+    quarter = head_dim // 4
+    inverse = 10000 ** -(torch.arange(quarter) / quarter)
+    angles = torch.arange(40)[:, None] * inverse
+    positions = torch.randint(0, 40, (tokens, 2), dtype=torch.int32)
+    return Rotary(positions.to(device), angles.cos().to(device), angles.sin().to(device))
+
+
+def rotated(qkv: Tensor, rotary: Rotary) -> Tensor:
+    """RoPE of q and k as transformers writes it, in float64: x * cos + rotate_half(x) * sin."""
+    positions = rotary.positions.long().cpu()
+    cos, sin = rotary.cos.double().cpu(), rotary.sin.double().cpu()
+    cos = torch.cat([cos[positions[:, 0]], cos[positions[:, 1]]], -1).repeat(1, 2)[:, None, None]
+    sin = torch.cat([sin[positions[:, 0]], sin[positions[:, 1]]], -1).repeat(1, 2)[:, None, None]
+    result = qkv.double().cpu().clone()
+    x = result[:, :2]
+    low, high = x.chunk(2, -1)
+    result[:, :2] = x * cos + torch.cat([-high, low], -1) * sin
+    return result
+
+
+def rotary_case(
+    lengths: list[int], padding: int, heads: int, head_dim: int
+) -> tuple[Tensor, Rotary, Tensor]:
+    """(qkv with NaN in its padding rows, rotary, an output full of NaN)."""
+    torch.manual_seed(head_dim + sum(lengths))
+    tokens = sum(lengths) + padding
+    qkv = torch.randn(tokens, 3, heads, head_dim)
+    qkv[sum(lengths) :] = math.nan
+    return qkv, make_rotary(tokens, head_dim), torch.full((tokens, heads * head_dim), math.nan)

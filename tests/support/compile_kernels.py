@@ -24,12 +24,14 @@ from vitrt.kernels import (
     patchify,
     pos_embed,
     rope,
+    short_attention,
+    split_product,
     tail_attention,
     to_e4m3,
     window_attention,
 )
 from vitrt.kernels.ahead import CHIPS, Binary, compiling_for
-from vitrt.kernels.gemm_table import KINDS, Kind
+from vitrt.kernels.gemm_table import KINDS, Kind, SplitTile
 from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
 
 BF16, FLOAT, INT = torch.bfloat16, torch.float32, torch.int32
@@ -65,6 +67,17 @@ def full(head_dim: int) -> None:
 def short(head_dim: int, longest: int) -> None:
     qkv, out = packed(head_dim)
     flash_attention.flash_attention(qkv, segments(longest, False), out)
+
+
+def small_image(head_dim: int) -> None:
+    qkv, out = packed(head_dim)
+    short_attention.short_attention(qkv, segments(T, True), rotary(False), out)
+
+
+def shares(n: int, k: int, tile: str) -> None:
+    """A product of few rows, and the norm that adds it up."""
+    found = split_product.split_product(empty(T, k), empty(n, k), SplitTile.parse(tile))
+    norm.add_norm(found, empty(n), empty(T, n, dtype=FLOAT), empty(n), empty(n), 1e-6)
 
 
 def windows(head_dim: int) -> None:
@@ -130,6 +143,8 @@ MAIN: tuple[Case, ...] = (
     (full, (72,)),
     (full, (80,)),
     (windows, (80,)),
+    (small_image, (72,)),
+    (shares, (1152, 4304, "64x64x128t/8w4s3")),
     (last_rows, (72,)),
     (turn, (72,)),
     (norms, (1152, True)),
@@ -145,6 +160,8 @@ REST: tuple[Case, ...] = (
     (full, (128,)),
     *((short, case) for case in ((72, 16), (80, 64), (128, TILE_ROWS))),
     *((windows, (size,)) for size in (72, 128)),
+    *((small_image, (size,)) for size in (64, 80, 128)),
+    (shares, (1280, 1280, "64x32x64/3w4s4")),
     *((last_rows, (size,)) for size in (80, 128)),
     *((turn, (size,)) for size in (64, 80)),
     *((norms, (width, True)) for width in (768, 4608)),

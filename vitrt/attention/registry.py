@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrt.attention import fa2, fa3, fa4, sdpa, triton, window
+from vitrt.attention import fa2, fa3, fa4, sdpa, short, triton, window
 from vitrt.attention.base import AttentionBackend, BackendSpec, Schedule, SchedulingBackend
 from vitrt.attention.probe import HALF_PRECISION, cuda_capability
+from vitrt.kernels.rope import rope_
 from vitrt.kernels.segments import Rotary, Segments
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,15 @@ def register(spec: BackendSpec) -> None:
     _SPECS[spec.name] = spec
 
 
-for _spec in (sdpa.SPEC, triton.SPEC, fa2.SPEC, fa3.SPEC, fa4.SPEC, window.SPEC):
+for _spec in (
+    sdpa.SPEC,
+    triton.SPEC,
+    fa2.SPEC,
+    fa3.SPEC,
+    fa4.SPEC,
+    short.SPEC,
+    window.SPEC,
+):
     register(_spec)
 
 
@@ -72,30 +81,56 @@ def get_backend(
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A backend's name, and the batches that "auto" takes it for."""
+
+    name: str
+    from_patches: int = 0  # of the longest segment
+    most_patches: int | None = None  # of the batch; None: any number
+
+    def takes(self, lengths: Sequence[int]) -> bool:
+        if self.most_patches is not None and sum(lengths) > self.most_patches:
+            return False
+        return max(lengths) >= self.from_patches
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it takes whatever comes."""
+        return self.from_patches == 0 and self.most_patches is None
+
+    def __str__(self) -> str:
+        if self.most_patches is not None:
+            return f"{self.name} to {self.most_patches}"
+        return f"{self.name} from {self.from_patches}" if self.from_patches else self.name
+
+
 class AutoBackend:
-    """The fastest backend for the longest segment of each call, by a table of thresholds."""
+    """The fastest backend for each batch, by a table of rules: the first one that takes it."""
 
     name = "auto"
-    applies_rotary = False
+    applies_rotary = True  # before those backends that do not
 
-    def __init__(self, table: Sequence[tuple[int, AttentionBackend]]) -> None:
-        """`table`: (shortest max_seqlen it is used from, backend), descending, the last from 0."""
-        assert table and table[-1][0] == 0 and not any(b.applies_rotary for _, b in table)
+    def __init__(self, table: Sequence[tuple[Rule, AttentionBackend]]) -> None:
+        """`table`: its last rule takes every batch."""
+        assert table and table[-1][0].is_last
         self._table = tuple(table)
         self.capturable = all(backend.capturable for _, backend in table)
 
-    def select(self, max_seqlen: int) -> AttentionBackend:
-        """The one backend for all segments of a batch, the longest of `max_seqlen` patches."""
-        return next(backend for shortest, backend in self._table if max_seqlen >= shortest)
+    def select(self, lengths: Sequence[int]) -> AttentionBackend:
+        """The one backend for a batch with segments of these lengths."""
+        return next(backend for rule, backend in self._table if rule.takes(lengths))
 
     def __call__(
         self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
     ) -> Tensor:
-        return self.select(segments.max_seqlen)(qkv, segments, rotary, out)
+        backend = self.select(segments.lengths or (segments.max_seqlen,))
+        if not backend.applies_rotary:
+            rope_(qkv, rotary)
+        return backend(qkv, segments, rotary, out)
 
     def __repr__(self) -> str:
-        rows = [f"{b.name} from {n}" if n else b.name for n, b in self._table]
-        return f"auto({', '.join(rows)})"
+        return f"auto({', '.join(str(rule) for rule, _ in self._table)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +145,7 @@ class AttentionChoice:
         """What a batch with full segments of these lengths runs; `heads` are those of this rank."""
         full = self.full
         if isinstance(full, AutoBackend):
-            full = full.select(max(lengths))
+            full = full.select(lengths)
         schedule = None
         if self.scheduled and isinstance(full, SchedulingBackend):
             schedule = full.schedule(lengths, heads)
@@ -132,57 +167,57 @@ class BatchAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Preference:
-    """What "auto" takes for full attention on NVIDIA GPUs of at least `capability`."""
+    """What "auto" takes for full attention on NVIDIA GPUs of at least `capability`, in order."""
 
     capability: tuple[int, int]
     most_head_dim: int
-    # Names with the max_seqlen from which each is taken, in order; the last ones catch the rest.
-    names: tuple[tuple[str, int], ...]
+    rules: tuple[Rule, ...]
 
 
 # The first row that applies. Measured on an H200 at 16 heads of 72 and 80 in bf16, in TFLOP/s: FA4
 # leads FA3 from about 1000 patches a segment (1 x 1296: 307 and 317 against 246 and 266; 16 x 3080:
 # 423 and 514 against 411 and 464; 1 x 16384: 479 and 533 against 441 and 492; only at 32 x
 # 1296 it is 2% behind), they are level at 480 to 784, and FA3 leads below (162 x 256: 134 and 157
-# against 93 and 112). Rows for other GPUs follow from what the packages are made for, not from
-# measurements.
+# against 93 and 112). One image of few patches waits for launches: at 16 patches our own kernel,
+# with RoPE inside, takes 4.0 us where FA3 with its planning and RoPE take 12.7. Rows for other GPUs
+# follow from what the packages are made for, not from measurements.
+_SHORT = Rule("short", most_patches=256)
+_REST = (Rule("triton"), Rule("fa2"), Rule("sdpa"))
 _PREFERENCES = (
-    _Preference((10, 0), 128, (("fa4", 256), ("triton", 0), ("sdpa", 0))),
-    _Preference((9, 0), 128, (("fa4", 768), ("fa3", 0), ("triton", 0), ("fa2", 0), ("sdpa", 0))),
-    _Preference((9, 0), 256, (("fa3", 0), ("fa2", 0), ("sdpa", 0))),
-    _Preference((8, 0), 128, (("triton", 0), ("fa2", 0), ("sdpa", 0))),
+    _Preference((10, 0), 128, (_SHORT, Rule("fa4", from_patches=256), *_REST)),
+    _Preference((9, 0), 128, (_SHORT, Rule("fa4", from_patches=768), Rule("fa3"), *_REST)),
+    _Preference((9, 0), 256, (Rule("fa3"), Rule("fa2"), Rule("sdpa"))),
+    _Preference((8, 0), 128, (_SHORT, *_REST)),
 )
 
 
-def _auto_names(
-    device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[tuple[str, int], ...]:
+def _auto_rules(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Rule, ...]:
     if dtype not in HALF_PRECISION:
         # Without tensor cores PyTorch's kernels are the faster.
-        return (("sdpa", 0),)
+        return (Rule("sdpa"),)
     capability = cuda_capability(device)
     if capability is None:
         triton = device.type in ("cuda", "xpu")
-        return (("triton", 0), ("sdpa", 0)) if triton else (("sdpa", 0),)
+        return (Rule("triton"), Rule("sdpa")) if triton else (Rule("sdpa"),)
     for row in _PREFERENCES:
         if capability >= row.capability and head_dim <= row.most_head_dim:
-            return row.names
-    return (("sdpa", 0),)
+            return row.rules
+    return (Rule("sdpa"),)
 
 
 def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
     reasons = dict(usable(device, dtype, head_dim))
-    table: list[tuple[int, AttentionBackend]] = []
-    for name, shortest in _auto_names(device, dtype, head_dim):
-        if reasons[name] is not None:
+    table: list[tuple[Rule, AttentionBackend]] = []
+    for rule in _auto_rules(device, dtype, head_dim):
+        if reasons[rule.name] is not None:
             continue
         try:
-            backend = get_backend(name, device=device, dtype=dtype, head_dim=head_dim)
+            backend = get_backend(rule.name, device=device, dtype=dtype, head_dim=head_dim)
         except ValueError as error:
             logger.warning("%s", error)
             continue
-        table.append((shortest, backend))
-        if shortest == 0:
+        table.append((rule, backend))
+        if rule.is_last:
             break
     return AutoBackend(table) if len(table) > 1 else table[0][1]
 
@@ -220,9 +255,11 @@ def _auto_window(
         and own.unavailable(device, dtype, head_dim) is None
     ):
         return own.load(device, dtype, head_dim)
-    chosen = full.select(window_patches) if isinstance(full, AutoBackend) else full
-    if _SPECS[chosen.name].window_limit(window_patches) is None:
-        return full
+    # As if a batch had many of them; one backend, whatever a batch has.
+    many = [window_patches] * 1024
+    chosen = full.select(many) if window_patches and isinstance(full, AutoBackend) else full
+    if not window_patches or _SPECS[chosen.name].window_limit(window_patches) is None:
+        return chosen
     return get_backend("sdpa", device=device, dtype=dtype, head_dim=head_dim)
 
 

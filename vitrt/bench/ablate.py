@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vitrt.attention import AttentionChoice
+from vitrt.attention import AttentionChoice, AutoBackend
 from vitrt.bench.timing import measure
 from vitrt.bench.workloads import Workload
 from vitrt.checkpoint.opened import open_checkpoint
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[PixelValues], object]  # what an engine does with a batch
 Variant = Callable[[VisionEncoder], contextlib.AbstractContextManager[Run]]
+
+_LARGE = 1 << 14  # patches of an image for which any backend of "auto" is at its best
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,12 @@ def _sdpa(encoder: VisionEncoder) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _one_backend(encoder: VisionEncoder) -> Iterator[Run]:
-    """Windows through the full layers' backend too: rotation is a step of its own everywhere."""
+    """The backend of large images for all: rotation is a step of its own everywhere."""
     variant = _variant(encoder, cuda_graphs=False)
-    variant.runner.attention = AttentionChoice(variant.attention.full, variant.attention.full)
+    backend = variant.attention.full
+    if isinstance(backend, AutoBackend):
+        backend = backend.select([_LARGE])
+    variant.runner.attention = AttentionChoice(backend, backend)
     yield variant.run
 
 

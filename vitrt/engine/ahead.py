@@ -20,7 +20,7 @@ from vitrt.kernels.segments import Rotary, Segments
 from vitrt.models.families import build_tower
 from vitrt.models.packed_plan import PlanLayout, view_plan
 
-_COMPILED_HERE = ("fa4", "triton", "window")  # the other backends bring machine code
+_COMPILED_HERE = ("fa4", "triton", "short", "window")  # the other backends bring machine code
 
 
 class _Silent:

@@ -51,10 +51,12 @@ os.register_at_fork(after_in_child=_count_fork)
 def kernel_plans(runner: EagerRunner) -> list[ForwardPlan]:
     """One image each, which between them use every kernel that an eager forward runs."""
     merge = runner.tower.config.spatial_merge_size
+    few = [merge * side for side in (1, 4, 6, 7, 8)]  # 4 to 256 patches: products in shares of K
     larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
-    plans = [runner.tower.plan([(1, side, side)]) for side in (merge, *larger)]
-    scheduled = [plan for plan in plans[1:] if runner.attention_for(plan).schedule]
-    return [*plans[:2], *scheduled[:1]]
+    plans = [runner.tower.plan([(1, side, side)]) for side in (*few, *larger)]
+    large = plans[len(few) :]
+    scheduled = [plan for plan in large if runner.attention_for(plan).schedule]
+    return [*plans[: len(few) + 1], *scheduled[:1]]
 
 
 def attention_of(tower: VisionTower, runtime: RuntimeConfig) -> AttentionChoice:

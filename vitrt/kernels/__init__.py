@@ -13,6 +13,7 @@ __all__ = [
     "pos_embed",
     "rope",
     "segments",
+    "short_attention",
     "tail_attention",
     "to_e4m3",
     "window_attention",

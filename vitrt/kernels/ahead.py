@@ -169,7 +169,7 @@ def compiling_for(chip: Chip) -> Iterator[list[Binary]]:
     For a process of its own, which has imported neither quack nor flash-attn-4: what torch and
     they say of GPUs is replaced for all threads, and stays so for the two.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses import fake_tensor
     from triton.runtime.driver import driver
 
     loaded: list[Binary] = []
@@ -179,7 +179,9 @@ def compiling_for(chip: Chip) -> Iterator[list[Binary]]:
         stack.enter_context(mock.patch.dict(os.environ, _variables(chip)))
         if find_spec("quack") is not None and chip.capability[0] == 9:
             stack.enter_context(_quack_without_gpu())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # The first of its tensors "on cuda" would look for a GPU, and raise where there is none.
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))
+        stack.enter_context(fake_tensor.FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Nothing())
         stack.enter_context(_Reading())
         stack.enter_context(warnings.catch_warnings())

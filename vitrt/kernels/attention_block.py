@@ -17,6 +17,29 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return main, max(16, pow2_ceil(head_dim - main)) if head_dim > main else 0
 
 
+def split_pairs(head_dim: int) -> tuple[int, int]:
+    """(A, B): pairs taken as whole tiles, and the width of the tile for the rest (0 for none)."""
+    half = head_dim // 2
+    pairs = max(16, pow2_floor(half))
+    left = max(half - pairs, 0)
+    return pairs, max(16, pow2_ceil(2 * left)) if left else 0
+
+
+@jit()
+def angles(table, row, column, frequency, live, QUARTER: tl.constexpr):
+    """Table entries [64, F] of frequencies [1, F]: the first QUARTER by row, the rest by column."""
+    by_row = frequency < QUARTER
+    entry = tl.where(by_row, row, column) * QUARTER
+    return tl.load(table + entry + (frequency - tl.where(by_row, 0, QUARTER)), mask=live, other=0.0)
+
+
+@jit()
+def turn(value, partner, cos, signed_sin):
+    """Dims that turn with `partner`: the lower of a pair subtracts, the upper adds."""
+    turned = value.to(tl.float32) * cos + partner.to(tl.float32) * signed_sin
+    return turned.to(value.dtype)
+
+
 @jit()
 def load_rows(
     at, rows_left, STRIDE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,

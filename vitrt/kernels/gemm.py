@@ -2,7 +2,8 @@
 
 `quack` puts everything into the epilogue (Hopper), cuBLAS what it can; which is faster depends on
 N, K and M and was measured (gemm_table.py). Where nothing was measured, cuBLAS runs and the kernels
-of activation.py do the rest.
+of activation.py do the rest. What adds to the residual may instead be left in shares of K, for few
+rows (split_product.py).
 
 Shapes: M rows (patches or merged tokens), K input and N output features; swiglu halves N.
 """
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrt.kernels import gemm_aten, gemm_quack, gemm_triton
-from vitrt.kernels.gemm_table import Choice, Kind, Product, Table, Tile, table_for
+from vitrt.kernels.dispatch import HAVE_TRITON
+from vitrt.kernels.gemm_table import Choice, Kind, Product, SplitTile, Table, Tile, table_for
+from vitrt.kernels.split_product import split_product
 
 Activation: TypeAlias = Literal["gelu_tanh", "gelu", "quick_gelu", "swiglu"] | None
 
@@ -102,6 +105,37 @@ def fuses_residual(x: Tensor, weight: Tensor, *, fixed: bool = False) -> bool:
     return answer
 
 
+def residual_shares(x: Tensor, weight: Tensor, *, fixed: bool = False) -> Tensor | None:
+    """float32 [S, M, N], which the norm behind a residual adds up; None where that does not pay.
+
+    x [M, K], rows contiguous. Its sum over S is x W^T. Never for `fixed` ones: the number of shares
+    goes by M.
+    """
+    if fixed or not x.is_cuda:
+        return None
+    key = ("shares", x.shape, weight.shape, x.dtype, x.device)
+    if key not in _chosen:
+        _chosen[key] = _split_tile(x.shape[0], weight)
+    tile = _chosen[key]
+    return None if tile is None else split_product(x, weight, tile)
+
+
+def _split_tile(m: int, weight: Tensor) -> SplitTile | None:
+    table = _table_of(weight) if m else None
+    if table is None:
+        return None
+    chosen = table.choice(Product("residual", *weight.shape), m)
+    return None if chosen is None else chosen.split_tile
+
+
+def _table_of(weight: Tensor) -> Table | None:
+    """The table of a GPU's own measurements, for products in 16 bits."""
+    if not weight.is_cuda or torch.version.hip or not HAVE_TRITON or weight.dtype.itemsize != 2:
+        return None
+    device = weight.device
+    return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
 def choose(kind: Kind, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """What runs a product with bias on `device`: the measured choice, where it can run."""
     table = _usable_table(kind, n, k, dtype, device)
@@ -133,6 +167,9 @@ def compile_product(
     """
     kind: Kind = activation or ("residual" if residual else "bias")
     n, k = weight.shape
+    if kind == "residual" and not fixed and (measured := _table_of(weight)) is not None:
+        for split in measured.split_tiles(Product(kind, n, k)):
+            split_product(weight.new_empty(1, k), weight, split)  # its first launch compiles it
     table = None if bias is None else _usable_table(kind, n, k, weight.dtype, weight.device)
     if table is None:
         return 0

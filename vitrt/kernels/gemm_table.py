@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 # All add a bias first.
 Kind: TypeAlias = Literal["bias", "gelu", "gelu_tanh", "quick_gelu", "swiglu", "residual"]
-Implementation: TypeAlias = Literal["addmm", "mm", "quack"]
+Implementation: TypeAlias = Literal["addmm", "mm", "quack", "split"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 _MANY_ROWS = 8192
 _TILE = re.compile(r"(\d+)x(\d+)([pc])(\d+)x(\d+)(?:/(\d+))?")
+_SPLIT_TILE = re.compile(r"(\d+)x(\d+)x(\d+)(t?)/(\d+)w(\d+)s(\d+)")
 
 
 class Tile(NamedTuple):
@@ -52,26 +53,61 @@ class Tile(NamedTuple):
         return f"{self.m}x{self.n}{schedule}{self.cluster_m}x{self.cluster_n}{split}"
 
 
+class SplitTile(NamedTuple):
+    """A tile of split_product.py, written 64x64x128t/8w4s3."""
+
+    m: int
+    n: int
+    k: int
+    turned: bool  # t: the weight is the left operand
+    shares: int  # of K
+    warps: int
+    stages: int
+
+    @classmethod
+    def parse(cls, text: str) -> SplitTile:
+        match = _SPLIT_TILE.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"tile {text!r}: expected the form 64x64x128/8w4s3 or 64x64x128t/8w4s3"
+            )
+        m, n, k, turned, shares, warps, stages = match.groups()
+        return cls(int(m), int(n), int(k), bool(turned), int(shares), int(warps), int(stages))
+
+    def __str__(self) -> str:
+        turned = "t" if self.turned else ""
+        tiles = f"{self.m}x{self.n}x{self.k}{turned}"
+        return f"{tiles}/{self.shares}w{self.warps}s{self.stages}"
+
+
 class Choice(NamedTuple):
     """How a product is run.
 
     `addmm`: cuBLAS with bias (and GELU) in its epilogue. `mm`: the bare product, then one kernel
     (for `residual`, the caller's fused add and norm). `quack`: all in the epilogue, by `tile`.
+    `split`: for `residual` alone, shares of K by `split_tile`, which the caller's norm adds up.
     """
 
     implementation: Implementation
     tile: Tile | None = None
+    split_tile: SplitTile | None = None
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """`addmm`, `mm` or `quack TILE`."""
+        """`addmm`, `mm`, `quack TILE` or `split TILE`."""
         implementation, _, tile = text.partition(" ")
-        if implementation not in IMPLEMENTATIONS or (implementation == "quack") != bool(tile):
-            raise ValueError(f"choice {text!r}: expected 'addmm', 'mm' or 'quack TILE'")
+        tiled = implementation in ("quack", "split")
+        if implementation not in IMPLEMENTATIONS or tiled != bool(tile):
+            raise ValueError(
+                f"choice {text!r}: expected 'addmm', 'mm', 'quack TILE' or 'split TILE'"
+            )
+        if implementation == "split":
+            return cls(implementation, None, SplitTile.parse(tile))
         return cls(implementation, Tile.parse(tile) if tile else None)
 
     def __str__(self) -> str:
-        return f"{self.implementation} {self.tile}" if self.tile else self.implementation
+        tile = self.tile or self.split_tile
+        return f"{self.implementation} {tile}" if tile else self.implementation
 
 
 class Product(NamedTuple):
@@ -111,6 +147,11 @@ class Table:
     def tiles(self, product: Product) -> list[Tile]:
         """Every tile that `choice` can name for this product, whatever M is."""
         used = (choice.tile for _, choice in self._nearest(product))
+        return sorted({tile for tile in used if tile is not None})
+
+    def split_tiles(self, product: Product) -> list[SplitTile]:
+        """Likewise, for shares of K."""
+        used = (choice.split_tile for _, choice in self._nearest(product))
         return sorted({tile for tile in used if tile is not None})
 
     def one_tile(self, product: Product) -> Tile | None:

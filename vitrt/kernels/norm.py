@@ -14,6 +14,9 @@ from torch import Tensor
 
 from vitrt.kernels.dispatch import ceil_div, jit, row_tiles, tl, use_triton
 
+# Shares come of few rows: nothing hides a row's latency but its own warps.
+_SHARES_WARPS = 4
+
 
 @jit()
 def _read(
@@ -24,11 +27,18 @@ def _read(
     offsets,
     columns,
     mask,
+    apart,
     ADD: tl.constexpr,
     BIASED: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
-    """A tile of what is normalised, in float32: x, or the rounded sum, which `total` gets too."""
+    """A tile of what is normalised, in float32: x, or the rounded sum, which `total` gets too.
+
+    x may be several shares, `apart` values from one to the next.
+    """
     values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    for share in tl.static_range(1, SHARES):
+        values += tl.load(x + share * apart + offsets, mask=mask, other=0.0).to(tl.float32)
     if BIASED:
         values += tl.load(delta_bias + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -76,22 +86,27 @@ def _norm_kernel(
     CENTRE: tl.constexpr,
     ADD: tl.constexpr,
     BIASED: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
     """ROWS rows a program, as a tile [ROWS, MAIN] and, unless D is a power of two, [ROWS, TAIL]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     start = rows.to(tl.int64) * D
     columns = tl.arange(0, MAIN)[None, :]
     mask = (rows < tokens) & (columns < D)
+    apart = tokens.to(tl.int64) * D
     scale, shift = _read_affine(weight, bias, columns, D, CENTRE)
-    values = _read(x, delta_bias, residual, total, start + columns, columns, mask, ADD, BIASED)
+    values = _read(
+        x, delta_bias, residual, total, start + columns, columns, mask, apart, ADD, BIASED, SHARES
+    )
     if TAIL:
         tail_columns = MAIN + tl.arange(0, TAIL)[None, :]
         tail_mask = (rows < tokens) & (tail_columns < D)
         tail_offsets = start + tail_columns
         tail_scale, tail_shift = _read_affine(weight, bias, tail_columns, D, CENTRE)
         tail = _read(
-            x, delta_bias, residual, total, tail_offsets, tail_columns, tail_mask, ADD, BIASED
-        )
+            x, delta_bias, residual, total, tail_offsets, tail_columns, tail_mask, apart, ADD,
+            BIASED, SHARES,
+        )  # fmt: skip
     if CENTRE:
         mean = tl.sum(values, 1)
         if TAIL:
@@ -123,12 +138,14 @@ def _norm_triton(
     warps: int | None = None,
 ) -> Tensor:
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    tokens, width = x.shape
+    *shares, tokens, width = x.shape
     if out is None:
-        out = torch.empty_like(x, dtype=weight.dtype)
+        out = torch.empty(tokens, width, dtype=weight.dtype, device=x.device)
     if tokens == 0:
         return out
     main, tail, row_warps = row_tiles(width)
+    if shares:
+        row_warps = max(row_warps, _SHARES_WARPS)
     _norm_kernel[(ceil_div(tokens, rows),)](
         x,
         delta_bias,
@@ -146,6 +163,7 @@ def _norm_triton(
         bias is not None,
         residual is not None,
         delta_bias is not None,
+        shares[0] if shares else 1,
         num_warps=warps or row_warps,
     )
     return out
@@ -160,8 +178,13 @@ def norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tens
 
 
 def add_ref(delta: Tensor, delta_bias: Tensor | None, residual: Tensor) -> Tensor:
-    """residual + (delta + delta_bias), float32 inside, one rounding to the residual's dtype."""
+    """residual + (delta + delta_bias), float32 inside, one rounding to the residual's dtype.
+
+    delta [T, D], or shares of it [S, T, D].
+    """
     total = delta.float()
+    if delta.dim() == 3:
+        total = total.sum(dim=0)
     if delta_bias is not None:
         total = total + delta_bias.float()
     return (total + residual.float()).to(residual.dtype)
@@ -193,8 +216,9 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(sum, `norm` of sum), both [T, D]; sum = residual + (delta + delta_bias), rounded once.
 
-    The sum has the residual's dtype, the norm the weight's. `sum_out` may be `residual` and `out`
-    may be `delta`: all is read before its place is written.
+    delta [T, D], or float32 [S, T, D], shares that are added up. The sum has the residual's dtype,
+    the norm the weight's. `sum_out` may be `residual` and `out` may be `delta`: all is read before
+    its place is written.
     """
     if use_triton(delta):
         total = torch.empty_like(residual) if sum_out is None else sum_out

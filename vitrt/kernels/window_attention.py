@@ -20,29 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrt.kernels.attention_block import split_head
-from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl, use_triton
+from vitrt.kernels.attention_block import angles, split_head, split_pairs, turn
+from vitrt.kernels.dispatch import jit, tl, use_triton
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.persistent import is_hopper, programs
 from vitrt.kernels.rope import rope_ref
 from vitrt.kernels.segments import Rotary, Segments
 
 WINDOW = 64  # rows of a program's tile
-
-
-@jit()
-def _angles(table, row, column, frequency, live, QUARTER: tl.constexpr):
-    """Table entries [64, F] of frequencies [1, F]: the first QUARTER by row, the rest by column."""
-    by_row = frequency < QUARTER
-    entry = tl.where(by_row, row, column) * QUARTER
-    return tl.load(table + entry + (frequency - tl.where(by_row, 0, QUARTER)), mask=live, other=0.0)
-
-
-@jit()
-def _turn(value, partner, cos, signed_sin):
-    """Dims that turn with `partner`: the lower of a pair subtracts, the upper adds."""
-    turned = value.to(tl.float32) * cos + partner.to(tl.float32) * signed_sin
-    return turned.to(value.dtype)
 
 
 # The boundaries lie anywhere in a packed plan: their alignment must not cost another compilation.
@@ -84,13 +69,13 @@ def _window_kernel(
         column = tl.load(positions + 2 * start + 2 * rows + 1, mask=in_window, other=0)
         live = in_window & (pair < HALF)
         if KEEP:
-            pair_cos = _angles(cos, row, column, pair, live, QUARTER)
-            pair_sin = _angles(sin, row, column, pair, live, QUARTER)
+            pair_cos = angles(cos, row, column, pair, live, QUARTER)
+            pair_sin = angles(sin, row, column, pair, live, QUARTER)
         if B:
             live_rest = in_window & (rest < 2 * LEFT)
             if KEEP:
-                rest_cos = _angles(cos, row, column, rest_frequency, live_rest, QUARTER)
-                rest_sin = _angles(sin, row, column, rest_frequency, live_rest, QUARTER)
+                rest_cos = angles(cos, row, column, rest_frequency, live_rest, QUARTER)
+                rest_sin = angles(sin, row, column, rest_frequency, live_rest, QUARTER)
                 rest_sin = tl.where(upper, rest_sin, -rest_sin)
         at = qkv + start.to(tl.int64) * STRIDE + first_head * D
         target = out + start.to(tl.int64) * (H * D) + first_head * D
@@ -115,28 +100,28 @@ def _window_kernel(
                 k_rest = tl.load(key_at + rest_offset, mask=live_rest, other=0.0)
                 k_partner = tl.load(key_at + rest_partner, mask=live_rest, other=0.0)
                 if not KEEP:
-                    rest_cos = _angles(cos, row, column, rest_frequency, live_rest, QUARTER)
-                    rest_sin = _angles(sin, row, column, rest_frequency, live_rest, QUARTER)
+                    rest_cos = angles(cos, row, column, rest_frequency, live_rest, QUARTER)
+                    rest_sin = angles(sin, row, column, rest_frequency, live_rest, QUARTER)
                     rest_sin = tl.where(upper, rest_sin, -rest_sin)
             if not KEEP:
-                pair_cos = _angles(cos, row, column, pair, live, QUARTER)
-                pair_sin = _angles(sin, row, column, pair, live, QUARTER)
-            q_first = _turn(q_low, q_high, pair_cos, -pair_sin)
-            q_second = _turn(q_high, q_low, pair_cos, pair_sin)
+                pair_cos = angles(cos, row, column, pair, live, QUARTER)
+                pair_sin = angles(sin, row, column, pair, live, QUARTER)
+            q_first = turn(q_low, q_high, pair_cos, -pair_sin)
+            q_second = turn(q_high, q_low, pair_cos, pair_sin)
             # The selects are always true. Triton would rather move the raw values, cos and sin into
             # the layout of an operand and turn them there, with the angles in registers twice; a
             # select stops it. For k it costs nothing on Hopper, whose products read k from shared
             # memory; elsewhere it takes 255 registers and a spill down to 180.
             q_first = tl.where(pair < D, q_first, 0.0)
             q_second = tl.where(pair < D, q_second, 0.0)
-            k_first = _turn(k_low, k_high, pair_cos, -pair_sin)
-            k_second = _turn(k_high, k_low, pair_cos, pair_sin)
+            k_first = turn(k_low, k_high, pair_cos, -pair_sin)
+            k_second = turn(k_high, k_low, pair_cos, pair_sin)
             k_first = tl.where(pair < D, k_first, 0.0)
             k_second = tl.where(pair < D, k_second, 0.0)
             if B:
-                q_rest = _turn(q_rest, q_partner, rest_cos, rest_sin)
+                q_rest = turn(q_rest, q_partner, rest_cos, rest_sin)
                 q_rest = tl.where(rest < D, q_rest, 0.0)
-                k_rest = _turn(k_rest, k_partner, rest_cos, rest_sin)
+                k_rest = turn(k_rest, k_partner, rest_cos, rest_sin)
                 k_rest = tl.where(rest < D, k_rest, 0.0)
             scores = tl.dot(q_first, tl.trans(k_first), input_precision=PRECISION)
             scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision=PRECISION)
@@ -190,14 +175,6 @@ VARIANTS = (
 )
 
 _ROOMY = WindowTiling(1, False, 4, 1, 2)  # for where 128 registers are too few
-
-
-def split_pairs(head_dim: int) -> tuple[int, int]:
-    """(A, B): pairs taken as whole tiles, and the width of the tile for the rest (0 for none)."""
-    half = head_dim // 2
-    pairs = max(16, pow2_floor(half))
-    left = max(half - pairs, 0)
-    return pairs, max(16, pow2_ceil(2 * left)) if left else 0
 
 
 def _window_triton(

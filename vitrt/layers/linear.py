@@ -15,7 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitrt.kernels.gemm import Activation, compile_product, fuses_residual, linear
+from vitrt.kernels.gemm import (
+    Activation,
+    compile_product,
+    fuses_residual,
+    linear,
+    residual_shares,
+)
 from vitrt.kernels.gemm_fp8 import E4M3, linear_fp8
 from vitrt.kernels.gemm_fp8 import compile_product as compile_fp8
 from vitrt.kernels.to_e4m3 import to_e4m3
@@ -191,7 +197,8 @@ class RowParallelLinear(Linear):
         """Add this layer's output to `residual` [T, N] in place; returns its norm [T, N].
 
         The residual rides in the product's epilogue where that is measured faster, else in the
-        norm's one pass. The norm takes `spare` [T, N] where given, which may be `x`.
+        norm's one pass, which for few rows adds up the product's shares. The norm takes `spare`
+        [T, N] where given, which may be `x`.
         """
         if self.float8 is not None and len(x) >= FEWEST_ROWS:
             if x.dtype != E4M3:
@@ -201,6 +208,10 @@ class RowParallelLinear(Linear):
         if self.parallel.tp_size == 1 and fuses_residual(x, self.weight, fixed=self.fixed):
             linear(x, self.weight, self.bias, residual=residual, out=residual, fixed=self.fixed)
             return norm(residual, spare)
+        if self.parallel.tp_size == 1:
+            shares = residual_shares(x, self.weight, fixed=self.fixed)
+            if shares is not None:
+                return norm.add_(residual, shares, self.bias, spare)
         read = spare is not None and spare.data_ptr() == x.data_ptr()
         # The norm may overwrite the sum: what runs before the next one, a merger, sums elsewhere.
         total = self._sum(x, "block", None if read else spare)

@@ -45,9 +45,12 @@ class Norm(nn.Module):
     ) -> Tensor:
         """residual += delta + delta_bias in place; returns its norm [T, D], all in one pass.
 
-        The norm is written to `out`, else over `delta`, unless it is e4m3.
+        delta [T, D], or shares of it [S, T, D]. The norm is written to `out`, else over a `delta`
+        in one piece, unless it is e4m3.
         """
-        weight, bias, out = self._operands(delta, delta if out is None else out)
+        if out is None and delta.dim() == 2:
+            out = delta
+        weight, bias, out = self._operands(residual, out)
         return add_norm(delta, delta_bias, residual, weight, bias, EPS, sum_out=residual, out=out)[
             1
         ]
