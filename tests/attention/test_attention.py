@@ -28,7 +28,8 @@ from vitrt.attention import (
     resolve_attention,
     usable,
 )
-from vitrt.attention.registry import _SPECS, Rule
+from vitrt.attention.auto import Rule
+from vitrt.attention.registry import _SPECS
 from vitrt.attention.sdpa import SdpaBackend, _batches
 from vitrt.kernels.segments import TILE_ROWS, tile_list
 
@@ -183,18 +184,21 @@ def pretend_hopper(
     names = [name for name in _SPECS if name != "window"]
     specs = {name: spec(name) for name in names} | {"window": _SPECS["window"]}
     monkeypatch.setattr("vitrt.attention.registry._SPECS", specs)
-    monkeypatch.setattr("vitrt.attention.registry.cuda_capability", lambda device: (9, 0))
+    monkeypatch.setattr("vitrt.attention.auto.cuda_capability", lambda device: (9, 0))
 
 
 def test_auto_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4"})
     choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
     assert choice.for_batch([4096], 16).choice.full.name == "fa4"
-    assert choice.for_batch([512], 16).choice.full.name == "fa3"
+    assert choice.for_batch([512], 16).choice.full.name == "triton"
+    assert choice.for_batch([256] * 8, 16).choice.full.name == "triton"
+    assert choice.for_batch([256] * 9, 16).choice.full.name == "fa3"
     pretend_hopper(monkeypatch, {"sdpa", "triton", "fa3", "fa4", "short"})
     choice = resolve_attention("auto", device="cuda", dtype=torch.bfloat16, head_dim=80)
-    assert choice.for_batch([196, 60], 16).choice.full.name == "short"
-    assert choice.for_batch([196, 64], 16).choice.full.name == "fa3"
+    assert choice.for_batch([60, 4], 16).choice.full.name == "short"
+    assert choice.for_batch([64, 4], 16).choice.full.name == "triton"
+    assert repr(choice.full) == "auto(short up to 64, fa4 from 768, triton up to 2048, fa3)"
     assert choice.full.capturable
     single = resolve_attention("auto", device="cuda", dtype=torch.float32, head_dim=80)
     assert single.full.name == single.window.name == "sdpa"
@@ -230,13 +234,13 @@ def test_auto_falls_back_and_a_named_backend_does_not(
 def test_auto_selects_by_segments() -> None:
     few, long, rest = (Fake(name) for name in ("few", "long", "rest"))
     rest.capturable = False
-    rules = (Rule("few", most_patches=64), Rule("long", from_patches=2048), Rule("rest"))
+    rules = (Rule("few", most=64), Rule("long", from_longest=2048), Rule("rest"))
     auto = AutoBackend(list(zip(rules, (few, long, rest), strict=True)))
     assert auto.select([64]) is auto.select([60, 4]) is few
     assert auto.select([2048]) is auto.select([1, 2048, 1]) is long
     assert auto.select([2047] * 9) is auto.select([64, 1]) is rest
     assert auto.capturable is False
-    assert repr(auto) == "auto(few to 64, long from 2048, rest)"
+    assert repr(auto) == "auto(few up to 64, long from 2048, rest)"
 
 
 def test_auto_rotates_for_backends_that_do_not() -> None:
@@ -245,7 +249,7 @@ def test_auto_rotates_for_backends_that_do_not() -> None:
     rotary = make_rotary(tokens, 16)
     rotating = Fake("rotating")
     rotating.applies_rotary = True
-    auto = AutoBackend([(Rule("rotating", most_patches=8), rotating), (Rule("rest"), Fake("rest"))])
+    auto = AutoBackend([(Rule("rotating", most=8), rotating), (Rule("rest"), Fake("rest"))])
     assert auto.applies_rotary
     qkv = torch.randn(tokens, 3, 2, 16)
     expected = dense_reference(rotated(qkv, rotary), [20, 4])

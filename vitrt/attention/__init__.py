@@ -1,5 +1,6 @@
 """Attention over packed segments: what a backend is, and the registry of those there are."""
 
+from vitrt.attention.auto import AutoBackend
 from vitrt.attention.base import (
     AttentionBackend,
     BackendSpec,
@@ -9,7 +10,6 @@ from vitrt.attention.base import (
 )
 from vitrt.attention.registry import (
     AttentionChoice,
-    AutoBackend,
     BatchAttention,
     get_backend,
     label,

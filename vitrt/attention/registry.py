@@ -10,13 +10,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vitrt.attention import fa2, fa3, fa4, sdpa, short, triton, window
+from vitrt.attention.auto import AutoBackend, Rule, auto_rules
 from vitrt.attention.base import AttentionBackend, BackendSpec, Schedule, SchedulingBackend
 from vitrt.attention.probe import HALF_PRECISION, cuda_capability
-from vitrt.kernels.rope import rope_
-from vitrt.kernels.segments import Rotary, Segments
 
 logger = logging.getLogger(__name__)
 
@@ -82,58 +80,6 @@ def get_backend(
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """A backend's name, and the batches that "auto" takes it for."""
-
-    name: str
-    from_patches: int = 0  # of the longest segment
-    most_patches: int | None = None  # of the batch; None: any number
-
-    def takes(self, lengths: Sequence[int]) -> bool:
-        if self.most_patches is not None and sum(lengths) > self.most_patches:
-            return False
-        return max(lengths) >= self.from_patches
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it takes whatever comes."""
-        return self.from_patches == 0 and self.most_patches is None
-
-    def __str__(self) -> str:
-        if self.most_patches is not None:
-            return f"{self.name} to {self.most_patches}"
-        return f"{self.name} from {self.from_patches}" if self.from_patches else self.name
-
-
-class AutoBackend:
-    """The fastest backend for each batch, by a table of rules: the first one that takes it."""
-
-    name = "auto"
-    applies_rotary = True  # before those backends that do not
-
-    def __init__(self, table: Sequence[tuple[Rule, AttentionBackend]]) -> None:
-        """`table`: its last rule takes every batch."""
-        assert table and table[-1][0].is_last
-        self._table = tuple(table)
-        self.capturable = all(backend.capturable for _, backend in table)
-
-    def select(self, lengths: Sequence[int]) -> AttentionBackend:
-        """The one backend for a batch with segments of these lengths."""
-        return next(backend for rule, backend in self._table if rule.takes(lengths))
-
-    def __call__(
-        self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
-    ) -> Tensor:
-        backend = self.select(segments.lengths or (segments.max_seqlen,))
-        if not backend.applies_rotary:
-            rope_(qkv, rotary)
-        return backend(qkv, segments, rotary, out)
-
-    def __repr__(self) -> str:
-        return f"auto({', '.join(str(rule) for rule, _ in self._table)})"
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionChoice:
     """The backends of a tower's full-attention and window-attention layers."""
 
@@ -165,50 +111,10 @@ class BatchAttention:
         return self.choice.full.name, None if self.schedule is None else self.schedule.key
 
 
-@dataclass(frozen=True, slots=True)
-class _Preference:
-    """What "auto" takes for full attention on NVIDIA GPUs of at least `capability`, in order."""
-
-    capability: tuple[int, int]
-    most_head_dim: int
-    rules: tuple[Rule, ...]
-
-
-# The first row that applies. Measured on an H200 at 16 heads of 72 and 80 in bf16, in TFLOP/s: FA4
-# leads FA3 from about 1000 patches a segment (1 x 1296: 307 and 317 against 246 and 266; 16 x 3080:
-# 423 and 514 against 411 and 464; 1 x 16384: 479 and 533 against 441 and 492; only at 32 x
-# 1296 it is 2% behind), they are level at 480 to 784, and FA3 leads below (162 x 256: 134 and 157
-# against 93 and 112). One image of few patches waits for launches: at 16 patches our own kernel,
-# with RoPE inside, takes 4.0 us where FA3 with its planning and RoPE take 12.7. Rows for other GPUs
-# follow from what the packages are made for, not from measurements.
-_SHORT = Rule("short", most_patches=256)
-_REST = (Rule("triton"), Rule("fa2"), Rule("sdpa"))
-_PREFERENCES = (
-    _Preference((10, 0), 128, (_SHORT, Rule("fa4", from_patches=256), *_REST)),
-    _Preference((9, 0), 128, (_SHORT, Rule("fa4", from_patches=768), Rule("fa3"), *_REST)),
-    _Preference((9, 0), 256, (Rule("fa3"), Rule("fa2"), Rule("sdpa"))),
-    _Preference((8, 0), 128, (_SHORT, *_REST)),
-)
-
-
-def _auto_rules(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Rule, ...]:
-    if dtype not in HALF_PRECISION:
-        # Without tensor cores PyTorch's kernels are the faster.
-        return (Rule("sdpa"),)
-    capability = cuda_capability(device)
-    if capability is None:
-        triton = device.type in ("cuda", "xpu")
-        return (Rule("triton"), Rule("sdpa")) if triton else (Rule("sdpa"),)
-    for row in _PREFERENCES:
-        if capability >= row.capability and head_dim <= row.most_head_dim:
-            return row.rules
-    return (Rule("sdpa"),)
-
-
 def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
     reasons = dict(usable(device, dtype, head_dim))
     table: list[tuple[Rule, AttentionBackend]] = []
-    for rule in _auto_rules(device, dtype, head_dim):
+    for rule in auto_rules(device, dtype, head_dim):
         if reasons[rule.name] is not None:
             continue
         try:
@@ -217,8 +123,10 @@ def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
             logger.warning("%s", error)
             continue
         table.append((rule, backend))
-        if rule.is_last:
+        if rule.takes_all:
             break
+    while len(table) > 1 and table[-2][1].name == table[-1][1].name:
+        del table[-2]  # what comes behind takes those batches, too
     return AutoBackend(table) if len(table) > 1 else table[0][1]
 
 
