@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from vitrt.attention.base import BackendSpec, attention_shape
@@ -9,17 +12,18 @@ from vitrt.attention.probe import no_kernel
 from vitrt.kernels.segments import Rotary, Segments
 
 
-class WindowBackend:
-    """One launch over the windows; q and k are rotated on the way."""
+class RotatingBackend:
+    """One launch of a kernel of ours over the segments; q and k are rotated on the way."""
 
-    name = "window"
     capturable = True
     applies_rotary = True
 
-    def __init__(self) -> None:
-        from vitrt.kernels.window_attention import window_attention
-
-        self._attend = window_attention
+    def __init__(
+        self, name: str, attend: Callable[[Tensor, Segments, Rotary, Tensor], Tensor]
+    ) -> None:
+        """`attend`: (qkv, segments, rotary, out) -> out."""
+        self.name = name
+        self._attend = attend
 
     def __call__(
         self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
@@ -29,6 +33,10 @@ class WindowBackend:
         return self._attend(qkv, segments, rotary, out)
 
 
-SPEC = BackendSpec(
-    "window", lambda *_: WindowBackend(), no_kernel, windows_only=True, most_window=64
-)
+def _load(device: torch.device, dtype: torch.dtype, head_dim: int) -> RotatingBackend:
+    from vitrt.kernels.window_attention import window_attention
+
+    return RotatingBackend("window", window_attention)
+
+
+SPEC = BackendSpec("window", _load, no_kernel, windows_only=True, most_window=64)
