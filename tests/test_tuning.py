@@ -39,9 +39,11 @@ def test_shares_go_into_the_table(tune, tmp_path: Path):
     before = json.loads(path.read_text())
     tile = SplitTile.parse("64x32x64/3w4s4")
     found = {
-        (1280, 1280, 64): few.Found(10.0, tile, 9.0),
+        (1280, 1280, 64): few.Found(10.0, tile, 5.0),
         (1280, 1280, 128): few.Found(10.0, tile, 9.9),  # not worth a kernel
         (1280, 3456, 96): few.Found(10.0, tile, 9.0),  # rows that the table lacks
+        (1152, 1152, 64): few.Found(10.0, tile, 9.9),  # shares that it has
+        (1280, 1280, 192): few.Found(99.0, tile, 20.0),  # quack is faster
     }
     few.write_shares(path, found)
     after = json.loads(path.read_text())
@@ -51,7 +53,11 @@ def test_shares_go_into_the_table(tune, tmp_path: Path):
         for row in entry["rows"]
         if row not in old["rows"]
     }
-    assert changed == {(1280, 1280, 64): f"split {tile}", (1280, 3456, 96): f"split {tile}"}
+    assert changed == {
+        (1280, 1280, 64): f"split {tile}",
+        (1280, 3456, 96): f"split {tile}",
+        (1152, 1152, 64): "mm",
+    }
     rows = next(e["rows"] for e in after["products"] if e["k"] == 3456 and e["kind"] == "residual")
     assert [row["m"] for row in rows] == sorted(row["m"] for row in rows)
 
@@ -73,6 +79,7 @@ def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
     products = {"quick_gelu 5120 1280": {"64": {"mm": 5.0, "quack 128x128p1x1": 4.0}}}
     products["gelu_tanh 4304 1152"] = {"64": {"addmm": 1.0, "mm": 2.0}}
     products["residual 1152 1152"] = {"64": {"mm": 1.0}, "128": {"mm": 1.0}}
+    products["residual 1024 1024"] = {"128": {"mm": 1.0}, "256": {"mm": 1.0}}  # 192 has shares
     facts = {key: value for key, value in before.items() if key != "products"}
     selection.write_table(path, facts | {"products": products}, 0.01)
 
@@ -84,7 +91,10 @@ def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
     assert len(now["gelu_tanh", 4304, 1152, None]) == 1
     uses = [row["use"] for row in now["residual", 1152, 1152, None]]
     assert uses == [was["residual", 1152, 1152, None][0]["use"], "mm"], "shares of K stay"
-    again = {("gelu_tanh", 4304, 1152, None), ("residual", 1152, 1152, None)}
+    rows = {row["m"]: row["use"] for row in now["residual", 1024, 1024, None]}
+    assert list(rows) == [64, 128, 192, 256] and rows[192] == "split 64x64x128/2w4s3"
+    again = {("residual", 1152, 1152, None), ("residual", 1024, 1024, None)}
+    again.add(("gelu_tanh", 4304, 1152, None))
     for product in was.keys() - again:
         assert now[product] == was[product]
     assert {product[-1] for product in now} == {None, "e4m3"}

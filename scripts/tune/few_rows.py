@@ -3,11 +3,11 @@
 
     python scripts/tune/few_rows.py --table vitrt/kernels/gemm_tables/h200.json [--json FILE]
 
-First attention of small images and short lists, every tiling of short_attention.py beside what
-"auto" takes for larger batches, with its RoPE: where that wins decides the rule in
-attention/registry.py. Then every product that adds to a residual, by cuBLAS and the norm behind it
-and in shares of K that this norm adds up; what gains 3% goes into TABLE. Kernels are compiled by as
-many processes as there are processors.
+First attention of small images and short lists: what "auto" takes for larger batches and our flash
+kernel, each with its RoPE, and every tiling of short_attention.py. Where one wins decides the rules
+in attention/auto.py. Then every product that adds to a residual, by cuBLAS and the norm behind it
+and in shares of K that this norm adds up: what gains 3% goes into TABLE, what no longer does goes.
+Kernels are compiled by as many processes as there are processors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gemm_selection import write_products  # noqa: E402
 from graph_timing import microseconds  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from vitrt.attention import resolve_attention  # noqa: E402
+from vitrt.attention import AttentionBackend, get_backend, resolve_attention  # noqa: E402
 from vitrt.kernels.dispatch import ceil_div  # noqa: E402
 from vitrt.kernels.gemm_table import SplitTile  # noqa: E402
 from vitrt.kernels.norm import add_norm  # noqa: E402
@@ -83,9 +83,9 @@ def packed_segments(lengths: list[int], device: torch.device) -> Segments:
 
 
 class Attention:
-    """Attention of one list of segments, by today's backend and by the kernel that is tried."""
+    """Attention of one list of segments, by a backend or by the kernel that is tried."""
 
-    def __init__(self, auto: Any, heads: int, head_dim: int, lengths: list[int]) -> None:
+    def __init__(self, heads: int, head_dim: int, lengths: list[int]) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         tokens = sum(lengths)
         self.segments = packed_segments(lengths, device)
@@ -94,13 +94,11 @@ class Attention:
         self.rotary = Rotary(positions, angles.cos(), angles.sin())
         self.qkvs = torch.randn(8, tokens, 3, heads, head_dim, device=device).to(DTYPE)
         self.out = torch.empty(tokens, heads * head_dim, dtype=DTYPE, device=device)
-        # As for a batch too large for the kernel that is tried.
-        self.backend = auto.select([max(lengths)] * 4096) if hasattr(auto, "select") else auto
 
-    def today(self, index: int) -> None:
+    def by(self, backend: AttentionBackend, index: int) -> None:
         qkv = self.qkvs[index % 8]
         rope_(qkv, self.rotary)
-        self.backend(qkv, self.segments, self.rotary, self.out)
+        backend(qkv, self.segments, self.rotary, self.out)
 
     def short(self, tiling: ShortTiling, index: int) -> None:
         _short_triton(self.qkvs[index % 8], self.segments, self.rotary, self.out, tiling)
@@ -108,20 +106,24 @@ class Attention:
 
 def time_attention(model: str, device: torch.device) -> list[dict[str, Any]]:
     heads, head_dim = SHAPES[model]
-    auto = resolve_attention("auto", device=device, dtype=DTYPE, head_dim=head_dim).full
+    auto = resolve_attention("auto", device=device, dtype=DTYPE, head_dim=head_dim)
+    flash = get_backend("triton", device=device, dtype=DTYPE, head_dim=head_dim)
     names = "".join(f"{f'{v.block_m}x{v.block_n}w{v.warps}':>9}" for v in VARIANTS)
-    print(f"\n{model:26}{'today':>8}{names}  us")
+    print(f"\n{model:26}{'today':>8}{'flash':>8}{names}  us")
     rows = []
     for lengths in LISTS:
-        case = Attention(auto, heads, head_dim, lengths)
-        found = {"today": microseconds(case.today)}
+        case = Attention(heads, head_dim, lengths)
+        # As for a batch too large for either of our kernels.
+        today = auto.for_batch([max(lengths)] * 4096, heads).choice.full
+        backends = {"today": today, "flash": flash}
+        found = {way: microseconds(partial(case.by, each)) for way, each in backends.items()}
         for tiling in VARIANTS:
             with suppress(Exception):  # a tiling that does not fit this GPU
                 found[str(tiling)] = microseconds(partial(case.short, tiling))
         text = "".join(f"{found.get(str(v), float('nan')):9.1f}" for v in VARIANTS)
         name = f"{len(lengths)} x {lengths[0]}"
-        print(f"  {name:24}{found['today']:8.1f}{text}", flush=True)
-        rows.append({"model": model, "lengths": lengths, "today": case.backend.name, "us": found})
+        print(f"  {name:24}{found['today']:8.1f}{found['flash']:8.1f}{text}", flush=True)
+        rows.append({"model": model, "lengths": lengths, "today": today.name, "us": found})
     return rows
 
 
@@ -203,7 +205,10 @@ def time_products(device: torch.device, deadline: float) -> dict[tuple[int, int,
 
 
 def write_shares(path: Path, found: dict[tuple[int, int, int], Found]) -> None:
-    """Into the table at `path`, where shares gain; its other rows stay as they are."""
+    """Into the table at `path`, where shares gain over what the row names without them.
+
+    Shares that it has and that no longer gain go; rows that were not measured stay as they are.
+    """
     table = json.loads(path.read_text())
     for entry in table["products"]:
         if entry["kind"] != "residual" or "operands" in entry:
@@ -211,10 +216,14 @@ def write_shares(path: Path, found: dict[tuple[int, int, int], Found]) -> None:
         rows = {row["m"]: row for row in entry["rows"]}
         for m in {m for _, _, m in found}:
             row = found.get((entry["n"], entry["k"], m))
-            if row is None or row.split_us > GAIN * row.mm_us:
+            if row is None:
                 continue
-            new = rows.setdefault(m, {"m": m, "use": "mm"})
-            new["use"] = f"split {row.tile}"
+            old = rows.get(m, {"m": m, "use": "mm"})
+            best = min(row.mm_us, old.get("quack_us", row.mm_us))
+            if row.split_us <= GAIN * best:
+                rows[m] = old | {"use": f"split {row.tile}"}
+            elif old["use"].startswith("split"):
+                rows[m] = old | {"use": "mm"}
         entry["rows"] = [rows[m] for m in sorted(rows)]
     facts = {key: value for key, value in table.items() if key != "products"}
     write_products(path, facts, table["products"])

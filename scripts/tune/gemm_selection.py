@@ -83,8 +83,11 @@ def write_table(path: Path, raw: dict[str, Any], slack: float) -> list[dict[str,
             if row["use"].startswith("split")
         }
         for entry in products:
-            for row in entry["rows"]:
-                row["use"] = splits.get((_product(entry), row["m"]), row["use"])
+            rows = {row["m"]: row for row in entry["rows"]}
+            for (product, m), use in splits.items():
+                if product == _product(entry):
+                    rows.setdefault(m, {"m": m})["use"] = use
+            entry["rows"] = [rows[m] for m in sorted(rows)]
         kept = [entry for entry in table["products"] if _product(entry) not in measured]
     halves = [entry for entry in kept if "operands" not in entry]
     others = [entry for entry in kept if "operands" in entry]

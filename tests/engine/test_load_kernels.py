@@ -11,6 +11,8 @@ import torch
 
 from vitrt import VisionEncoder
 from vitrt.engine import batch
+from vitrt.engine.engine import kernel_plans
+from vitrt.kernels.gemm_table import tables
 
 
 def test_patches_are_cut_by_the_kernel_that_images_take(
@@ -31,3 +33,14 @@ def test_patches_are_cut_by_the_kernel_that_images_take(
     tables.clear()
     encoder.encode([np.zeros((64, 64, 3), dtype=np.uint8)])
     assert set(tables) == loaded
+
+
+def test_every_share_of_a_product_is_met(tiny_qwen3_vl: Path):
+    """Norms are compiled by how many shares they add up, which goes by the rows."""
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    loaded = {plan.num_patches for plan in kernel_plans(encoder.engine.runner)}
+    for table in tables():
+        for product in table.choices:
+            tiles = {m: table.choice(product, m).split_tile for m in range(1, 2048)}
+            shares = {tile.shares for tile in tiles.values() if tile is not None}
+            assert shares == {tiles[m].shares for m in loaded if tiles[m] is not None}, product

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,26 @@ def test_a_wanted_frame_that_is_left_out_is_decoded_all_the_same(tmp_path: Path)
     video.read(video.wanted, lambda _, frame: found.append(frame))
     assert lost and not video._skips
     np.testing.assert_array_equal(found, [whole[index] for index in (3, 30, 60)])
+
+
+def test_a_file_that_ends_early_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every frame is decoded, another try would find no more of them."""
+    path = write_video(tmp_path / "a.avi", 12)
+    video, starts = VideoFile(str(path), "a"), []
+    decode = video._decode
+
+    def cut(start: int = 0) -> Iterator[Any]:
+        starts.append(start)
+        yield from islice(decode(start), 8)
+
+    monkeypatch.setattr(video, "_decode", cut)
+    assert not video._stamps
+    video.wanted = [2, 11]
+    with pytest.raises(ImageError, match="it ends before frame 11 of 12"):
+        video.read(video.wanted, lambda _, frame: None)
+    assert starts == [0]
 
 
 def test_clips_that_are_decoded_at_once_share_the_cores(

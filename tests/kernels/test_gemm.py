@@ -1,9 +1,4 @@
-"""Matrix products with everything in the epilogue: values at odd sizes, and what runs them.
-
-Tolerances: rounding to a dtype of unit roundoff u changes no element by more than u of itself, so
-a result rounded r times is within r * u of the float64 one in relative L2; float32 sums over K add
-K * 2^-24 at most.
-"""
+"""Matrix products with everything in the epilogue: values at odd sizes, and what runs them."""
 
 from __future__ import annotations
 
@@ -17,57 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.products import activation_of, expected, problem, relative_error, tolerance
 from vitrt.kernels import gemm, gemm_aten, gemm_fp8, gemm_quack, gemm_table
-from vitrt.kernels.gemm import compile_product, fuses_residual, linear, linear_ref
+from vitrt.kernels.gemm import compile_product, fuses_residual, linear
 from vitrt.kernels.gemm_table import KINDS, Choice, Kind, Product, Table, Tile
-
-M, N, K = 77, 48, 40
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-def problem(
-    kind: Kind,
-    m: int = M,
-    n: int = N,
-    k: int = K,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, weight, bias, residual; the product has unit variance, so that activations bend."""
-    generator = torch.Generator(device).manual_seed(m * n + k)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    weight = normal(n, k) / k**0.5
-    residual = normal(m, n) if kind == "residual" else None  # float32, as in the towers
-    return normal(m, k).to(dtype), weight.to(dtype), normal(n).to(dtype), residual
-
-
-def activation_of(kind: Kind) -> gemm.Activation:
-    return None if kind in ("bias", "residual") else kind
-
-
-def expected(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None):
-    """The result in float64."""
-    operands = [None if each is None else each.double() for each in (bias, residual)]
-    return linear_ref(
-        x.double(),
-        weight.double(),
-        operands[0],
-        activation=activation_of(kind),
-        residual=operands[1],
-    )
-
-
-def relative_error(actual: Tensor, reference: Tensor) -> float:
-    return ((actual.double() - reference).norm() / reference.norm()).item()
-
-
-def tolerance(dtype: torch.dtype, k: int, roundings: int) -> float:
-    # 4 u of float32 for what an activation does with its own roundings.
-    return roundings * UNIT_ROUNDOFF[dtype] + (k + 4) * 2.0**-24
-
 
 # --- values ---------------------------------------------------------------------------------------
 
@@ -82,7 +30,7 @@ def test_cpu_equals_float64(kind: Kind, with_bias: bool) -> None:
     reference = expected(kind, x, weight, given, residual)
     assert actual.shape == reference.shape
     # Bias, activation and sum round once each.
-    assert relative_error(actual, reference) < tolerance(torch.float32, K, 3)
+    assert relative_error(actual, reference) < tolerance(torch.float32, x.shape[1], 3)
     if kept is not None:
         assert torch.equal(residual, kept)
 
@@ -111,13 +59,13 @@ def test_the_oracle_is_the_formula(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_is_filled_and_returned(kind: Kind) -> None:
     x, weight, bias, residual = problem(kind)
-    whole = torch.full((3, M, N // 2 if kind == "swiglu" else N), float("nan"))
+    whole = torch.full((3, len(x), len(weight) // (2 if kind == "swiglu" else 1)), float("nan"))
     actual = linear(
         x, weight, bias, activation=activation_of(kind), residual=residual, out=whole[1]
     )
     assert actual.data_ptr() == whole[1].data_ptr()
     reference = expected(kind, x, weight, bias, residual)
-    assert relative_error(whole[1], reference) < tolerance(torch.float32, K, 3)
+    assert relative_error(whole[1], reference) < tolerance(torch.float32, x.shape[1], 3)
     assert whole[0].isnan().all() and whole[2].isnan().all()
 
 
@@ -133,8 +81,8 @@ def test_rows_of_nan_stay_their_own(kind: Kind) -> None:
 
 def test_no_rows() -> None:
     x, weight, bias, _ = problem("swiglu")
-    assert linear(x[:0], weight, bias, activation="swiglu").shape == (0, N // 2)
-    assert linear(x[:0], weight, bias).shape == (0, N)
+    assert linear(x[:0], weight, bias, activation="swiglu").shape == (0, len(weight) // 2)
+    assert linear(x[:0], weight, bias).shape == (0, len(weight))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +91,7 @@ def test_product_then_kernel_equals_float64(kind: Kind) -> None:
     x, weight, bias, residual = problem(kind)
     actual = gemm_aten.product_then_kernel(kind, x, weight, bias, residual)
     reference = expected(kind, x, weight, bias, residual)
-    assert relative_error(actual, reference) < tolerance(torch.float32, K, 4)
+    assert relative_error(actual, reference) < tolerance(torch.float32, x.shape[1], 4)
     out = torch.empty_like(actual)
     again = gemm_aten.product_then_kernel(kind, x, weight, bias, residual, out)
     assert again is out and torch.equal(again, actual)
@@ -157,7 +105,7 @@ def test_addmm_equals_float64(kind: Kind) -> None:
         reference = expected("gelu", x, weight, bias, residual)
     else:
         reference = expected(kind, x, weight, bias, residual)
-    assert relative_error(actual, reference) < tolerance(torch.float32, K, 3)
+    assert relative_error(actual, reference) < tolerance(torch.float32, x.shape[1], 3)
     out = torch.empty_like(actual)
     assert torch.equal(gemm_aten.addmm(kind, x, weight, bias, residual, out), actual)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.test_gemm import expected, problem, relative_error, tolerance
 from tests.support.interpreter import interpreted
+from tests.support.products import expected, problem, relative_error, tolerance
 from vitrt.kernels import gemm, gemm_triton
 from vitrt.kernels.gemm_table import KINDS, Choice, Kind, Product, Table, Tile
 

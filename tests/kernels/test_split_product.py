@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +66,30 @@ def test_which_rows_are_split(monkeypatch: pytest.MonkeyPatch):
     assert gemm._split_tile(4, weight) == gemm._split_tile(64, weight) == tile
     assert gemm._split_tile(128, weight) is None
     assert gemm.residual_shares(torch.empty(64, 64), weight) is None, "a CPU has no shares"
+
+
+def test_shares_are_compiled_where_the_weight_is(monkeypatch: pytest.MonkeyPatch):
+    """Triton launches on the current device, which need not be the one that a tower loads to."""
+    tile = SplitTile.parse("64x32x64/3w4s4")
+    rows = [(64, Choice("split", None, tile)), (128, Choice("mm"))]
+    table = Table("this", (9, 0), {Product("residual", 96, 64): rows})
+    current, seen = [], []
+
+    @contextmanager
+    def device(index: torch.device) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(gemm, "_table_of", lambda weight: table)
+    monkeypatch.setattr(gemm, "split_product", lambda x, w, tile: seen.append((tile, *current)))
+    weight = torch.empty(96, 64)
+    gemm.compile_product(weight, None, residual=True)
+    assert seen == [(tile, weight.device)]
+    gemm.compile_product(weight, None, residual=True, fixed=True)
+    gemm.compile_product(weight, None)
+    assert len(seen) == 1
 
 
 @pytest.mark.gpu

@@ -106,7 +106,7 @@ class VideoFile:
         while self._position < index:
             frame = next(self._frames, None)
             self._position = self._place(frame)
-        if self._position > index and self._skips:
+        if self._position > index and self._skipping:
             self._skips = False  # the file is not what its packets say: decode all, and count
             self._close()
             return self._frame(index)

@@ -27,7 +27,10 @@ def split_pairs(head_dim: int) -> tuple[int, int]:
 
 @jit()
 def angles(table, row, column, frequency, live, QUARTER: tl.constexpr):
-    """Table entries [64, F] of frequencies [1, F]: the first QUARTER by row, the rest by column."""
+    """Table entries [R, F] of frequencies [1, F] for patches at row and column [R, 1].
+
+    The first QUARTER of the frequencies go by row, the rest by column.
+    """
     by_row = frequency < QUARTER
     entry = tl.where(by_row, row, column) * QUARTER
     return tl.load(table + entry + (frequency - tl.where(by_row, 0, QUARTER)), mask=live, other=0.0)

@@ -168,8 +168,9 @@ def compile_product(
     kind: Kind = activation or ("residual" if residual else "bias")
     n, k = weight.shape
     if kind == "residual" and not fixed and (measured := _table_of(weight)) is not None:
-        for split in measured.split_tiles(Product(kind, n, k)):
-            split_product(weight.new_empty(1, k), weight, split)  # its first launch compiles it
+        with torch.cuda.device(weight.device):  # Triton launches on the current one
+            for split in measured.split_tiles(Product(kind, n, k)):
+                split_product(weight.new_empty(1, k), weight, split)  # this compiles it
     table = None if bias is None else _usable_table(kind, n, k, weight.dtype, weight.device)
     if table is None:
         return 0

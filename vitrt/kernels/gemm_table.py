@@ -1,6 +1,7 @@
 """Which implementation runs a matrix product: tables of measurements, one a device.
 
-A table is a JSON file in gemm_tables/, written by scripts/tune/gemm.py on the device that it names.
+A table is a JSON file in gemm_tables/, written by scripts/tune on the device that it names: by
+gemm.py, by few_rows.py for shares of K, and by e4m3_tiles.py for products of e4m3.
 At run time nothing is measured: a product that is no entry takes the choice of the nearest one.
 
 Shapes: M rows (patches or merged tokens), K input and N output features.

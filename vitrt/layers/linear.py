@@ -205,10 +205,10 @@ class RowParallelLinear(Linear):
                 x = to_e4m3(x, self.float8.in_scale)
             self._linear_float8(x, residual=residual, out=residual)
             return norm(residual, spare)
-        if self.parallel.tp_size == 1 and fuses_residual(x, self.weight, fixed=self.fixed):
-            linear(x, self.weight, self.bias, residual=residual, out=residual, fixed=self.fixed)
-            return norm(residual, spare)
         if self.parallel.tp_size == 1:
+            if fuses_residual(x, self.weight, fixed=self.fixed):
+                linear(x, self.weight, self.bias, residual=residual, out=residual, fixed=self.fixed)
+                return norm(residual, spare)
             shares = residual_shares(x, self.weight, fixed=self.fixed)
             if shares is not None:
                 return norm.add_(residual, shares, self.bias, spare)
