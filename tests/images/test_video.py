@@ -363,7 +363,7 @@ def test_a_file_that_ends_early_is_decoded_once(
         yield from islice(decode(start), 8)
 
     monkeypatch.setattr(video, "_decode", cut)
-    assert not video._stamps
+    video._stamps, video._keys = [], [0]  # as of a file that does not stamp every frame
     video.wanted = [2, 11]
     with pytest.raises(ImageError, match="it ends before frame 11 of 12"):
         video.read(video.wanted, lambda _, frame: None)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ from tests.support.folders import (
 )
 from tests.support.ranks import wait_for
 from tests.support.videos import hold_at_most, write_video
+from vitrt.engine.stages import Stages
 from vitrt.features import ImageFeatures, join_pooled
 from vitrt.images.prepared import PreparedImage
 from vitrt.images.video import VideoFile
-from vitrt.job import long_clips
+from vitrt.job import encode, long_clips
 from vitrt.job.long_clips import LongClips
+from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress
 from vitrt.job.run import Outcome, encode_records
 from vitrt.job.stop import Stop
@@ -109,6 +112,31 @@ class Ranks:
     def until_given(self, images: Sequence[PreparedImage]) -> None:
         """The owner comes to its clip once the other rank has done a part."""
         assert images[0].shape[0] == 1 or self.given.wait(20), "the other rank did nothing"
+
+
+def test_a_long_video_of_few_pixels_is_shared_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-VL bounds a video's pixels. Where no rank takes a part, a worker decodes all of it."""
+    monkeypatch.setattr("vitrt.images.processor.MAX_WHOLE_BYTES", 80 << 20)
+    monkeypatch.setattr("vitrt.images.processor.MANY_FRAMES", FRAMES // 2)
+    given: list[Stages[Any]] = []
+    monkeypatch.setattr(encode, "encode_records", lambda stages, *_, **__: given.append(stages))
+    fake = FakeEncoder()
+    parts = SharedParts(HashStore(), 2, leaving=lambda: False)
+    for shared in (None, parts):
+        ranks: Any = SimpleNamespace(parts=shared, rank=0, size=1)
+        inputs: Any = SimpleNamespace(until=lambda stop: ())
+        (output := tmp_path / f"out{len(given)}").mkdir()
+        options = EncodeOptions(shard_mib=SHARD_MIB)
+        encode._run(
+            fake.stages(), fake.processor, inputs, output, IDENTITY, options, Progress(), Stop(),
+            ranks,
+        )  # fmt: skip
+    (record,) = (each for each in walk(str(folder)) if each.id == "long.mp4")
+    whole, lazy = (stages.prepare(record) for stages in given)
+    assert whole.is_lazy is False and lazy.is_lazy
+    assert (lazy.pixels == whole.pixels).all()
 
 
 def assert_whole(ranks: Ranks, folder: Path, *, pool: bool = False) -> None:

@@ -15,6 +15,7 @@ from vitrt.images import prepared, processor
 def hold_at_most(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Videos with more pixels are decoded in runs of half as many."""
     monkeypatch.setattr(prepared, "MAX_HELD_BYTES", nbytes)
+    monkeypatch.setattr(processor, "MAX_HELD_BYTES", nbytes)
     monkeypatch.setattr(processor, "MAX_WHOLE_BYTES", nbytes)
 
 

@@ -21,6 +21,9 @@ MAX_HELD_BYTES = 32 << 20  # of the pixels of a long video at a time: of two run
 # Of one that a worker decodes to its end, beside others. Qwen3-VL bounds a clip's pixels at 75 MB,
 # however long it is; an open decoder of 1080p, which a longer one keeps, may hold as much.
 MAX_WHOLE_BYTES = 80 << 20
+# Of the file, in a clip that a worker alone is too slow for where others would decode a part of it:
+# half a minute and more of 1080p with a core or two.
+MANY_FRAMES = 1 << 13
 
 Frame = Image.Image | np.ndarray  # RGB; an array is uint8 [H, W, 3]
 

@@ -19,6 +19,8 @@ from vitrt.images.config import PreprocessorConfig, VideoConfig
 from vitrt.images.decode import check_array, decode, name_of, size_of
 from vitrt.images.inputs import ImageError, ImageInput, PlainInput, plain_input
 from vitrt.images.prepared import (
+    MANY_FRAMES,
+    MAX_HELD_BYTES,
     MAX_WHOLE_BYTES,
     Frames,
     LazyImage,
@@ -161,6 +163,7 @@ class ImageProcessor:
         name: str | None = None,
         *,
         span: tuple[int, int] | None = None,
+        shared: bool = False,
     ) -> Prepared:
         """Decode and resize an image, or a clip: an array [F, H, W, 3], a video file, an animation.
 
@@ -175,6 +178,8 @@ class ImageProcessor:
             name: what error messages call the image; None: its path, or a description of it.
             span: of a clip, only these frames of its grid, [start, stop): at the size that they
                 have in the whole.
+            shared: whether others take runs of a long video: then of one of many frames in the
+                file, too, only the first frames are decoded now, however small its pixels are.
 
         Raises:
             ImageError: the image cannot be read, decoded or resized.
@@ -195,7 +200,8 @@ class ImageProcessor:
         part = whole.rows(*span) if span is not None and len(indices) > 1 else whole
         if isinstance(source, VideoFile):
             source.wanted = part.indices
-            if 3 * prod(part.shape) > MAX_WHOLE_BYTES:
+            many = shared and part.indices[-1] - part.indices[0] >= MANY_FRAMES
+            if 3 * prod(part.shape) > (MAX_HELD_BYTES if many else MAX_WHOLE_BYTES):
                 return part.begin()
         return part.decoded()
 

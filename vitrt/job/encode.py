@@ -242,7 +242,7 @@ def _run(
         records = (Record(**values) for values in shared)
     pool = options.pool == "mean"
     return encode_records(
-        stages.preparing(prepare_with(processor.prepare)),
+        stages.preparing(prepare_with(processor.prepare, shared=ranks.parts is not None)),
         records,
         writer,
         encoded,

@@ -117,15 +117,17 @@ def encode_records(
     return outcome
 
 
-def prepare_with(prepare: Callable[..., Prepared]) -> Callable[[Record], Prepared]:
-    """What an image processor's `prepare` makes of a record."""
+def prepare_with(
+    prepare: Callable[..., Prepared], *, shared: bool = False
+) -> Callable[[Record], Prepared]:
+    """What an image processor's `prepare` makes of a record; `shared` as that takes it."""
 
     def prepare_record(record: Record) -> Prepared:
         if record.problem is not None:
             raise ImageError(f"{record.id}: {record.problem}")
         if isinstance(record, ClipPart):
             return prepare(record.load(), name=record.id, span=record.span)
-        return prepare(record.load(), name=record.id)
+        return prepare(record.load(), name=record.id, shared=shared)
 
     return prepare_record
 
