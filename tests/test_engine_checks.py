@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import ModuleType
 
@@ -46,6 +48,71 @@ def test_a_faulty_checkpoint_has_its_fault(tmp_path: Path, sides: ModuleType) ->
         "doubled": ("", [name, name, other]),
     }
     assert tensors_of(folder) == [name, other]
+
+
+def test_experts_are_saved_as_they_are_released(tmp_path: Path, sides: ModuleType) -> None:
+    """Engines take them by that layout alone; transformers takes both."""
+    from transformers import AutoModelForImageTextToText
+
+    checkpoints = importlib.import_module("checkpoints")
+    folder = checkpoints.make_checkpoint(tmp_path, "qwen3_vl_moe", "tiny")
+    prefix = "model.language_model.layers.1.mlp.experts."
+    saved = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if name.startswith(prefix)
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert shapes == {"gate_up_proj": (8, 256, 2 * 192), "down_proj": (8, 192, 256)}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, tensor in saved.items():
+        assert torch.equal(model.get_parameter(prefix + name), tensor.transpose(1, 2)), name
+
+
+# Stands for sglang.launch_server: told to end, it says why; else it answers as an encoder does.
+LAUNCHED = """
+import http.server, json, os, pathlib, sys
+if "--tp-size" in sys.argv:
+    sys.exit("ValueError: two ranks do not fit")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+report = pathlib.Path(os.environ["TOWER_REPORT"], f"{os.getpid()}.json")
+report.write_text(json.dumps({"tower": "of an encoder" * ("--encoder-only" in sys.argv)}))
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+
+
+@pytest.fixture
+def encoder_side(tmp_path: Path, sides: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").touch()
+    (tmp_path / "sglang" / "launch_server.py").write_text(LAUNCHED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return importlib.import_module("sglang_encoder_side")
+
+
+def test_an_encoder_is_there_for_as_long_as_it_is_needed(
+    tmp_path: Path, encoder_side: ModuleType
+) -> None:
+    log = tmp_path / "log"
+    with encoder_side.encoder(tmp_path, [], log) as (url, towers):
+        assert towers == ["of an encoder"]
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+            assert response.status == 200
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{url}/health", timeout=10)
+
+
+def test_an_encoder_that_does_not_start_says_why(tmp_path: Path, encoder_side: ModuleType) -> None:
+    options = encoder_side.OPTIONS["ranks"]
+    with (
+        pytest.raises(RuntimeError, match="two ranks do not fit"),
+        encoder_side.encoder(tmp_path, options, tmp_path / "log"),
+    ):
+        pass
 
 
 def test_answers_are_compared_until_they_differ(sides: ModuleType) -> None:

@@ -28,9 +28,9 @@ class Check:
         """More of the environment of an engine."""
         return {}
 
-    def run(self, jobs: list[Job]) -> None:
+    def run(self, jobs: list[Job], script: str | None = None) -> None:
         at_once = self.device == "cuda" and all(job.name != "times" for job in jobs)
-        script, settings = f"{self.engine}_side.py", self.settings()
+        script, settings = script or f"{self.engine}_side.py", self.settings()
         run_jobs(script, self.engine, jobs, self.output, settings, at_once, self.timeout)
 
     def folder(self, family: str, size: str) -> Path:
@@ -98,7 +98,7 @@ def main(kind: type[Check], description: str) -> None:
     parser.add_argument("--work", type=Path, help="for checkpoints; default: inside --output")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
-    parser.add_argument("--only", help="of tiny, ranks, faults, full; default: all that can run")
+    parser.add_argument("--only", help="parts; default: tiny,faults and ranks or full")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--timeout", type=float, default=3600, help="of one engine, in seconds")
     parser.add_argument("--json", type=Path, help="add what was found to it, after every part")

@@ -16,17 +16,19 @@ import torch
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPECIAL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5", "qwen2_vl")
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen2_vl")
 
+_TINY_QWEN3_VL: dict[str, Any] = {
+    "depth": 6,
+    "hidden_size": 288,
+    "intermediate_size": 592,
+    "num_heads": 4,
+    "out_hidden_size": 256,
+    "deepstack_visual_indexes": [1, 3],
+}
 _TOWERS: dict[tuple[str, str], dict[str, Any]] = {
-    ("qwen3_vl", "tiny"): {
-        "depth": 6,
-        "hidden_size": 288,
-        "intermediate_size": 592,
-        "num_heads": 4,
-        "out_hidden_size": 256,
-        "deepstack_visual_indexes": [1, 3],
-    },
+    ("qwen3_vl", "tiny"): _TINY_QWEN3_VL,
+    ("qwen3_vl_moe", "tiny"): _TINY_QWEN3_VL,
     ("qwen3_vl", "full"): {
         "depth": 27,
         "hidden_size": 1152,
@@ -72,6 +74,12 @@ _TOWERS: dict[tuple[str, str], dict[str, Any]] = {
 _INTERLEAVED = {"mrope_interleaved": True}
 _TEXTS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl": ("Qwen3VL", (24, 20, 20), _INTERLEAVED, {}),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        (24, 20, 20),
+        _INTERLEAVED,
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192},
+    ),
     "qwen2_5_vl": ("Qwen2_5_VL", (16, 24, 24), {}, {}),
     # Full attention alone: vLLM's linear attention on a CPU is in bfloat16. Half a head turns.
     "qwen3_5": (
@@ -86,6 +94,7 @@ _HALF = (16, [0.5] * 3, [0.5] * 3)
 _CLIP = (14, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 _PROCESSORS = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", *_HALF),
+    "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", *_HALF),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", *_CLIP),
     "qwen3_5": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", *_HALF),
     "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor", *_CLIP),
@@ -108,6 +117,8 @@ def make_checkpoint(folder: Path, family: str, size: str, device: str = "cpu") -
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.to(torch.bfloat16).save_pretrained(folder)
+    if "num_experts" in _TEXTS[family][-1]:
+        _transpose_experts(folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
     _write_processors(folder, family)
     return folder
@@ -181,8 +192,20 @@ def _draw(model: torch.nn.Module, device: str) -> None:
             drawn = drawn * 0.3
         elif "embed_tokens" not in name:
             gain = 4 if "lm_head" in name else 1  # logits far enough apart to tell tokens by
-            drawn = drawn * gain / parameter[0].numel() ** 0.5
+            inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+            drawn = drawn * gain / inputs**0.5
         parameter.copy_(drawn)
+
+
+def _transpose_experts(file: Path) -> None:
+    """As they are released, and as engines take them: transformers saves them by its own layout."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _write_processors(folder: Path, family: str) -> None:

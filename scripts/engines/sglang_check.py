@@ -1,11 +1,13 @@
 """SGLang's offline engine with vitrt's tower against SGLang's own, on random checkpoints.
 
     python scripts/engines/sglang_check.py --output DIR [--device cpu]
-        [--only tiny,ranks,faults,full] [--families qwen3_vl,...] [--timeout SECONDS] [--json FILE]
+        [--only tiny,ranks,encoder,faults,full] [--families qwen3_vl,...] [--timeout SECONDS]
+        [--json FILE]
 
 "tiny": 16 greedy tokens of prompts with one image, three images and the frames of a clip: with the
 plugin, without it (by SGLANG_PLUGINS), and from vitrt's features, each against transformers in
-float32. "ranks": the same with two tensor-parallel ranks. "faults": checkpoints whose tower is not
+float32. "ranks": the same with two tensor-parallel ranks. "encoder": an encoder on its own
+(--encoder-only) and an engine beside it (--language-only). "faults": checkpoints whose tower is not
 whole must not start. "full": the towers of released sizes in front of two layers of language model:
 the same answers, the tower's time inside the engine, and the time to a first token.
 
@@ -24,7 +26,7 @@ whole of sglang's wheel among them (it looks for its headers), transformers as i
 from __future__ import annotations
 
 from check import Check, Results, main
-from sides import Job, result_of
+from sides import WITH, WITHOUT, Job, result_of
 
 
 class SglangCheck(Check):
@@ -32,6 +34,21 @@ class SglangCheck(Check):
 
     def settings(self) -> dict[str, str]:
         return {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}
+
+    def encoder(self, family: str) -> Results:
+        folder = self.folder(family, "tiny")
+        jobs = [Job("one", folder, WITHOUT)]
+        jobs += [Job(name, folder) for name in ("one", "tokenizer", "ranks", "replicas")]
+        results: Results = {}
+        for job in jobs:
+            self.run([job], "sglang_encoder_side.py")
+            name = job.name if job.side == WITH else f"{job.name}, {job.side}"
+            found = result_of(job, self.output)
+            results |= self.answers(job, name)
+            kept = ("encoder_towers", "feature_errors", "encoded_requests")
+            results[name] |= {key: found[key] for key in kept if key in found}
+            print(f"{folder.name:18s} {name:16s}", *map(results[name].get, kept), flush=True)
+        return results
 
     def faults(self, family: str) -> Results:
         results: Results = {}

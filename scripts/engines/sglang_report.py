@@ -1,5 +1,7 @@
 """A plugin of SGLang's for these checks: each rank says which tower it has, and times it if asked.
 
+An encoder on its own says it, too.
+
 `TOWER_REPORT` is the folder that it writes into; with `TOWER_TIMES` it times a forward, too.
 """
 
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,20 @@ def register() -> None:
 
     target = "sglang.srt.model_executor.model_runner.ModelRunner.initialize"
     HookRegistry.register(target, initialize, HookType.AROUND)
+    if "--encoder-only" in sys.argv:
+        HookRegistry.register(f"{_encoder()}.__init__", initialize, HookType.AROUND)
+
+
+def _encoder() -> str:
+    """Where this version has it."""
+    for module in ("encoder.server", "encode_server"):
+        target = f"sglang.srt.disaggregation.{module}.MMEncoder"
+        try:
+            pkgutil.resolve_name(target)
+        except (ImportError, AttributeError):
+            continue
+        return target
+    raise ImportError("this SGLang has no MMEncoder where it is known to be")
 
 
 def initialize(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
