@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import time
 import urllib.error
 import urllib.request
@@ -51,11 +52,16 @@ def test_a_faulty_checkpoint_has_its_fault(tmp_path: Path, sides: ModuleType) ->
 
 
 def test_experts_are_saved_as_they_are_released(tmp_path: Path, sides: ModuleType) -> None:
-    """Engines take them by that layout alone; transformers takes both."""
+    """Engines take them by that layout alone and want to be told how they are weighed.
+
+    transformers takes both layouts, and knows one way.
+    """
     from transformers import AutoModelForImageTextToText
 
     checkpoints = importlib.import_module("checkpoints")
     folder = checkpoints.make_checkpoint(tmp_path, "qwen3_vl_moe", "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["norm_topk_prob"] is True
     prefix = "model.language_model.layers.1.mlp.experts."
     saved = {
         name.removeprefix(prefix): tensor

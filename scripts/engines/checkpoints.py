@@ -78,7 +78,13 @@ _TEXTS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]] =
         "Qwen3VLMoe",
         (24, 20, 20),
         _INTERLEAVED,
-        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192},
+        # The last as released, for engines: transformers has no such field any more.
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 192,
+            "norm_topk_prob": True,
+        },
     ),
     "qwen2_5_vl": ("Qwen2_5_VL", (16, 24, 24), {}, {}),
     # Full attention alone: vLLM's linear attention on a CPU is in bfloat16. Half a head turns.
