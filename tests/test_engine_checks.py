@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -167,8 +168,20 @@ def test_a_job_that_hangs_is_ended_with_what_it_started(
         "pathlib.Path(sys.argv[3]).write_text('{\"done\": true}')\n"
     )
     monkeypatch.setattr(sides, "HERE", tmp_path)
+    wait = sides.subprocess.Popen.wait
+
+    def until_it_hangs(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        """The time is over once there is nothing more to wait for."""
+        if timeout is not None and "hangs" in process.args:
+            while not any("LastError" in log.read_text() for log in tmp_path.glob("*.log")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(sides.subprocess.Popen, "wait", until_it_hangs)
     jobs = [sides.Job(name, tmp_path / "checkpoint") for name in ("hangs", "ends")]
-    sides.run_jobs(script.name, "sglang", jobs, tmp_path, {}, at_once=False, timeout=1.5)
+    sides.run_jobs(script.name, "sglang", jobs, tmp_path, {}, at_once=False, timeout=60)
     hung, ended = (sides.result_of(job, tmp_path) for job in jobs)
     assert ended == {"done": True}
     assert hung["failed"] == "LastError"

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from vitrt import VisionEncoder
-from vitrt.engine import batch
+from vitrt.attention.probe import no_kernel
+from vitrt.attention.registry import _SPECS
+from vitrt.engine import ahead, batch
 from vitrt.engine.engine import kernel_plans
 from vitrt.kernels.gemm_table import tables
 
@@ -44,3 +46,8 @@ def test_every_share_of_a_product_is_met(tiny_qwen3_vl: Path):
             tiles = {m: table.choice(product, m).split_tile for m in range(1, 2048)}
             shares = {tile.shares for tile in tiles.values() if tile is not None}
             assert shares == {tiles[m].shares for m in loaded if tiles[m] is not None}, product
+
+
+def test_attention_of_our_own_is_compiled_ahead():
+    ours = {name for name, spec in _SPECS.items() if spec.unavailable is no_kernel}
+    assert ours and ours < set(ahead._COMPILED_HERE)

@@ -3,7 +3,8 @@
 Decoding goes through PyAV, which brings FFmpeg along. Frames are counted in the packets, not in the
 header: containers leave the number out, or count frames that an edit list cuts off. Frames are
 turned upright by the rotation that the file names. Of what is not asked for, the frames that no
-other frame refers to are left out: the others come out the same, for less work.
+other frame refers to are left out: the others come out the same, for less work, but for what a
+decoder makes up where the file is damaged.
 
 Shapes: F frames, H and W pixels.
 """
