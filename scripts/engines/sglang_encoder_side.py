@@ -154,8 +154,8 @@ def run(job: str, folder: Path, result: dict[str, Any], target: Path) -> None:
 if __name__ == "__main__":
     job, checkpoint, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     report: dict[str, Any] = {}
-    if not CUDA and job == "ranks":  # the cores of each rank
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    if not CUDA:  # where there is an NCCL, encoders use it with any device
+        os.environ.setdefault("SGLANG_NCCL_SO_PATH", "none")
     run(job, checkpoint, report, target)
     target.write_text(json.dumps(report))
     sys.stdout.flush()

@@ -23,6 +23,8 @@ from tests.integrations.engine_sources import (
 )
 from vitrt.integrations.sglang import ARCHITECTURES, TOWERS, EncoderRank, EncoderWorker
 
+# Methods of a model that shares out items, not images; not in every version, nor every model.
+SHARING = ("_get_visual_feature", "_materialize_visual_items")
 RECORDED = Path(__file__).with_name("sglang_sources.json")
 
 
@@ -49,12 +51,19 @@ def facts(sglang: Path) -> Facts:
             towers[tower] = parameters_of(method_of(classes_of(tree)[tower], "forward"))
             text = ast.unparse(model)
             models[architecture]["data_parallel"] = "if self.use_data_parallel:" in text
+            models[architecture]["sharing"] = {
+                node.name: parameters_of(node)
+                for node in model.body
+                if isinstance(node, ast.FunctionDef) and node.name in SHARING
+            }
+    sharing = sglang / "srt" / "multimodal" / "mm_utils.py"
     plugins = (sglang / "srt" / "plugins" / "__init__.py").read_text()
     hooks = classes_of(tree_of(sglang / "srt" / "plugins" / "hook_registry.py"))
     return {
         "models": models,
         "towers": towers,
-        "shared": sorted(_reads_of_sharing(sglang / "srt" / "multimodal" / "mm_utils.py")),
+        "shared": sorted(_reads_of_sharing(sharing)),
+        "share": parameters_of(_sharing(sharing)),
         "register": parameters_of(method_of(hooks["HookRegistry"], "register")),
         "hook_types": [
             node.targets[0].id  # type: ignore[attr-defined]
@@ -71,16 +80,19 @@ def facts(sglang: Path) -> Facts:
     }
 
 
-def _reads_of_sharing(file: Path) -> set[str]:
-    """Attributes of the tower that are read where ranks share out images."""
-    function = next(
+def _sharing(file: Path) -> ast.FunctionDef:
+    return next(
         node
         for node in tree_of(file).body
         if isinstance(node, ast.FunctionDef) and node.name == "run_dp_sharded_mrope_vision_model"
     )
+
+
+def _reads_of_sharing(file: Path) -> set[str]:
+    """Attributes of the tower that are read where ranks share out images."""
     return {
         node.attr
-        for node in ast.walk(function)
+        for node in ast.walk(_sharing(file))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vision_model"
     }
 

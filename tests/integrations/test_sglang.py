@@ -69,9 +69,14 @@ def test_sources_have_what_the_plugin_needs(version: str, family: str, folder: P
             assert "vision_config" in keywords
             assert keywords <= set(sglang.TOWER_ARGUMENTS), architecture
             assert model["data_parallel"]
+            if sharing := model["sharing"]:
+                assert sharing["_get_visual_feature"] == ["items", "grid_thw"]
+                assert sharing["_materialize_visual_items"][:2] == ["items", "indices"]
         else:
             assert set(model["bases"]) <= set(sglang.TOWERS), architecture
     assert all(forward == ["x", "grid_thw"] for forward in found["towers"].values())
+    assert found["share"][:3] == ["vision_model", "pixel_values", "grid_thw_list"]
+    assert "rope_type" in found["share"]
     assert all(found["encoder_processes"].values())
     vision = reference_model(folder).config.vision_config
     tower = sglang._make_tower(OwnTower, vision)
@@ -140,9 +145,29 @@ def own_model(module: ModuleType, name: str, tower: str) -> type[nn.Module]:
                 if name in parameters:
                     parameters[name].data.copy_(tensor)
 
+        def _get_visual_feature(self, items: list[Tensor], grid_thw: Tensor) -> Tensor:
+            if not self.use_data_parallel:
+                pixels = self._materialize_visual_items(items, range(len(items)))
+                return self.visual(pixels, grid_thw=grid_thw)
+            parts = [
+                self.visual(self._materialize_visual_items(items, [image]), grid_thw=grid[None])
+                for image, grid in enumerate(grid_thw)
+            ]
+            return torch.cat(parts)
+
+        def _materialize_visual_items(self, items: list[Tensor], indices: Iterable[int]) -> Tensor:
+            return torch.cat([items[index] for index in indices])
+
     Model.__name__ = name
     Model.__module__ = module.__name__
     return Model
+
+
+def share(visual: Any, pixels: Tensor, grids: list[list[int]], rope_type: str) -> Tensor:
+    """What SGLang's ranks do together, each with the patches of its images."""
+    assert rope_type == "rope_3d"
+    parts = pixels.split([t * h * w for t, h, w in grids])
+    return torch.cat([visual(part, [grid]) for part, grid in zip(parts, grids, strict=True)])
 
 
 @pytest.fixture
@@ -151,12 +176,16 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     ranks = SimpleNamespace(count=1)
     modules = {name: ModuleType(name) for name in ("sglang", "sglang.srt", "sglang.srt.models")}
     modules["sglang"].__version__ = "0.5.23"  # type: ignore[attr-defined]
-    for name in ("plugins", "plugins.hook_registry", "runtime_context"):
+    for name in (
+        *("plugins", "plugins.hook_registry", "runtime_context"),
+        *("multimodal", "multimodal.mm_utils"),
+    ):
         modules[f"sglang.srt.{name}"] = ModuleType(f"sglang.srt.{name}")
     hooks = modules["sglang.srt.plugins.hook_registry"]
     vars(hooks).update(HookRegistry=HookRegistry, HookType=HookType)
     context = modules["sglang.srt.runtime_context"]
     vars(context)["get_parallel"] = lambda: SimpleNamespace(tp_size=ranks.count)
+    vars(modules["sglang.srt.multimodal.mm_utils"])["run_dp_sharded_mrope_vision_model"] = share
     for architecture, module_name in sglang.ARCHITECTURES.items():
         name = f"sglang.srt.models.{module_name}"
         module = modules.setdefault(name, ModuleType(name))
@@ -358,7 +387,7 @@ def test_models_that_are_not_there_are_named(
     load_plugins()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "Qwen3_5MoeForConditionalGeneration" in caplog.text
-    assert len(HookRegistry.hooks) == len(sglang.ARCHITECTURES) - 1 + len(sglang.TOWERS)
+    assert len(HookRegistry.hooks) == len(sglang.ARCHITECTURES) - 1 + 2 * len(sglang.TOWERS)
 
 
 def test_a_tower_of_another_name_is_left_alone(
@@ -406,6 +435,40 @@ def test_ranks_of_an_encoder_that_load_no_plugins_decide_alike(
     engine.ranks.count = 1
     model = build(ARCHITECTURE[family], settings(folder, encoder_only=True))
     assert isinstance(model.visual, EngineTower)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_images_of_one_item_are_shared_out(
+    ranks: int, family: str, folder: Path, engine: SimpleNamespace
+) -> None:
+    """An encoder on its own packs those of a request; an engine has an item for each."""
+    load_plugins()
+    engine.ranks.count = ranks
+    model = build(ARCHITECTURE[family], settings(folder))
+    model.load_weights(weights_of(folder).items())
+    pixels, grids = pixels_of(model), torch.tensor(GRIDS)
+    each = list(pixels.split(grids.prod(1).tolist()))
+    wanted = features_of(folder, pixels)
+    for items in ([pixels], [torch.cat(each[:2]), each[2]], each):
+        found = model._get_visual_feature(items, grids)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_version_that_shares_out_patches_needs_no_hook(engine: SimpleNamespace) -> None:
+    names = {
+        architecture: set(model["sharing"])
+        for architecture, model in SOURCES["0.5.23"]["models"].items()
+        if "sharing" in model
+    }
+    assert any(names.values()) and not all(names.values())
+    for architecture, methods in names.items():
+        if not methods:
+            module = engine.modules[f"sglang.srt.models.{sglang.ARCHITECTURES[architecture]}"]
+            delattr(getattr(module, architecture), "_get_visual_feature")
+    load_plugins()
+    hooked = {target for target, _, _ in HookRegistry.hooks if "_get_visual_feature" in target}
+    assert len(hooked) == sum(map(bool, names.values()))
 
 
 @pytest.mark.parametrize("version", ["0.5.17", "0.5.23"])

@@ -12,7 +12,7 @@ import importlib
 import logging
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +71,9 @@ def register() -> None:
         if architecture in TOWERS:
             around = hooks.HookType.AROUND
             hooks.HookRegistry.register(f"{target}.__init__", construct, around)
+            if hasattr(pkgutil.resolve_name(target), "_get_visual_feature"):
+                name = f"{target}._get_visual_feature"
+                hooks.HookRegistry.register(name, share_images, around)
         hooks.HookRegistry.register(f"{target}.load_weights", load_weights, hooks.HookType.AROUND)
     if _is_encoder():
         for process in (EncoderRank, EncoderWorker):
@@ -103,6 +106,22 @@ def construct(original: Callable[..., None], model: nn.Module, *args: Any, **kwa
         # Every rank holds the whole tower and encodes its share of the images, which is what
         # SGLang itself does for this: --mm-enable-dp-encoder.
         model.use_data_parallel = True  # type: ignore[assignment]
+
+
+def share_images(
+    original: Callable[..., Tensor], model: Any, items: Sequence[Any], grid_thw: Tensor
+) -> Tensor:
+    """Around a model's `_get_visual_feature`, which shares out items as if each were one image.
+
+    An encoder on its own has all images of its requests in one item.
+    """
+    shared = isinstance(model.visual, EngineTower) and model.use_data_parallel
+    if not shared or len(items) == len(grid_thw):
+        return original(model, items, grid_thw)
+    pixels = model._materialize_visual_items(items, range(len(items)))
+    share = pkgutil.resolve_name("sglang.srt.multimodal.mm_utils:run_dp_sharded_mrope_vision_model")
+    features: Tensor = share(model.visual, pixels, grid_thw.tolist(), rope_type="rope_3d")
+    return features
 
 
 def load_weights(
