@@ -21,12 +21,13 @@ from tests.support.video_reference import run_video_processors
 from tests.support.videos import hold_at_most, read_all, write_video
 from vitrt.config import RuntimeConfig
 from vitrt.images.config import PreprocessorConfig, VideoConfig
+from vitrt.images.cores import Cores
 from vitrt.images.inputs import ImageError
 from vitrt.images.levels import normalisation_table, patches_reference
 from vitrt.images.prepared import LazyImage
 from vitrt.images.processor import ImageProcessor
 from vitrt.images.sampling import sample_frames
-from vitrt.images.video import VideoFile, _Cores
+from vitrt.images.video import VideoFile
 
 HALF = (0.5, 0.5, 0.5)
 CLIP = VideoConfig("clip", 1024, 4_000_000, HALF, HALF)
@@ -374,7 +375,7 @@ def test_clips_that_are_decoded_at_once_share_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    monkeypatch.setattr("vitrt.images.video._cores", _Cores())
+    monkeypatch.setattr("vitrt.images.video.CORES", Cores())
     path = write_video(tmp_path / "a.mp4", 30, codec="libx264")
     videos = [VideoFile(str(path), "a") for _ in range(5)]
     for video in videos:

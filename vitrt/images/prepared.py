@@ -5,9 +5,11 @@ Shapes: F frames, H and W pixels.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import prod
 from typing import Protocol, TypeAlias
 
@@ -24,6 +26,8 @@ MAX_WHOLE_BYTES = 80 << 20
 # Of the file, in a clip that a worker alone is too slow for where others would decode a part of it:
 # half a minute and more of 1080p with a core or two.
 MANY_FRAMES = 1 << 13
+# Threads that resize a clip's frames while its next ones are decoded, which takes about as long.
+_RESIZING = 3
 
 Frame = Image.Image | np.ndarray  # RGB; an array is uint8 [H, W, 3]
 
@@ -136,14 +140,26 @@ class LazyImage:
     def pixels(self) -> np.ndarray:
         """uint8 [F, H, W, 3]. Raises ImageError where a video ends early or is broken."""
         pixels = np.empty((*self.shape, 3), dtype=np.uint8)
+        if len(pixels) == 1:  # not worth a thread
+            self.source.read(
+                self.indices, lambda place, frame: resize_frame(frame, pixels[place], self.resize)
+            )
+            return pixels
+        again = [place for place, (a, b) in enumerate(pairwise(self.indices), 1) if a == b]
+        begun: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(_RESIZING, "vitrt-resize") as threads:
 
-        def take(place: int, frame: Frame) -> None:
-            if place and self.indices[place] == self.indices[place - 1]:
-                pixels[place] = pixels[place - 1]
-            else:
-                resize_frame(frame, pixels[place], self.resize)
+            def take(place: int, frame: Frame) -> None:
+                if place not in again:
+                    if len(begun) == _RESIZING:
+                        begun.popleft().result()
+                    begun.append(threads.submit(resize_frame, frame, pixels[place], self.resize))
 
-        self.source.read(self.indices, take)
+            self.source.read(self.indices, take)
+        for resized in begun:
+            resized.result()
+        for place in again:
+            pixels[place] = pixels[place - 1]
         return pixels
 
     def rows(self, start: int, stop: int) -> LazyImage:

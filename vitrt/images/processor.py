@@ -16,6 +16,7 @@ from vitrt.config import RuntimeConfig
 from vitrt.images.animation import count_frames, frames_of
 from vitrt.images.clips import clip_size
 from vitrt.images.config import PreprocessorConfig, VideoConfig
+from vitrt.images.cores import CORES
 from vitrt.images.decode import check_array, decode, name_of, size_of
 from vitrt.images.inputs import ImageError, ImageInput, PlainInput, plain_input
 from vitrt.images.prepared import (
@@ -184,8 +185,9 @@ class ImageProcessor:
         Raises:
             ImageError: the image cannot be read, decoded or resized.
         """
+        arrival = CORES.arrive()  # before any other thread can come between
         name = name_of(image) if name is None else name
-        source = self._source(plain_input(image, name), name)
+        source = self._source(plain_input(image, name), name, arrival)
         if isinstance(source, VideoFile):
             height, width = source.height, source.width
             indices = self._sampled(source)
@@ -205,7 +207,7 @@ class ImageProcessor:
                 return part.begin()
         return part.decoded()
 
-    def _source(self, plain: PlainInput, name: str) -> Frames | VideoFile:
+    def _source(self, plain: PlainInput, name: str, arrival: int) -> Frames | VideoFile:
         if isinstance(plain, np.ndarray):
             array = check_array(plain, name)
             return Frames(list(array) if array.ndim == 4 else [array])
@@ -213,7 +215,7 @@ class ImageProcessor:
             return frames_of(plain, name) if self.frames == "all" else Frames([decode(plain, name)])
         except ImageError as error:
             unknown = isinstance(error.__cause__, UnidentifiedImageError)
-            video = open_video(plain, name) if unknown else None
+            video = open_video(plain, name, arrival) if unknown else None
             if video is None:
                 raise
             return video

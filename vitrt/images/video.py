@@ -12,7 +12,6 @@ Shapes: F frames, H and W pixels.
 from __future__ import annotations
 
 import io
-import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
@@ -23,12 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vitrt.images.cores import CORES
 from vitrt.images.inputs import ImageError, PlainInput, content_of, first_bytes
 from vitrt.messages import reason_of, shorten
 
 # Pillow was asked first; the name and the first bytes may both mislead.
 _UNREAD = "not an image, and cannot be read as a video"
-_MOST_THREADS, _REFERENCES = 16, 8  # of FFmpeg's decoders: threads, each with a frame, and frames
+_REFERENCES = 8  # frames that a decoder keeps beside one for each of its threads
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -45,25 +45,28 @@ def is_video(content: str | io.BytesIO) -> bool:
     )
 
 
-def open_video(image: PlainInput, name: str) -> VideoFile | None:
+def open_video(image: PlainInput, name: str, arrival: int | None = None) -> VideoFile | None:
     """None where it is no video. Raises ImageError where it is one that cannot be read."""
     if isinstance(image, Image.Image | np.ndarray):
         return None
     content = content_of(image)
-    return VideoFile(content, name) if is_video(content) else None
+    return VideoFile(content, name, arrival) if is_video(content) else None
 
 
 class VideoFile:
     """A video whose frames are read in order, best; threads may share it."""
 
-    def __init__(self, content: str | io.BytesIO, name: str) -> None:
+    def __init__(self, content: str | io.BytesIO, name: str, arrival: int | None = None) -> None:
         """`content` is a path, or what such a file holds; `name` is for messages.
+
+        Of several, those are decoded first whose `arrival`, from CORES, came first; None: now.
 
         Raises:
             ImageError: PyAV is missing, there is no video in it, or it is broken.
         """
         self.name = name
         self._content = content
+        self._arrival = CORES.arrive() if arrival is None else arrival
         self._lock = threading.Lock()
         self._frames: Generator[Any] | None = None  # of the decoder
         self._position = -1  # of the frame that it gave last
@@ -75,8 +78,9 @@ class VideoFile:
         self._threads = 1  # of the open decoder
         self._stamps: list[int]  # of each frame, in the file's unit of time
         self._keys: list[int]  # frames that decoding can start at, the first one always
-        self.rate, self.times = self._scan()
-        self.height, self.width = self._first_size()  # upright
+        with CORES.turn(self._arrival):
+            self.rate, self.times = self._scan()
+            self.height, self.width = self._first_size()  # upright
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +96,7 @@ class VideoFile:
         They ascend, and may repeat. Goes on where the last call ended, or from the start of the
         file for what lies before that. Raises ImageError where a frame cannot be had.
         """
-        with self._lock, _explaining(self.name):
+        with self._lock, _explaining(self.name), CORES.turn(self._arrival):
             for place, index in enumerate(indices):
                 take(place, self._frame(index))
             if self.wanted and indices[-1] == self.wanted[-1]:
@@ -144,7 +148,7 @@ class VideoFile:
         wanted = None
         if self._skipping:
             wanted = {self._stamps[index] for index in (start, *self.wanted)}
-        with _cores.share() as self._threads:
+        with CORES.share() as self._threads:
             if start:
                 stamp = self._stamps[start]
                 with _open(self._content) as container:
@@ -220,35 +224,6 @@ def _starts(stamps: list[int | None], keys: list[int | None]) -> tuple[list[int]
         return [], [0]
     places = {stamp: place for place, stamp in enumerate(known)}
     return known, sorted(places[key] for key in keys if key is not None)
-
-
-class _Cores:
-    """Those of this process, for its open decoders.
-
-    Several clips at once, with a thread each, take less work than one clip with many: on 1080p
-    H.264 a frame costs 10 to 25% more where threads share it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._decoders = 0  # that are open now
-
-    @contextmanager
-    def share(self) -> Iterator[int]:
-        """How many threads one more decoder gets."""
-        with self._lock:
-            self._decoders += 1
-            affinity = getattr(os, "sched_getaffinity", None)
-            cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-            threads = min(-(-cores // self._decoders), _MOST_THREADS)
-        try:
-            yield threads
-        finally:
-            with self._lock:
-                self._decoders -= 1
-
-
-_cores = _Cores()
 
 
 def _frames(container: Any, threads: int, wanted: Set[int] | None = None) -> Generator[Any]:
