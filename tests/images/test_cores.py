@@ -32,8 +32,11 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Cores:
 
 def wait_for_line(cores: Cores, length: int) -> None:
     with cores._changed:
-        while len(cores._line) < length:
+        for _ in range(100 * PATIENCE):
+            if len(cores._line) >= length:
+                return
             cores._changed.wait(0.01)
+    pytest.fail(f"{len(cores._line)} wait or decode, not {length}")
 
 
 def test_who_came_first_is_next(cores: Cores) -> None:
