@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -391,3 +393,21 @@ def test_a_stop_ends_whoever_waits() -> None:
         assert list(pipeline) == []  # a batch is never full here
         thread.join(10)
     assert refused and not thread.is_alive()
+
+
+def test_items_are_begun_in_their_order_however_threads_wake() -> None:
+    begun: list[int] = []
+
+    def prepare(item: int) -> Any:
+        begun.append(item)
+        return SimpleNamespace(nbytes=1)
+
+    with (
+        Window[int, int](prepare, workers=1, most_items=4, most_bytes=100) as window,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        second = threads.submit(window._prepare_in_turn, 1, 1)
+        wait([second], 0.1)
+        threads.submit(window._prepare_in_turn, 0, 0).result()
+        second.result()
+    assert begun == [0, 1]

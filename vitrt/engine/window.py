@@ -29,7 +29,7 @@ class Window(Generic[K, I]):
         self._pool = ThreadPoolExecutor(workers, "vitrt-decode")
         self._changed = threading.Condition()
         self._items: deque[tuple[K, Future[Prepared]]] = deque()
-        self._submitted = self._taken = 0
+        self._submitted = self._begun = self._taken = 0
         self._bytes = 0  # prepared and waiting
         self._closed = self._paused = False
         self.failure: BaseException | None = None  # of what submits
@@ -120,9 +120,14 @@ class Window(Generic[K, I]):
 
     def _prepare_in_turn(self, item: I, number: int) -> Prepared:
         with self._changed:
-            # The item that is to be taken next is always let in, however large.
-            while self._bytes >= self._most_bytes and number != self._taken and not self.stopped:
+            # In order: threads wake in none, and what is begun first is wanted first. The item that
+            # is to be taken next is always let in, however large.
+            while not self.stopped and (
+                number != self._begun or (self._bytes >= self._most_bytes and number != self._taken)
+            ):
                 self._changed.wait(_IDLE)
+            self._begun += 1
+            self._changed.notify_all()
         if self.stopped:
             raise RuntimeError("stopped")  # nobody takes it
         image = self._prepare(item)
