@@ -84,7 +84,7 @@ def test_ranks_share_one_long_clip(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     Image.new("RGB", (90, 60), "red").save(folder / "still.png")
     limits = ["--fps", "25"]
     for bound in ("--video-min-pixels", "--video-max-pixels"):
-        limits += [bound, str(96 * 400 * 500)]
+        limits += [bound, str(96 * 560 * 560)]  # 90 MB: more than a worker decodes whole
     code, said = run_ranks(2, *command(tiny_qwen3_vl, folder, tmp_path / "two"), *limits, "-v")
     assert code == 0, said
     assert "of long.mp4 for another rank" in said

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from vitrt.engine.pipeline import Pipeline
@@ -121,13 +122,14 @@ def prepare_with(
     prepare: Callable[..., Prepared], *, shared: bool = False
 ) -> Callable[[Record], Prepared]:
     """What an image processor's `prepare` makes of a record; `shared` as that takes it."""
+    whole = partial(prepare, shared=True) if shared else prepare
 
     def prepare_record(record: Record) -> Prepared:
         if record.problem is not None:
             raise ImageError(f"{record.id}: {record.problem}")
         if isinstance(record, ClipPart):
             return prepare(record.load(), name=record.id, span=record.span)
-        return prepare(record.load(), name=record.id, shared=shared)
+        return whole(record.load(), name=record.id)
 
     return prepare_record
 
