@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from gemm_products import LAYERS, SPLIT_MAX_ROWS, SPLIT_TILES, TILES, Layer  # noqa: E402
 from gemm_selection import summary, write_table  # noqa: E402
+from graph_timing import graph_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from vitrt.bench.timing import mark, milliseconds  # noqa: E402
@@ -120,16 +121,7 @@ class Timer:
 
     def __init__(self, step: Callable[[int], Any], calls: int) -> None:
         self.calls = calls
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step(0)
-            step(1)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=graph_pool(), stream=stream):
-            for index in range(calls):
-                step(index)
+        self.graph = graph_of(step, calls, graph_pool())
         self.graph.replay()
         self.first = self.measure(1)
 

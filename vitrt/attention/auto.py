@@ -88,10 +88,10 @@ class _Preference:
 # 1296: 307 and 317 against 246 and 266; 16 x 3080: 423 and 514 against 411 and 464; 1 x 16384: 479
 # and 533 against 441 and 492; only at 32 x 1296 it is 2% behind), they are level at 480 to 784, and
 # FA3 leads below (162 x 256: 134 and 157 against 93 and 112).
-#   Small ones wait for launches. In microseconds inside a graph, RoPE and FA3's planning included,
-# FA3, our flash kernel and our short one (scripts/tune/few_rows.py): 1 x 16 12.0, 5.3 and 3.5; 1 x
-# 64 12.2, 5.8 and 5.3; 1 x 196 16.0, 9.6 and 11.8; 1 x 576 20.6, 16.3 and 34; 8 x 256 31, 19.5 and
-# 34. At 1 x 768 FA4 takes 21.4, our flash kernel 20.3.
+#   Small ones wait for launches. In microseconds inside a graph, the mean of both head sizes, with
+# RoPE and FA3's planning: FA3, our flash kernel and our short one (scripts/tune/few_rows.py). 1 x
+# 16: 12.0, 5.3 and 3.5; 1 x 64: 12.2, 5.8 and 5.3; 1 x 196: 16.0, 9.6 and 11.8; 1 x 576: 20.6, 16.3
+# and 34; 8 x 256: 31, 19.5 and 34. At 1 x 768 FA4 takes 21.4, our flash kernel 20.3.
 #   Rows for other GPUs follow from what the packages are made for, not from measurements.
 _SHORT = Rule("short", most=64)
 _REST = (Rule("triton"), Rule("fa2"), Rule("sdpa"))
