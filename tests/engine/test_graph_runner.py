@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.graph_runner import GraphRunner, _Recording
 from vitrt.engine.recording import _Recorder
 from vitrt.engine.request import Request
+from vitrt.layers.side_stream import SideStream
 from vitrt.models.packed_plan import PlanLayout, pack_plan, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.parallel.context import ParallelContext
@@ -77,6 +80,65 @@ def test_padding_is_inert(folder: Path, grids):
         torch.testing.assert_close(
             padded.deepstack[:, :tokens], exact.deepstack, rtol=1e-5, atol=1e-5
         )
+
+
+class LateStream:
+    """A side stream that is as late as one may be."""
+
+    def __init__(self) -> None:
+        self.left: list[partial[object]] = []
+
+    def run(self, work: Callable[[Tensor], object], x: Tensor) -> None:
+        self.left.append(partial(work, x))
+
+    def __enter__(self) -> LateStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for work in self.left:
+            work()
+
+
+def test_what_runs_beside_the_blocks_may_be_late(folder: Path):
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    runner = cpu_runner(encoder)
+    plan = encoder.tower.plan([(2, 6, 10), (1, 2, 2)])
+    layout = PlanLayout.exact(plan)
+    views = view_plan(
+        pack_plan(plan, layout, origins=None, pinned=False), layout, plan, padded=False
+    )
+    patches = torch.randn(plan.num_patches, encoder.config.patch_dim)
+    late = LateStream()
+    got = runner.forward(patches, views, runner.attention, beside=cast("SideStream", late))
+    want = runner.forward(patches, views, runner.attention)
+    assert torch.equal(got.embeddings, want.embeddings)
+    if want.deepstack is None:
+        assert not late.left
+    else:
+        assert len(late.left) == len(want.deepstack)
+        assert torch.equal(got.deepstack, want.deepstack)
+
+
+@pytest.mark.parametrize(("capturable", "tp_size"), [(True, 1), (False, 1), (True, 2)])
+def test_only_whole_graphs_of_one_rank_have_work_beside(
+    runner: GraphRunner, monkeypatch: pytest.MonkeyPatch, capturable: bool, tp_size: int
+):
+    """What ends a graph in its middle, or sums over ranks, has nothing beside it."""
+    beside = LateStream()
+    monkeypatch.setattr(FakePool, "beside", beside)
+    monkeypatch.setattr(type(runner.attention.full), "capturable", capturable)
+    runner.parallel = replace(runner.parallel, tp_size=tp_size)
+    monkeypatch.setattr(ParallelContext, "agree_max", lambda self, value: value)
+    given = []
+    forward = runner.forward
+
+    def watched(*arguments: Any) -> Any:
+        given.append(arguments[-1])
+        return forward(*arguments[:-1])
+
+    monkeypatch.setattr(runner, "forward", watched)
+    runner.warmup([64])
+    assert given and set(given) == {beside if capturable and tp_size == 1 else None}
 
 
 def test_a_plan_that_does_not_fit_is_refused(folder: Path):

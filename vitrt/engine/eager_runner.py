@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from vitrt.attention import AttentionChoice, BatchAttention
 from vitrt.engine.batch import Batch
 from vitrt.engine.request import TOKENS, Request
 from vitrt.layers.cache import ByteCache
+from vitrt.layers.side_stream import SideStream
 from vitrt.models.packed_plan import DevicePlan, PlanLayout, pack_plan, view_plan
 from vitrt.models.plan import ForwardPlan
 from vitrt.models.tower import TowerOutput, VisionTower
@@ -112,6 +114,10 @@ class EagerRunner:
         plan: DevicePlan,
         attention: AttentionChoice,
         request: Request = TOKENS,
+        beside: SideStream | None = None,
     ) -> TowerOutput:
-        with torch.no_grad():  # not inference mode: adapters are trained on what comes out
-            return self.tower(patches, plan, attention, request.layers, merged=request.merged)
+        # Not inference mode: adapters are trained on what comes out.
+        with torch.no_grad(), beside or nullcontext():
+            return self.tower(
+                patches, plan, attention, request.layers, merged=request.merged, beside=beside
+            )

@@ -2,7 +2,8 @@
 
 Intermediates of all graphs lie in one pool of the allocator: replays follow each other, so each may
 overwrite what the last one left. The pool grows to what the largest recording needs. It is tied to
-one stream, because the allocator never hands a block that one stream used to another.
+one stream and one beside it, because the allocator never hands a block that one stream used to
+another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from vitrt.engine.recording import Pieces
+from vitrt.layers.side_stream import SideStream
 
 _MOST_OF_A_GRAPH = 32 << 20  # bytes; those of a released tower's forward take about 4 MiB
 
@@ -25,13 +27,15 @@ class GraphPool:
         self.handle: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.nbytes = 0  # of the pool; graphs' own bytes come on top
-        with torch.cuda.stream(self.stream):
-            # Each stream has workspaces of the matrix library, made at its first products. Made
-            # while a graph is recorded, they would lie in its pool.
-            operand = torch.zeros(64, 64, dtype=dtype, device=device)
-            torch.addmm(operand[0], operand, operand)
-            torch.mm(operand, operand)
-        self.stream.synchronize()
+        self.beside = SideStream(device)
+        for stream in (self.stream, self.beside.stream):
+            with torch.cuda.stream(stream):
+                # Each stream has workspaces of the matrix library, made at its first products. Made
+                # while a graph is recorded, they would lie in its pool.
+                operand = torch.zeros(64, 64, dtype=dtype, device=device)
+                torch.addmm(operand[0], operand, operand)
+                torch.mm(operand, operand)
+            stream.synchronize()
 
     def record(self, record: Callable[[Any, torch.cuda.Stream], Pieces]) -> tuple[Pieces, int, int]:
         """What `record(handle, stream)` made, the bytes of the pool, and those of the graph itself.

@@ -10,5 +10,6 @@ __all__ = [
     "norm",
     "patch",
     "rotary",
+    "side_stream",
     "weights",
 ]

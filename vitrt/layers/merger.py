@@ -53,9 +53,10 @@ class DeepstackMerger(PatchMerger):
         self.norm_name = names[0]
         self.norm = LayerNorm(self.joined)
 
-    def forward(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hidden states [T, D], float32 -> [M, O]."""
-        return super().forward(self.norm(residual.view(-1, self.joined)), out)
+    def normed(self, residual: Tensor) -> Tensor:
+        """Hidden states [T, D], float32 -> what `forward` takes, [M, D * merge^2]."""
+        normed: Tensor = self.norm(residual.view(-1, self.joined))
+        return normed
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield from self.norm.weight_targets(prefix + self.norm_name)

@@ -8,6 +8,7 @@ Shapes: T patches, D width, M merged tokens, O output width, L deepstack levels.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import isqrt
 from typing import cast
 
@@ -18,6 +19,7 @@ from vitrt.config import VisionConfig
 from vitrt.kernels.pos_embed import add_position_embedding_
 from vitrt.layers.merger import DeepstackMerger
 from vitrt.layers.mlp import GeluTanhMLP
+from vitrt.layers.side_stream import SideStream
 from vitrt.layers.weights import WeightTarget, whole
 from vitrt.models.packed_plan import DevicePlan
 from vitrt.models.plan import FramePlan, position_taps
@@ -61,10 +63,19 @@ class Qwen3VLVisionTower(VisionTower):
         levels, tokens = len(self.deepstack_mergers), len(patches) // self.config.merge_unit
         return patches.new_empty(levels, tokens, self.config.out_hidden_size) if levels else None
 
-    def tap_(self, index: int, residual: Tensor, deepstack: Tensor) -> None:
-        if index in self.config.deepstack_visual_indexes:
-            level = self.config.deepstack_visual_indexes.index(index)
-            self.deepstack_merger(level)(residual, out=deepstack[level])
+    def tap_(
+        self, index: int, residual: Tensor, deepstack: Tensor, beside: SideStream | None
+    ) -> None:
+        if index not in self.config.deepstack_visual_indexes:
+            return
+        level = self.config.deepstack_visual_indexes.index(index)
+        merger = self.deepstack_merger(level)
+        merge = partial(merger, out=deepstack[level])
+        normed = merger.normed(residual)  # before the next block adds to it
+        if beside is None:
+            merge(normed)
+        else:
+            beside.run(merge, normed)
 
     def weight_targets(self) -> Iterator[WeightTarget]:
         yield from super().weight_targets()

@@ -24,6 +24,7 @@ from vitrt.layers.mlp import MLP
 from vitrt.layers.norm import LayerNorm, Norm, RMSNorm
 from vitrt.layers.patch import PatchEmbed
 from vitrt.layers.rotary import RotaryPosMixin
+from vitrt.layers.side_stream import SideStream
 from vitrt.layers.weights import WeightTarget
 from vitrt.models.block import VisionBlock
 from vitrt.models.packed_plan import DevicePlan
@@ -96,7 +97,9 @@ class VisionTower(RotaryPosMixin, nn.Module):
         """Memory for what `tap_` writes, [L, M, O]; None for a tower that taps no layer."""
         return None
 
-    def tap_(self, index: int, residual: Tensor, deepstack: Tensor) -> None:
+    def tap_(
+        self, index: int, residual: Tensor, deepstack: Tensor, beside: SideStream | None
+    ) -> None:
         """Write the deepstack level that is taken after layer `index`, if one is."""
 
     # Host
@@ -131,11 +134,13 @@ class VisionTower(RotaryPosMixin, nn.Module):
         keep_hidden: Sequence[int] = (),
         *,
         merged: bool = True,
+        beside: SideStream | None = None,
     ) -> TowerOutput:
         """The output for `patches` [T, P] in the plan's order.
 
         `keep_hidden` asks for the hidden states after those layers; without `merged` they are all
-        that comes out, and the last one ends the forward.
+        that comes out, and the last one ends the forward. What no block waits for goes `beside`,
+        inside whose `with` block this is called.
         """
         rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
         deepstack = self.new_deepstack(patches) if merged else None
@@ -151,7 +156,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
             block, next_norm = self.block(index), self.norm_behind(index)
             normed = block(residual, normed, rotary, segments, backend, next_norm)
             if deepstack is not None:
-                self.tap_(index, residual, deepstack)
+                self.tap_(index, residual, deepstack, beside)
             if index in keep_hidden:
                 hidden[index] = residual.to(patches.dtype, copy=True)
         kept = tuple(hidden[index] for index in keep_hidden)
