@@ -71,22 +71,37 @@ def test_every_shape_that_is_tried_is_right(tune):
         torch.testing.assert_close(shares.sum(dim=0), x @ weight.t(), rtol=1e-5, atol=2e-5)
 
 
+def test_one_tile_is_the_cheapest_over_all_rows(tune):
+    one = tune("one_tile")
+    few = {"mm": 10.0, "quack 128x96p1x1": 11.0, "quack 128x192p1x1": 14.0}
+    many = {"mm": 90.0, "quack 128x96p1x1": 99.0, "quack 128x192p1x1": 80.0}
+    few |= {"quack 128x128p1x1/2": 10.0, "quack 64x128p1x1": 10.0}  # in parts; at few rows alone
+    many |= {"quack 128x128p1x1/2": 80.0}
+    tile, cost = one.cheapest_tile([few, many])
+    assert str(tile) == "128x96p1x1" and cost == pytest.approx((11 / 10 + 99 / 80) / 2)
+
+
 def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
     selection = tune("gemm_selection")
     path = tmp_path / "table.json"
     shutil.copy(TUNE.parents[1] / "vitrt/kernels/gemm_tables/h200.json", path)
     before = json.loads(path.read_text())
+    first = next(e for e in before["products"] if (e["kind"], e["n"]) == ("gelu_tanh", 4304))
+    facts = {key: value for key, value in before.items() if key != "products"}
+    selection.write_products(path, facts, [first | {"one_tile": "128x96p1x1"}, *before["products"]])
     products = {"quick_gelu 5120 1280": {"64": {"mm": 5.0, "quack 128x128p1x1": 4.0}}}
     products["gelu_tanh 4304 1152"] = {"64": {"addmm": 1.0, "mm": 2.0}}
     products["residual 1152 1152"] = {"64": {"mm": 1.0}, "128": {"mm": 1.0}}
     products["residual 1024 1024"] = {"128": {"mm": 1.0}, "256": {"mm": 1.0}}  # 192 has shares
-    facts = {key: value for key, value in before.items() if key != "products"}
     selection.write_table(path, facts | {"products": products}, 0.01)
 
     def by_product(table: dict[str, Any]) -> dict[tuple[Any, ...], Any]:
         return {selection._product(entry): entry["rows"] for entry in table["products"]}
 
-    was, now = by_product(before), by_product(json.loads(path.read_text()))
+    after = json.loads(path.read_text())
+    kept = [entry.get("one_tile") for entry in after["products"]]
+    assert "128x96p1x1" in kept
+    was, now = by_product(before), by_product(after)
     assert [row["use"] for row in now["quick_gelu", 5120, 1280, None]] == ["quack 128x128p1x1"]
     assert len(now["gelu_tanh", 4304, 1152, None]) == 1
     uses = [row["use"] for row in now["residual", 1152, 1152, None]]

@@ -65,7 +65,7 @@ def write_table(path: Path, raw: dict[str, Any], slack: float) -> list[dict[str,
     """The table at `path` with the products that `raw` has; returns these.
 
     Those that it had and `raw` has not stay, e4m3's among them, and so do shares of K, which
-    few_rows.py measures. ValueError where it is another device's.
+    few_rows.py measures, and one_tile.py's tiles. ValueError where it is another device's.
     """
     products = list(entries(raw, slack))
     kept = []
@@ -82,7 +82,12 @@ def write_table(path: Path, raw: dict[str, Any], slack: float) -> list[dict[str,
             for row in entry["rows"]
             if row["use"].startswith("split")
         }
+        one_tiles = {
+            _product(entry): entry["one_tile"] for entry in table["products"] if "one_tile" in entry
+        }
         for entry in products:
+            if _product(entry) in one_tiles:
+                entry["one_tile"] = one_tiles[_product(entry)]
             rows = {row["m"]: row for row in entry["rows"]}
             for (product, m), use in splits.items():
                 if product == _product(entry):

@@ -68,6 +68,10 @@ def test_one_tile_for_every_number_of_rows():
     """That of many rows, and never one that adds up K in parts."""
     assert table().one_tile(Product("bias", 512, 256)) == Tile(128, 160, True, 1, 1)
     assert table().one_tile(Product("residual", 512, 256)) is None
+    entry = {"kind": "bias", "n": 512, "k": 256, "one_tile": "128x96p1x1"}
+    rows = [{"m": 8192, "use": "quack 128x160p1x1"}]
+    content = {"device": "NVIDIA H100", "capability": [9, 0], "products": [entry | {"rows": rows}]}
+    assert Table.parse(content).one_tile(Product("bias", 512, 256)) == Tile(128, 96, True, 1, 1)
 
 
 @pytest.mark.parametrize("quack", [True, False])

@@ -125,18 +125,19 @@ class Table:
     device: str
     capability: tuple[int, int]
     choices: dict[Product, list[tuple[int, Choice]]] = field(default_factory=dict)
+    one_tiles: dict[Product, Tile] = field(default_factory=dict)  # as scripts/tune/one_tile.py says
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> Table:
         """From the JSON that scripts/tune/gemm.py writes."""
-        choices = {
-            Product(entry["kind"], entry["n"], entry["k"], entry.get("operands", "half")): sorted(
-                (row["m"], Choice.parse(row["use"])) for row in entry["rows"]
-            )
-            for entry in content["products"]
-        }
+        choices, one_tiles = {}, {}
+        for entry in content["products"]:
+            product = Product(entry["kind"], entry["n"], entry["k"], entry.get("operands", "half"))
+            choices[product] = sorted((row["m"], Choice.parse(row["use"])) for row in entry["rows"])
+            if "one_tile" in entry:
+                one_tiles[product] = Tile.parse(entry["one_tile"])
         major, minor = content["capability"]
-        return cls(content["device"], (major, minor), choices)
+        return cls(content["device"], (major, minor), choices, one_tiles)
 
     def choice(self, product: Product, m: int) -> Choice | None:
         """The measured choice nearest in M; None where nothing of this kind was measured."""
@@ -156,7 +157,11 @@ class Table:
         return sorted({tile for tile in used if tile is not None})
 
     def one_tile(self, product: Product) -> Tile | None:
-        """The tile for every M: that of many rows, each sum in one piece. None without one."""
+        """The tile for every M, each sum in one piece: the one measured to suit all, else that of
+        many rows. None without one.
+        """
+        if product in self.one_tiles:
+            return self.one_tiles[product]
         rows = [
             (m, choice.tile)
             for m, choice in self._nearest(product)
