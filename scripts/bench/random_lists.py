@@ -113,10 +113,13 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.tiny else "cuda")
     with torch.inference_mode():
-        found = [run(model, arguments, device) for model in arguments.models.split(",")]
-    if arguments.json is not None:
-        where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        arguments.json.write_text(json.dumps({"device": where, "models": found}, indent=1) + "\n")
+        found = []
+        for model in arguments.models.split(","):
+            found.append(run(model, arguments, device))
+            if arguments.json is not None:  # after each: a run may end before the last one does
+                where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+                content = {"device": where, "models": found}
+                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
