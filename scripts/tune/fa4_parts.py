@@ -225,7 +225,12 @@ def narrow_product(
 def compiling(variant: Variant, head_dim: int, processors: int) -> Iterator[None]:
     """What is compiled inside is `variant`."""
     base = DirectOutput if variant.persistent else FlashAttentionForwardSm90
-    chosen = type("Chosen", (base,), {"head_size": head_dim})
+    settled: dict[str, Any] = {"head_size": head_dim}
+    if variant.turns is not None:
+        settled["use_scheduler_barrier"] = property(
+            lambda self: variant.turns, lambda self, value: None
+        )
+    chosen = type("Chosen", (base,), settled)
 
     def kernel(*args: Any, **kwargs: Any) -> FlashAttentionForwardSm90:
         return chosen(*args, **{**kwargs, "num_stages": variant.stages})
