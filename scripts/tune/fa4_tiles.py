@@ -103,6 +103,8 @@ def run_all(folder: Path, names: list[str], until: float) -> dict[str, Any]:
                 found["checked"][line["checked"]] = line
             if "timed" in line:
                 found["timed"][line["timed"]] = line["us"]
+                rounded = {name: round(us, 1) for name, us in line["us"].items()}
+                print(f"microseconds of {line['timed']}: {rounded}", flush=True)
             if str(line.get("say", "")).startswith("no time"):
                 print(line["say"], flush=True)
         complaint = process.stderr.read() if process.stderr else ""

@@ -17,7 +17,7 @@ _PARTS = (
     *("192x144s+pers", "192x144s+lazy", "192x144s+lazy+pers", "192x144s+lazy+poly4"),
     *("192x112r+pers", "192x112r+lazy", "192x112r+lazy+poly4", "192x112r+lazy+poly8"),
     *("192x112r+lazy+pers", "192x112r+lazy+poly8+pers", "192x96r+lazy+pers"),
-    *("192x144rn+pers", "192x144rn+lazy", "192x144rn+lazy+pers", "192x160rn+lazy+pers"),
+    *("192x144rn+lazy", "192x144rn+lazy+pers", "192x160rn+lazy+pers"),
     *("128x176r+lazy+pers", "128x208r+lazy+poly4+pers"),
 )
 _NARROW = (
