@@ -192,6 +192,26 @@ def test_memory_made_in_inference_mode_can_be_written_outside(
     load(runner, plan, batch)
 
 
+def test_a_plan_that_lies_there_is_not_copied_again(folder: Path):
+    runner = cpu_runner(VisionEncoder.from_pretrained(folder, device="cpu"))
+    plans = [runner.tower.plan([(1, side, side)]) for side in (4, 6)]
+    layouts = [PlanLayout.bucket(plan, 64, 8) for plan in plans]
+    packed = [
+        pack_plan(plan, layout, origins=None, pinned=False)
+        for plan, layout in zip(plans, layouts, strict=True)
+    ]
+
+    def load(index: int) -> Tensor:
+        _, buffer = runner._inputs.load(64, packed[index], layouts[index], plans[index], None)
+        return buffer[: packed[index].numel()]
+
+    for index in (0, 1, 0):
+        assert torch.equal(load(index), packed[index])
+    load(0).fill_(-1)
+    assert (load(0) == -1).all()
+    assert torch.equal(load(1), packed[1]) and torch.equal(load(0), packed[0])
+
+
 def test_static_inputs_keep_no_history(folder: Path):
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     runner = cpu_runner(encoder)
