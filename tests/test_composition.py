@@ -135,7 +135,7 @@ def test_a_forked_child_gets_an_answer(encoder: VisionEncoder) -> None:
         if threads == 1:
             assert got == pytest.approx(want, rel=1e-5)
         else:
-            assert "made before the process was forked" in got and "spawn" in got
+            assert "made before the process was forked" in str(got) and "spawn" in str(got)
 
 
 class Photos(torch.utils.data.Dataset[torch.Tensor]):

@@ -121,6 +121,31 @@ def test_features_travel_without_their_batch(folder: Path):
         assert torch.equal(other.hidden, features.hidden)
         assert (other.grid_thw, other.layers) == (features.grid_thw, features.layers)
     assert features in [None, features]  # compared by identity, not by tensors
+    for method in (VisionEncoder.encode, VisionEncoder.stream):
+        assert "clone()" in str(method.__doc__)
+
+
+def test_an_image_alone_holds_nothing_else(folder: Path):
+    """Nor do hidden states, which are copied on their way to raster order anyway."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    for images in (photos(1), photos(1) * 4):
+        features = encoder.encode(images, layers=[0, -1])[-1]
+        for name, tensor in features.tensors().items():
+            if len(images) == 1 or name == "hidden":
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+def test_max_batch_tokens_are_patches(folder: Path):
+    """The public name says tokens, and where it is documented, what it counts."""
+    assert "max_batch_tokens: patches per forward" in str(VisionEncoder.from_pretrained.__doc__)
+    assert "patches of one forward" in str(VisionEncoder.max_batch_tokens.__doc__)
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu", max_batch_tokens=64)
+    assert encoder.max_batch_tokens == encoder.engine.max_batch_patches == 64
+    sizes: list[int] = []
+    plan = encoder.tower.plan
+    encoder.tower.plan = lambda grids: sizes.append(plan(grids).num_patches) or plan(grids)
+    encoder.encode(photos(1) * 3)
+    assert max(sizes) <= 64 < sum(sizes)
 
 
 @pytest.mark.parametrize("call", ["encode", "stream"])

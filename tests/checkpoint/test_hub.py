@@ -397,6 +397,16 @@ def test_processor_config_will_do(hub: FakeHub, tmp_path: Path) -> None:
     assert checkpoint.preprocessor_config().patch_size == 16
 
 
+def test_processor_config_comes_first_here_too(hub: FakeHub, tmp_path: Path) -> None:
+    """Of two files that differ, the hub's are read in the order of a folder's."""
+    hub.folder = Path(shutil.copytree(hub.folder, tmp_path / "repo"))
+    data = json.loads((hub.folder / "preprocessor_config.json").read_text())
+    nested = {"image_processor": data | {"image_mean": [0.1, 0.2, 0.3]}}
+    (hub.folder / "processor_config.json").write_text(json.dumps(nested))
+    config = open_checkpoint(hub.repo, weights=False).preprocessor_config()
+    assert config.image_mean == (0.1, 0.2, 0.3) != tuple(data["image_mean"])
+
+
 def test_token_is_sent(hub: FakeHub) -> None:
     hub.token = "secret"
     refused(hub, hub.repo, "no such repository, or it is private", hub.url)

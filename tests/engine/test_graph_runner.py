@@ -412,7 +412,9 @@ def forward(runner: GraphRunner, side: int) -> Tensor:
     return runner.run(plan, PixelValues(values, plan.grids)).embeddings
 
 
-def test_a_working_set_over_the_limit_is_not_recorded_at_every_miss(runner: GraphRunner):
+def test_a_working_set_over_the_limit_is_not_recorded_at_every_miss(
+    runner: GraphRunner, caplog: pytest.LogCaptureFixture
+):
     sides = (8, 12, 14)  # three buckets where two recordings fit
     rounds = 40
     for _ in range(rounds):
@@ -421,6 +423,8 @@ def test_a_working_set_over_the_limit_is_not_recorded_at_every_miss(runner: Grap
     # Recording at every miss would be one for each forward but the first ones.
     assert runner.stats.captures < 3 * 8
     assert runner.stats.eager["evicted before"] > 0 and runner.stats.hits.total() > rounds
+    said = [text for text in caplog.messages if "graph_memory_mib sets the limit" in text]
+    assert 1 <= len(said) <= len(sides)
     before = runner.stats.captures
     for _ in range(rounds):
         for side in sides:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 
+from tests.support.pipes import make_pipe
 from vitrt import Pixels
 from vitrt.images.decode import check_images, size_of
 from vitrt.images.inputs import ImageError
@@ -117,7 +118,7 @@ def test_aspect_ratio_over_200(tmp_path: Path, height: int, width: int) -> None:
     assert_refused(photo(height, width), "PIL image", "at most 200")
 
 
-def test_things_that_are_no_files(tmp_path: Path) -> None:
+def test_things_that_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.jpg").mkdir()
     assert_refused(tmp_path / "folder.jpg", "folder.jpg", "directory")
     assert_refused(tmp_path / "missing.jpg", "missing.jpg", "No such file")
@@ -125,7 +126,7 @@ def test_things_that_are_no_files(tmp_path: Path) -> None:
     assert_refused(tmp_path / "dangling.jpg", "dangling.jpg", "No such file")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     assert_refused(tmp_path / "loop.jpg", "loop.jpg", "symbolic links")
-    os.mkfifo(tmp_path / "pipe.jpg")  # opening it would never return
+    make_pipe(tmp_path / "pipe.jpg", monkeypatch)
     assert_refused(tmp_path / "pipe.jpg", "pipe.jpg", "not a regular file")
     with pytest.raises(OSError, match="not a regular file"):
         size_of(tmp_path / "pipe.jpg")

@@ -187,7 +187,7 @@ def test_the_folder_is_free_again_where_ranks_do_not_meet(
     for rank in (0, 1):
         ranks = Broken()
         ranks.rank = rank
-        with pytest.raises(PeerFailedError):
+        with pytest.raises(PeerFailedError) as caught:
             encode_folder(
                 open_checkpoint(tiny_qwen3_vl),
                 RuntimeConfig(device="cpu"),
@@ -198,8 +198,9 @@ def test_the_folder_is_free_again_where_ranks_do_not_meet(
                 stop=Stop(),
                 ranks=ranks,
             )
+        assert not list((tmp_path / "features").glob(".lock-*.json")), "of a lock that is held"
         with FolderLock(tmp_path / "features", rank):
-            pass
+            assert caught.tb is not None  # whose frames hold whatever was left to them
 
 
 def test_ranks_that_cannot_be_arranged(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tests.support import parallel_program
 from tests.support.checkpoints import CONFIGS, FAMILIES, reference_tower, tiny_checkpoint
+from tests.support.pipes import make_pipe
 from tests.support.ranks import ROOT, run_ranks
 from vitrt import ImageError, ParallelContext, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
@@ -119,9 +119,11 @@ def test_shares_of_little_or_nothing():
     assert divide([(1, 4, 4)], [1.0], 2) in ([[Piece(0, 0, 1)], []], [[], [Piece(0, 0, 1)]])
 
 
-def test_a_pipe_in_a_shared_list_is_the_error_of_its_rank(tiny_qwen3_vl: Path, tmp_path: Path):
+def test_a_pipe_in_a_shared_list_is_the_error_of_its_rank(
+    tiny_qwen3_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Opening one would wait for ever, on every rank: they plan from what files say."""
-    os.mkfifo(tmp_path / "pipe.png")
+    make_pipe(tmp_path / "pipe.png", monkeypatch)
     image = parallel_program.images()[0]
     encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
     shared = [image, image, tmp_path / "pipe.png"]
