@@ -102,7 +102,7 @@ def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
 
     after = json.loads(path.read_text())
     one_tiles = [
-        {selection._product(entry): entry.get("one_tile") for entry in table["products"]}
+        {selection._product(e): e["one_tile"] for e in table["products"] if "one_tile" in e}
         for table in (before, after)
     ]
     assert one_tiles[0] == one_tiles[1] and one_tiles[1]["gelu_tanh", 4304, 1152, None]
