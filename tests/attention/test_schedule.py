@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.attention_cases import dense_reference, make_segments, no_rotary
-from vitrt import VisionEncoder
+from vitrt import VisionEncoder, kernels
 from vitrt.attention import AttentionChoice, Schedule, fa4, get_backend, usable
 from vitrt.attention.last_wave import (
     MOST_ENTRIES,
@@ -203,6 +205,18 @@ def test_kernels_of_a_schedule_are_loaded_with_the_model(
     assert not encoder.stats().eager
 
 
+def test_kernels_of_lists_are_loaded_with_the_model(
+    encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as persistent blocks, which a single image does not run."""
+    backend = Scheduling()
+    monkeypatch.setattr(backend, "whole_rows", lambda n: [0] * 5 if len(n) == 5 else None)
+    monkeypatch.setattr("tests.attention.test_schedule.MOST_ENTRIES", 400)
+    encoder.engine.runner.attention = AttentionChoice(backend, SdpaBackend())
+    encoder.engine.load_kernels()
+    assert backend.seen and {len(whole) for whole, _ in backend.seen} == {5}
+
+
 @pytest.mark.parametrize("grids", [[(1, 8, 8)], [(1, 2, 6)] * 5], ids=str)
 def test_a_batch_without_a_schedule(encoder: VisionEncoder, grids: Any) -> None:
     """Whole tiles, and more segments than this backend plans for."""
@@ -323,6 +337,112 @@ def flash_attn_4(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(fa4, "is_hopper", lambda device: True)
     monkeypatch.setattr(fa4, "processors", lambda device: 132)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "even"),
+    [
+        ([1296] * 32, True),
+        ([3080] * 16, True),
+        ([4 * (8 + i) * (20 - i) for i in range(16)], True),  # 640 to 784
+        ([800] * 5, True),
+        ([16384, *[256] * 60], True),
+        ([4096, 1024] * 8, False),
+        ([1024, 8192] * 3, False),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_persistent_blocks_run_even(lengths: list[int], even: bool) -> None:
+    assert fa4.runs_even(tuple(lengths), 16, 132) == even
+
+
+def test_persistent_blocks_are_little_behind_the_hardwares_order() -> None:
+    """Where they are taken, against a block that goes to whichever processor is free first."""
+    draw = random.Random(0)
+    behind = []
+    for _ in range(200):
+        images = range(draw.randint(5, 40))
+        lengths = [4 * draw.randint(4, 64) * draw.randint(4, 64) for _ in images]
+        if not fa4.runs_even(tuple(lengths), 16, 132):
+            continue
+        costs = [n + 256 for n in lengths for _ in range(-(-n // 192) * 16)]
+        free = [0] * 132
+        for cost in costs:
+            heapq.heapreplace(free, free[0] + cost)
+        behind.append(max(sum(costs[first::132]) for first in range(132)) / max(free))
+    assert len(behind) > 100
+    assert sum(behind) / len(behind) < 1.02 and max(behind) < 1.08
+
+
+class OwnParts(ModuleType):
+    """In place of kernels/fa4_hopper.py."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("vitrt.kernels.fa4_hopper")
+        self.error = error
+        self.calls: list[bool] = []
+
+    def forward(self, *, persistent: bool, processors: int) -> Any:
+        assert processors == 132
+        if self.error is not None:
+            raise self.error
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+            assert options["seqused_q"] is None or not persistent
+            self.calls.append(persistent)
+
+        return attend
+
+
+def own_parts(monkeypatch: pytest.MonkeyPatch, parts: OwnParts, release: str = "4.0.0b36") -> None:
+    monkeypatch.setattr(fa4.metadata, "version", lambda name: release)
+    monkeypatch.setitem(sys.modules, parts.__name__, parts)
+    monkeypatch.setattr(kernels, "fa4_hopper", parts, raising=False)
+
+
+def attend_twice(backend: fa4.FlashAttention4, head_dim: int) -> list[str | None]:
+    """One batch for each kernel; the keys of their schedules."""
+    keys = []
+    for lengths in ([1600], [1296] * 6, [4096, 1024] * 4):
+        schedule = backend.schedule(lengths, 16)
+        segments = make_segments(lengths)
+        if schedule is not None:
+            arrays = (torch.from_numpy(a) for a in (schedule.work, schedule.per_segment))
+            segments = replace(segments, schedule=ScheduleTensors(*arrays))
+        qkv = torch.zeros(sum(lengths), 3, 16, head_dim)
+        backend(qkv, segments, no_rotary(1, head_dim))
+        keys.append(None if schedule is None else str(schedule.key))
+    return keys
+
+
+@pytest.mark.parametrize("head_dim", [72, 80])
+def test_fa4_runs_with_our_parts(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    theirs: list[dict[str, Any]] = []
+    flash_attn_4(monkeypatch, theirs)
+    parts = OwnParts()
+    own_parts(monkeypatch, parts)
+    monkeypatch.setattr(fa4, "tail_attention", lambda qkv, tail, out: out)
+    backend = fa4.FlashAttention4(torch.device("cuda"), head_dim)
+    assert attend_twice(backend, head_dim) == ["last wave", "persistent", None]
+    assert parts.calls == [False, True, False] and not theirs
+
+
+@pytest.mark.parametrize("why", ["release", "head size", "import", "attribute"])
+def test_fa4_runs_without_our_parts_where_they_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    theirs: list[dict[str, Any]] = []
+    flash_attn_4(monkeypatch, theirs)
+    errors = {"import": ImportError("cutlass.cute"), "attribute": AttributeError("rescale_O")}
+    release = "4.0.0b37" if why == "release" else "4.0.0b36"
+    own_parts(monkeypatch, OwnParts(errors.get(why)), release)
+    monkeypatch.setattr(fa4, "tail_attention", lambda qkv, tail, out: out)
+    head_dim = 64 if why == "head size" else 72
+    backend = fa4.FlashAttention4(torch.device("cuda"), head_dim)
+    assert attend_twice(backend, head_dim) == ["last wave", None, None]
+    assert len(theirs) == 3
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (why in errors) and all(str(errors[why]) in text for text in warned)
 
 
 def test_fa4_leaves_the_tail_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vitrt.attention.base import BackendSpec, Schedule, attention_shape
-from vitrt.attention.last_wave import schedule_last_wave, tail_rows
+from vitrt.attention.last_wave import MOST_SEGMENTS, schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
 from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.persistent import is_hopper, processors
 from vitrt.kernels.segments import Rotary, Segments
 from vitrt.kernels.tail_attention import tail_attention
 
+logger = logging.getLogger(__name__)
+
 _MODULE = "flash_attn.cute"
 _TILE_ROWS = 192  # query rows of a block on Hopper, for heads of at most _TILE_HEAD_DIM
 _TILE_HEAD_DIM = 96
+
+# Where kernels/fa4_hopper.py fits: a release whose inside it was written for, and head sizes that
+# the package gives the tile that it was measured with.
+_RELEASE = "4.0.0b36"
+_OWN_HEAD_DIMS = range(65, 97)
+# Keys that take as long as the start and the end of a tile.
+_TILE_COST = 256
+_MOST_UNEVEN = 1.02
 
 
 class FlashAttention4:
@@ -25,8 +40,9 @@ class FlashAttention4:
 
     The first call for each head size and dtype compiles for some seconds, or loads what an earlier
     process compiled; segment lengths do not matter. The public function allocates its output and
-    enters autograd, so we call the one below it. On Hopper, where that saves a wave of blocks, it
-    computes whole tiles of query rows only and our own kernel the rest.
+    enters autograd, so we call the one below it, on Hopper with parts of our own. There one to four
+    segments leave the rows of a last wave of blocks to our own kernel, where that saves the wave,
+    and longer lists run in persistent blocks, where these come out even.
     """
 
     name = "fa4"
@@ -35,14 +51,17 @@ class FlashAttention4:
 
     def __init__(self, device: torch.device, head_dim: int) -> None:
         keep_kernels()
-        from flash_attn.cute import interface
-
-        self._attend = interface._flash_attn_fwd
         self._processors = processors(device)
         self._knows_tiles = is_hopper(device) and head_dim <= _TILE_HEAD_DIM
+        self._attend, self._attend_persistent = _forwards(device, head_dim, self._processors)
 
     def schedule(self, lengths: Sequence[int], heads: int) -> Schedule | None:
         if not self._knows_tiles:
+            return None
+        if len(lengths) > MOST_SEGMENTS:
+            persistent = self._attend_persistent is not None
+            if persistent and runs_even(tuple(lengths), heads, self._processors):
+                return Schedule("persistent", np.zeros(0, np.int32), np.zeros(0, np.int32))
             return None
         return schedule_last_wave(lengths, heads, tile_rows=_TILE_ROWS, processors=self._processors)
 
@@ -52,8 +71,11 @@ class FlashAttention4:
         if out is None:
             out = qkv.new_empty(attention_shape(qkv))
         q, k, v = qkv.unbind(1)
-        schedule = segments.schedule
-        self._attend(
+        schedule, attend = segments.schedule, self._attend
+        if schedule is not None and not schedule.work.numel():
+            assert self._attend_persistent is not None
+            schedule, attend = None, self._attend_persistent
+        attend(
             q,
             k,
             v,
@@ -66,6 +88,47 @@ class FlashAttention4:
             out=out.view(q.shape),
         )
         return out if schedule is None else tail_attention(qkv, tail_rows(schedule), out)
+
+
+def _forwards(
+    device: torch.device, head_dim: int, processors: int
+) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """The forward for any batch, and the persistent one, which only our own parts have."""
+    if is_hopper(device) and head_dim in _OWN_HEAD_DIMS and _release() == _RELEASE:
+        try:
+            from vitrt.kernels import fa4_hopper
+
+            return (
+                fa4_hopper.forward(persistent=False, processors=processors),
+                fa4_hopper.forward(persistent=True, processors=processors),
+            )
+        except (ImportError, AttributeError) as error:  # of another CUTLASS or quack
+            logger.warning("FlashAttention-4 runs without our parts, which do not fit: %s", error)
+    from flash_attn.cute import interface
+
+    return interface._flash_attn_fwd, None
+
+
+def _release() -> str | None:
+    try:
+        return metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:  # a copy without its metadata
+        return None
+
+
+@lru_cache(maxsize=1024)
+def runs_even(lengths: tuple[int, ...], heads: int, processors: int) -> bool:
+    """Whether persistent blocks end together: each takes every `processors`-th tile, and a tile's
+    time goes by its segment's length. The hardware gives the next tile to the next free block.
+    """
+    if min(lengths) == max(lengths):
+        return True
+    keys = np.asarray(lengths, dtype=np.int64)
+    costs = np.repeat(keys + _TILE_COST, -(-keys // _TILE_ROWS) * heads)
+    rounds = -(-len(costs) // processors)
+    mine = np.pad(costs, (0, rounds * processors - len(costs))).reshape(rounds, processors)
+    free = costs.sum() / processors + costs.max() / 2  # about where the hardware's order ends
+    return bool(mine.sum(axis=0).max() <= _MOST_UNEVEN * free)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

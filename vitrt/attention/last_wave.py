@@ -23,7 +23,7 @@ MOST_ENTRIES = 4  # of a work list, of TAIL_ROWS rows each: bounds the kernel's 
 _LIST_AT = 4  # int32 values before the list, so that it starts on 16 bytes; the first is its length
 
 # Of many segments the waves drift apart, and there is no last one to save.
-_MOST_SEGMENTS = 4
+MOST_SEGMENTS = 4
 # Attention over fewer keys has waves as short as the two launches that would save one.
 _FEWEST_KEYS = 1024
 # For the same number of rows the tail's kernel may take this many times as long as the backend.
@@ -34,7 +34,7 @@ def schedule_last_wave(
     lengths: Sequence[int], heads: int, *, tile_rows: int, processors: int
 ) -> Schedule | None:
     """The tail rows to leave to their own kernel, where that saves a wave of blocks."""
-    if len(lengths) > _MOST_SEGMENTS or max(lengths) < _FEWEST_KEYS:
+    if len(lengths) > MOST_SEGMENTS or max(lengths) < _FEWEST_KEYS:
         return None
     return _schedule(tuple(lengths), heads, tile_rows, processors)
 

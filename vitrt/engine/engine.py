@@ -49,14 +49,19 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 def kernel_plans(runner: EagerRunner) -> list[ForwardPlan]:
-    """One image each, which between them use every kernel that an eager forward runs."""
+    """One image each and a list, which between them use every kernel that an eager forward runs."""
     merge = runner.tower.config.spatial_merge_size
     few = [merge * side for side in (1, 4, 6, 7, 8)]  # 4 to 256 patches: products in shares of K
     larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
     plans = [runner.tower.plan([(1, side, side)]) for side in (*few, *larger)]
     large = plans[len(few) :]
-    scheduled = [plan for plan in large if runner.attention_for(plan).schedule]
-    return [*plans[: len(few) + 1], *scheduled[:1]]
+    some = runner.tower.plan([(1, 16 * merge, 16 * merge)] * 5)
+    scheduled = {
+        attention.key: plan
+        for plan in (some, *reversed(large))
+        if (attention := runner.attention_for(plan)).schedule is not None
+    }
+    return [*plans[: len(few) + 1], *scheduled.values()]
 
 
 def attention_of(tower: VisionTower, runtime: RuntimeConfig) -> AttentionChoice:
@@ -174,7 +179,7 @@ class Engine:
         for plan in kernel_plans(self.runner):
             _, rows, columns = plan.grids[0]
             pixels = np.zeros((1, rows * patch, columns * patch, 3), dtype=np.uint8)
-            batch = PixelBatch([pixels], plan.grids, table)
+            batch = PixelBatch([pixels] * len(plan.grids), plan.grids, table)
             with self._own_settings():
                 batch.send(plan, self.config, self._uploader)
                 self.runner.run_eager(plan, batch, "to load kernels")

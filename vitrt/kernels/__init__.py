@@ -4,6 +4,7 @@ __all__ = [
     "ahead",
     "disk_cache",
     "dispatch",
+    "fa4_hopper",
     "flash_attention",
     "gemm",
     "gemm_fp8",
