@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.attention_cases import dense_reference
 from tests.support.interpreter import interpreted
 from vitrt.kernels.gemm_table import SplitTile
 
@@ -123,78 +119,3 @@ def test_tables_keep_what_was_not_measured_again(tune, tmp_path: Path):
     assert path.read_text() == (TUNE.parents[1] / "vitrt/kernels/gemm_tables/h200.json").read_text()
     with pytest.raises(ValueError, match=r"of NVIDIA H200, this was measured on NVIDIA H100"):
         selection.write_table(path, facts | {"device": "NVIDIA H100", "products": {}}, 0.01)
-
-
-def test_variants_of_the_flash_kernel_say_what_they_are(tune):
-    variants = tune("fa4_variants")
-    parsed = variants.Variant.parse("192x112rn/3+free+lazy+poly4+pers+narrow")
-    assert parsed == variants.Variant(192, 112, True, False, 3, False, True, 4, True, True)
-    assert variants.Variant.parse(variants.DEFAULT) == variants.Variant(192, 144, False, True)
-    for head_dim in (72, 80):
-        for name in variants.variants_of(head_dim):
-            variant = variants.Variant.parse(name)
-            assert variant.shared_memory(head_dim) <= 226 * 1024, name
-            assert variant.rows % 64 == 0 and variant.keys % 16 == 0, name
-    for wrong in ("192x112", "192x112r+poly4", "192x112r+pers+lazy"):
-        with pytest.raises(ValueError, match=re.escape(wrong)):
-            variants.Variant.parse(wrong)
-
-
-def test_variants_are_checked_against_float32(tune, monkeypatch, capsys):
-    runs = tune("fa4_runs")
-    monkeypatch.setattr(runs, "CHECK", [17, 3, 1, 2, 40])
-    monkeypatch.setattr(runs, "SHAPES", ())
-
-    def loaded(folder: Path, name: str):
-        def attend(qkv, bounds, longest, out) -> None:
-            out.copy_(dense_reference(qkv, bounds.diff().tolist()).view(out.shape))
-            if name.endswith("wrong"):
-                out[5] += 1
-
-        return attend
-
-    monkeypatch.setattr(runs, "loaded", loaded)
-    runs.measure(Path(), ["80:right", "80:wrong"], {"80:known"}, 9.0)
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    errors = {line["checked"]: line["relative"] for line in said if "checked" in line}
-    assert errors["80:right"] < 0.004 < 0.1 < errors["80:wrong"]
-
-
-_CHILD = """
-import json, sys, time
-for name in sys.argv[1].split(","):
-    print(json.dumps({"begin": name}), flush=True)
-    if name == "80:hangs": time.sleep(60)
-    if name == "80:faults": sys.exit("illegal address")
-    print(json.dumps({"checked": name, "relative": 0.002, "largest": 0.01}), flush=True)
-print(json.dumps({"timed": "80:1x1296", "us": {"80:fine": 100.0, "product": 2000.0}}), flush=True)
-"""
-
-
-def test_a_variant_that_hangs_or_faults_costs_itself_alone(tune, monkeypatch):
-    tiles = tune("fa4_tiles")
-    monkeypatch.setattr(tiles, "_SILENT", 1.0)
-    asked = []
-
-    def child(what: str, names: list[str], folder: Path, checked: str, limit: str):
-        asked.append((names, checked))
-        return subprocess.Popen(
-            [sys.executable, "-c", _CHILD, ",".join(names)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    monkeypatch.setattr(tiles, "child", child)
-    names = ["80:fine", "80:hangs", "80:faults"]
-    found = tiles.run_all(Path(), names, time.monotonic() + 60)
-    assert asked == [
-        (["80:fine", "80:hangs", "80:faults"], ""),
-        (["80:fine", "80:faults"], "80:fine"),
-        (["80:fine"], "80:fine"),
-    ]
-    assert found["failed"] == {"80:hangs": "hangs", "80:faults": "illegal address"}
-    table = tiles.table({"80:fine": {"spilled": 8}}, found, 80, ["fine", "hangs"])
-    assert table.splitlines()[1].split() == ["fine", "86.0", "0.0020", "0.0100", "8", "-"]
-    assert table.splitlines()[2].split() == ["hangs", "-", "-", "-", "hangs"]
-    assert table.splitlines()[3].split() == ["product", "549.8", "-", "-"]
