@@ -8,6 +8,8 @@ functions choose their tilings and the launch its specialisation as ever, and no
 from __future__ import annotations
 
 import os
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,9 +23,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitrt.kernels import persistent
+from vitrt.kernels import gemm_quack, persistent
 from vitrt.kernels.disk_cache import keep_kernels, private_folder
 from vitrt.kernels.dispatch import HAVE_TRITON
+from vitrt.kernels.gemm_table import Kind, Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,8 @@ def compiling_for(chip: Chip) -> Iterator[list[Binary]]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         persistent.forget_devices()
         stack.callback(persistent.forget_devices)
+        if "quack" in sys.modules:  # imported above
+            stack.enter_context(products_in_processes())
         yield loaded
 
 
@@ -235,3 +240,34 @@ def _quack_without_gpu() -> Iterator[None]:
         mock.patch.object(frontend, "run_gemm_epi_plan"),
     ):
         yield
+
+
+@contextmanager
+def products_in_processes() -> Iterator[None]:
+    """quack's products are compiled in processes beside this one, which goes on meanwhile.
+
+    When the context ends all are there. One that fails in its process is compiled in this one,
+    which raises what is wrong with it.
+    """
+    from quack.cache import CompilePending, pool_scope
+
+    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(len(os.sched_getaffinity(0))))
+    compile_one = gemm_quack.compiled
+    pending: list[tuple[Kind, Tile, torch.dtype, torch.device]] = []
+
+    def begin(
+        kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device
+    ) -> gemm_quack.FusedProduct:
+        try:
+            return compile_one(kind, tile, dtype, device)
+        except CompilePending:
+            pending.append((kind, tile, dtype, device))
+            return gemm_quack.FusedProduct(kind, dtype, mock.Mock())  # which launches nothing
+
+    with pool_scope(), mock.patch.object(gemm_quack, "compiled", begin):
+        yield
+        while pending:
+            time.sleep(0.1)
+            waiting, pending[:] = pending[:], []
+            for product in waiting:
+                begin(*product)
