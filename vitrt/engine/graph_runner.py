@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from vitrt.parallel.context import SINGLE, ParallelContext
 
 logger = logging.getLogger(__name__)
 
+_MOST_CLASSES = 1024
 _SIGHTINGS = 2  # a shape class is recorded when it comes the second time
 _FINE, _FORWARD_FAILED, _RECORDING_FAILED = 0, 2, 1  # what ranks tell each other, the worst wins
 
@@ -67,18 +69,20 @@ class GraphRunner(EagerRunner):
         self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
         self._sightings: Counter[GraphKey] = Counter()
         self._evicted: Counter[GraphKey] = Counter()  # times, of each class
+        self._classes: dict[Any, tuple[GraphKey, BatchAttention] | str] = {}  # by grids, request
+        self._classes_of = self.attention, self.buckets
         self._refused: set[GraphKey] = set()  # shape classes that could not be recorded
         self._pool: GraphPool | None = None
         self._inputs = StaticInputs(self.buckets, self.device, self.dtype)
 
     def run(self, plan: ForwardPlan, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         with self._lock:  # the static buffers are shared
-            reason = "no graph memory" if self.limit_bytes <= 0 else None
-            reason = reason or self.buckets.refusal(plan, request)
-            if reason is not None:
-                return self.run_eager(plan, batch, reason, request)
-            attention = self.attention_for(plan)
-            key = self.buckets.key(plan, attention, request)
+            if self.limit_bytes <= 0:
+                return self.run_eager(plan, batch, "no graph memory", request)
+            found = self._class_of(plan, request)
+            if isinstance(found, str):
+                return self.run_eager(plan, batch, found, request)
+            key, attention = found
             recording = self._recordings.get(key)
             if recording is None and key not in self._refused:
                 self._sightings[key] += 1
@@ -91,6 +95,26 @@ class GraphRunner(EagerRunner):
             if recording is None:
                 return self.run_eager(plan, batch, "not recorded: memory", request)
             return self._replay(key, recording, plan, attention, batch)
+
+    def _class_of(
+        self, plan: ForwardPlan, request: Request
+    ) -> tuple[GraphKey, BatchAttention] | str:
+        """The shape class of a batch, and how it attends; or why no graph can serve it. Kept, since
+        a replay of a small image waits for what the host does before it.
+        """
+        choice = self.attention, self.buckets
+        if self._classes_of != choice or len(self._classes) >= _MOST_CLASSES:
+            self._classes.clear()
+            self._classes_of = choice
+        known = plan.grids, request
+        if known not in self._classes:
+            reason = self.buckets.refusal(plan, request)
+            if reason is None:
+                attention = self.attention_for(plan)
+                self._classes[known] = self.buckets.key(plan, attention, request), attention
+            else:
+                self._classes[known] = reason
+        return self._classes[known]
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
         """Record these buckets (default: all) now, the largest first.
