@@ -33,6 +33,7 @@ from vitrt.attention.sdpa import SdpaBackend
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.buckets import GraphKey
 from vitrt.engine.graph_runner import GraphRunner
+from vitrt.kernels.dispatch import NotCompiledError
 from vitrt.kernels.segments import Rotary, ScheduleTensors, Segments
 from vitrt.kernels.tail_attention import TAIL_ROWS, tail_attention
 from vitrt.layers.attention import VisionAttention
@@ -443,6 +444,35 @@ def test_fa4_runs_without_our_parts_where_they_do_not_fit(
     assert len(theirs) == 3
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == (why in errors) and all(str(errors[why]) in text for text in warned)
+
+
+def test_fa4_runs_without_our_parts_where_they_do_not_compile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refused(OwnParts):
+        def forward(self, *, persistent: bool, processors: int) -> Any:
+            def attend(*qkv: Tensor, **options: Any) -> None:
+                raise NotCompiledError("no such operation")
+
+            return attend
+
+    theirs: list[dict[str, Any]] = []
+    flash_attn_4(monkeypatch, theirs)
+    own_parts(monkeypatch, Refused())
+    backend = fa4.FlashAttention4(torch.device("cuda"), 72)
+    lengths = [40] * 6
+    plan = backend.schedule(lengths, 16)
+    assert plan is not None and plan.key == "persistent"
+    on_device = ScheduleTensors(torch.from_numpy(plan.work), torch.from_numpy(plan.per_segment))
+    segments = replace(make_segments(lengths), schedule=on_device)
+    qkv = torch.randn(sum(lengths), 3, 16, 72)
+    for _ in range(2):
+        out = backend(qkv, segments, no_rotary(1, 72))
+        expected = dense_reference(qkv, lengths)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert backend.schedule(lengths, 16) is None and len(theirs) == 2
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1 and "no such operation" in warned[0]
 
 
 def test_fa4_leaves_the_tail_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

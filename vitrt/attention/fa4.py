@@ -16,6 +16,7 @@ from vitrt.attention.base import BackendSpec, Schedule, attention_shape
 from vitrt.attention.last_wave import MOST_SEGMENTS, schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
 from vitrt.kernels.disk_cache import keep_kernels
+from vitrt.kernels.dispatch import NotCompiledError
 from vitrt.kernels.persistent import is_hopper, processors
 from vitrt.kernels.segments import Rotary, Segments
 from vitrt.kernels.tail_attention import tail_attention
@@ -73,9 +74,9 @@ class FlashAttention4:
         q, k, v = qkv.unbind(1)
         schedule, attend = segments.schedule, self._attend
         if schedule is not None and not schedule.work.numel():
-            assert self._attend_persistent is not None
-            schedule, attend = None, self._attend_persistent
-        attend(
+            schedule, attend = None, self._attend_persistent or self._attend
+        self._run(
+            attend,
             q,
             k,
             v,
@@ -88,6 +89,16 @@ class FlashAttention4:
             out=out.view(q.shape),
         )
         return out if schedule is None else tail_attention(qkv, tail_rows(schedule), out)
+
+    def _run(self, attend: Callable[..., Any], *qkv: Tensor, **options: Any) -> None:
+        try:
+            attend(*qkv, **options)
+        except NotCompiledError as error:
+            from flash_attn.cute import interface
+
+            logger.warning("FlashAttention-4 runs without our parts: %s", error)
+            self._attend, self._attend_persistent = interface._flash_attn_fwd, None
+            self._attend(*qkv, **options)
 
 
 def _forwards(

@@ -65,3 +65,7 @@ def row_tiles(width: int) -> tuple[int, int, int]:
     warps = min(max(main // 1024, 1), 16)
     tail = max(pow2_ceil(width - main), min(256 * warps, main)) if width > main else 0
     return main, tail, warps
+
+
+class NotCompiledError(Exception):
+    """Another package's compiler refuses what we gave it; nothing was launched."""

@@ -29,6 +29,8 @@ from flash_attn.cute.softmax import Softmax
 from flash_attn.cute.tile_scheduler import SingleTileVarlenScheduler
 from quack import layout_utils
 
+from vitrt.kernels.dispatch import NotCompiledError
+
 # A score may pass the maximum of its row that is kept by 2^8 before output and sum are scaled down:
 # in bfloat16 and float16 exponentials lose nothing by it, and sums are in float32.
 _HEADROOM = 8.0
@@ -201,16 +203,19 @@ class _Cute:
 
     def compile(self, *args: Any, **kwargs: Any) -> Any:
         with _compiling, mock.patch.multiple(flash_fwd_sm90, **self._parts), catch_warnings():
-            filterwarnings(
-                "ignore", message="Argument aux_data"
-            )  # which is the package's, and empty
-            return cute.compile(*args, **kwargs)
+            # Which is the package's, and empty.
+            filterwarnings("ignore", message="Argument aux_data")
+            try:
+                return cute.compile(*args, **kwargs)
+            except Exception as error:  # of any kind, out of a compiler
+                raise NotCompiledError(f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def forward(*, persistent: bool, processors: int) -> Callable[..., Any]:
     """The package's `_flash_attn_fwd`, whose kernels have our parts and caches of their own.
 
     `persistent` hands tiles out in a fixed order, to as many blocks as there are `processors`.
+    NotCompiledError from a first call whose kernel does not compile.
     """
     parts: dict[str, Any] = {"Softmax": LazySoftmax}
     if persistent:
