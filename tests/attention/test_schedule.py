@@ -410,7 +410,7 @@ def attend_twice(backend: fa4.FlashAttention4, head_dim: int) -> list[str | None
         if schedule is not None:
             arrays = (torch.from_numpy(a) for a in (schedule.work, schedule.per_segment))
             segments = replace(segments, schedule=ScheduleTensors(*arrays))
-        qkv = torch.zeros(sum(lengths), 3, 16, head_dim)
+        qkv = torch.zeros(sum(lengths), 3, 1, head_dim)
         backend(qkv, segments, no_rotary(1, head_dim))
         keys.append(None if schedule is None else str(schedule.key))
     return keys

@@ -441,6 +441,26 @@ def test_a_working_set_within_the_limit_is_recorded_once(runner: GraphRunner):
     assert runner.stats.hits.total() == 9
 
 
+def test_the_class_of_a_batch_is_asked_once(runner: GraphRunner, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    refusal = Buckets.refusal
+
+    def spy(self: Buckets, plan: ForwardPlan, request: Request) -> str | None:
+        asked.append(plan.grids)
+        return refusal(self, plan, request)
+
+    monkeypatch.setattr(Buckets, "refusal", spy)
+    monkeypatch.setattr("vitrt.engine.graph_runner._MOST_CLASSES", 2)
+    for side in (8, 8, 12, 8):
+        forward(runner, side)
+    assert [grids[0][1] for grids in asked] == [8, 12]
+    forward(runner, 14)  # no room for a third: all are asked anew
+    runner.attention = replace(runner.attention, scheduled=not runner.attention.scheduled)
+    forward(runner, 14)
+    forward(runner, 14)
+    assert [grids[0][1] for grids in asked] == [8, 12, 14, 14]
+
+
 def test_without_graph_memory_nothing_is_recorded(runner: GraphRunner):
     runner.limit_bytes = 0
     for _ in range(3):
