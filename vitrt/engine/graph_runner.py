@@ -103,11 +103,13 @@ class GraphRunner(EagerRunner):
         a replay of a small image waits for what the host does before it.
         """
         choice = self.attention, self.buckets
-        if self._classes_of != choice or len(self._classes) >= _MOST_CLASSES:
+        known = plan.grids, request
+        if self._classes_of != choice:
             self._classes.clear()
             self._classes_of = choice
-        known = plan.grids, request
         if known not in self._classes:
+            if len(self._classes) >= _MOST_CLASSES:
+                self._classes.clear()
             reason = self.buckets.refusal(plan, request)
             if reason is None:
                 attention = self.attention_for(plan)
