@@ -1,5 +1,6 @@
 # Sourced by demo.sh and test.sh. `environment EXTRA` makes .venv, installs this checkout into it with that extra
-# under the pins of constraints.txt, and puts it first on the PATH. What is already there is not installed again.
+# under the pins of constraints.txt, and puts it first on the PATH. What is already there is not installed again;
+# the extra test has all others that are asked for here.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
@@ -18,21 +19,30 @@ find_python() {
     return 1
 }
 
+installed() { [[ "$(cat "$venv/.installed-$1" 2>/dev/null)" == "$wanted" ]]; }
+
+install() {
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
+        --constraint "$root/constraints.txt" "$@"
+}
+
 environment() {
-    local extra="$1" stamp wanted python
+    local extra="$1" wanted python
     if ! recent_enough "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(find_python)"
         echo "== creating $venv with $("$python" --version)"
         "$python" -m venv --clear "$venv"
     fi
-    stamp="$venv/.installed-$extra"
     # The path is part of it: an editable install points to the checkout.
     wanted="$root $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
-    if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
+    if ! installed "$extra" && ! installed test; then
         echo "== installing vitrt[$extra] (the first time takes a few minutes)"
-        "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
-            --constraint "$root/constraints.txt" --editable "$root[$extra]"
-        echo "$wanted" >"$stamp"
+        # Python's own pip may be years old, and slow: for each file of a package it goes over all tags.
+        install --upgrade pip
+        # Python compiles what is imported, a third of it.
+        install --no-compile --editable "$root[$extra]"
+        echo "$wanted" >"$venv/.installed-$extra"
     fi
+    unset PYTHONDONTWRITEBYTECODE
     export PATH="$venv/bin:$PATH"
 }

@@ -16,6 +16,9 @@ from tests.support.checkpoints import tiny_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Ray's first: they are the longest, and xdist leaves what is first to one worker, so that one
+    # Ray runs at a time.
+    items.sort(key=lambda item: not item.path.name.startswith("test_ray"))
     if torch.cuda.is_available():
         return
     for item in items:

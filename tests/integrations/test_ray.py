@@ -8,7 +8,6 @@ import os
 import runpy
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +73,9 @@ def assert_near(found: ImageFeatures, wanted: ImageFeatures) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
-def kill_a_writer(folder: Path, shards: int, killed: list[int]) -> None:
+def kill_a_writer(folder: Path, shards: int, ended: threading.Event, killed: list[int]) -> None:
     """SIGKILL the actor that writes into the folder, once so many shards are there."""
-    for _ in range(6000):
+    while not ended.wait(0.01):
         if len(list(folder.glob("features-*"))) >= shards:
             for note in folder.glob(".lock-*.json"):
                 if note.name != ".lock-00000.json":
@@ -87,7 +86,6 @@ def kill_a_writer(folder: Path, shards: int, killed: list[int]) -> None:
                         continue
                     killed.append(pid)
                     return
-        time.sleep(0.01)
 
 
 def test_every_image_once_though_an_actor_dies(
@@ -100,11 +98,14 @@ def test_every_image_once_though_an_actor_dies(
     for row in rows:
         (photos / row["id"]).write_bytes(row["image"])
     output, killed = tmp_path / "ray", []
-    killer = threading.Thread(target=kill_a_writer, args=(output, 2, killed))
+    ended, dataset = threading.Event(), ray.data.from_items(rows)
+    killer = threading.Thread(target=kill_a_writer, args=(output, 2, ended, killed))
     killer.start()
-    dataset = ray.data.from_items(rows)
-    summary = encode_dataset(dataset, tiny_qwen3_vl, output, batch_size=250)
-    killer.join()
+    try:
+        summary = encode_dataset(dataset, tiny_qwen3_vl, output, batch_size=250)
+    finally:
+        ended.set()
+        killer.join()
     assert len(killed) == 1
     assert len(list(output.glob("manifest-*"))) >= 3  # the dead actor's beside its successor's
     # What the dead one had finished of a batch that ran again is not encoded twice.
