@@ -43,6 +43,6 @@ environment() {
         install --no-compile --editable "$root[$extra]"
         echo "$wanted" >"$venv/.installed-$extra"
     fi
-    unset PYTHONDONTWRITEBYTECODE
+    unset PYTHONDONTWRITEBYTECODE  # for it keeps what it compiled
     export PATH="$venv/bin:$PATH"
 }

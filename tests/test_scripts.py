@@ -44,7 +44,7 @@ def test_what_programs_import_exists(folder: str) -> None:
 
 def test_the_demo_needs_no_test_package(tmp_path: Path) -> None:
     """It is installed with the extra `demo`, which brings none of them."""
-    blocked = ["pytest", "hypothesis", "sentence_transformers"]
+    blocked = ["pytest", "hypothesis", "sentence_transformers", "ray", "pyarrow", "pandas"]
     for script, arguments in (
         ("make_checkpoint.py", [tmp_path / "checkpoint"]),
         ("demo.py", ["photos", tmp_path / "photos"]),
