@@ -41,7 +41,7 @@ class FakeHub:
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by file
 
     def shard_bytes(self) -> int:
-        return sum(count for file, count in self.sent.items() if file.endswith(".safetensors"))
+        return sum(count for file, count in list(self.sent.items()) if file.endswith(".safetensors"))
 
     def forget(self) -> None:
         self.requests.clear()
