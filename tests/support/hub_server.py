@@ -41,7 +41,8 @@ class FakeHub:
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by file
 
     def shard_bytes(self) -> int:
-        return sum(count for file, count in list(self.sent.items()) if file.endswith(".safetensors"))
+        sent = list(self.sent.items())  # other threads add to it
+        return sum(count for file, count in sent if file.endswith(".safetensors"))
 
     def forget(self) -> None:
         self.requests.clear()
