@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrt.attention import fa4_kept
 from vitrt.attention.base import BackendSpec, Schedule, attention_shape
 from vitrt.attention.last_wave import MOST_SEGMENTS, schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
@@ -40,10 +41,11 @@ class FlashAttention4:
     """FlashAttention-4's variable-length forward over strided views of the packed qkv.
 
     The first call for each head size and dtype compiles for some seconds, or loads what an earlier
-    process compiled; segment lengths do not matter. The public function allocates its output and
-    enters autograd, so we call the one below it, on Hopper with parts of our own. There one to four
-    segments leave the rows of a last wave of blocks to our own kernel, where that saves the wave,
-    and longer lists run in persistent blocks, where these come out even.
+    process compiled, on Hopper without importing the package; segment lengths do not matter. The
+    public function allocates its output and enters autograd, so we call the one below it, on Hopper
+    with parts of our own. There one to four segments leave the rows of a last wave of blocks to our
+    own kernel, where that saves the wave, and longer lists run in persistent blocks, where these
+    come out even.
     """
 
     name = "fa4"
@@ -51,17 +53,29 @@ class FlashAttention4:
     applies_rotary = False
 
     def __init__(self, device: torch.device, head_dim: int) -> None:
-        keep_kernels()
+        self._device, self._head_dim = device, head_dim
         self._processors = processors(device)
-        self._knows_tiles = is_hopper(device) and head_dim <= _TILE_HEAD_DIM
-        self._attend, self._attend_persistent = _forwards(device, head_dim, self._processors)
+        self._hopper = is_hopper(device)
+        self._knows_tiles = self._hopper and head_dim <= _TILE_HEAD_DIM
+        self._own = self._hopper and head_dim in _OWN_HEAD_DIMS and _release() == _RELEASE
+        self._kept: dict[fa4_kept.Variant, fa4_kept.Launch | None] = {}
+
+    @cached_property
+    def _forwards(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+        """By the package, whose import takes seconds."""
+        keep_kernels()
+        return _forwards(self._own, self._processors)
+
+    @cached_property
+    def _has_persistent(self) -> bool:
+        return self._own and (fa4_kept.any_persistent() or self._forwards[1] is not None)
 
     def schedule(self, lengths: Sequence[int], heads: int) -> Schedule | None:
         if not self._knows_tiles:
             return None
         if len(lengths) > MOST_SEGMENTS:
-            persistent = self._attend_persistent is not None
-            if persistent and runs_even(tuple(lengths), heads, self._processors):
+            even = runs_even(tuple(lengths), heads, self._processors)
+            if even and self._has_persistent:
                 return Schedule("persistent", np.zeros(0, np.int32), np.zeros(0, np.int32))
             return None
         return schedule_last_wave(lengths, heads, tile_rows=_TILE_ROWS, processors=self._processors)
@@ -71,41 +85,80 @@ class FlashAttention4:
     ) -> Tensor:
         if out is None:
             out = qkv.new_empty(attention_shape(qkv))
-        q, k, v = qkv.unbind(1)
-        schedule, attend = segments.schedule, self._attend
-        if schedule is not None and not schedule.work.numel():
-            schedule, attend = None, self._attend_persistent or self._attend
-        self._run(
-            attend,
-            q,
-            k,
-            v,
-            cu_seqlens_q=segments.cu_seqlens,
-            cu_seqlens_k=segments.cu_seqlens,
-            # Blocks past it end, and write nothing.
-            seqused_q=None if schedule is None else schedule.per_segment,
-            max_seqlen_q=segments.max_seqlen,
-            max_seqlen_k=segments.max_seqlen,
-            out=out.view(q.shape),
-        )
+        schedule = segments.schedule
+        persistent = schedule is not None and not schedule.work.numel()
+        if persistent:
+            schedule = None
+        # Blocks past it end, and write nothing.
+        used = None if schedule is None else schedule.per_segment
+        variant = self._variant(qkv, segments, used, persistent)
+        tried = variant in self._kept
+        launch = None if variant is None else self._launch(variant)
+        if launch is not None:
+            launch(qkv.detach(), out.detach().view(qkv[:, 0].shape), segments.cu_seqlens, used)
+        elif variant is None or tried:
+            self._by_package(qkv, segments, used, out, persistent)
+        else:
+            forward = self._forward(persistent)
+            before = fa4_kept.keys(forward)
+            self._by_package(qkv, segments, used, out, persistent)
+            fa4_kept.keep(variant, forward, before)
         return out if schedule is None else tail_attention(qkv, tail_rows(schedule), out)
 
-    def _run(self, attend: Callable[..., Any], *qkv: Tensor, **options: Any) -> None:
+    def _variant(
+        self, qkv: Tensor, segments: Segments, used: Tensor | None, persistent: bool
+    ) -> fa4_kept.Variant | None:
+        if not self._hopper:
+            return None
+        kind = "lazy" if self._own else "package"
+        if persistent:  # for so many blocks it was compiled
+            kind = f"persistent-{self._processors}"
+        return fa4_kept.variant_of(qkv, segments, kind, used is not None)
+
+    def _launch(self, variant: fa4_kept.Variant) -> fa4_kept.Launch | None:
+        """What an earlier process kept. One that a graph meets first is not tried out in it."""
+        if variant not in self._kept:
+            try:
+                self._kept[variant] = fa4_kept.load(variant, self._device)
+            except fa4_kept.CapturingError:
+                return None
+        return self._kept[variant]
+
+    def _forward(self, persistent: bool) -> Callable[..., Any]:
+        usual, in_persistent_blocks = self._forwards
+        if persistent and in_persistent_blocks is not None:
+            return in_persistent_blocks
+        return usual
+
+    def _by_package(
+        self,
+        qkv: Tensor,
+        segments: Segments,
+        used: Tensor | None,
+        out: Tensor,
+        persistent: bool = False,
+    ) -> None:
+        q, k, v = qkv.unbind(1)
+        options = {
+            "cu_seqlens_q": segments.cu_seqlens,
+            "cu_seqlens_k": segments.cu_seqlens,
+            "seqused_q": used,
+            "max_seqlen_q": segments.max_seqlen,
+            "max_seqlen_k": segments.max_seqlen,
+            "out": out.view(q.shape),
+        }
         try:
-            attend(*qkv, **options)
+            self._forward(persistent)(q, k, v, **options)
         except NotCompiledError as error:
-            from flash_attn.cute import interface
-
             logger.warning("FlashAttention-4 runs without our parts: %s", error)
-            self._attend, self._attend_persistent = interface._flash_attn_fwd, None
-            self._attend(*qkv, **options)
+            self._own, self._has_persistent = False, False
+            self._forwards = _forwards(False, self._processors)
+            self._forward(False)(q, k, v, **options)
 
 
-def _forwards(
-    device: torch.device, head_dim: int, processors: int
-) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+def _forwards(own: bool, processors: int) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     """The forward for any batch, and the persistent one, which only our own parts have."""
-    if is_hopper(device) and head_dim in _OWN_HEAD_DIMS and _release() == _RELEASE:
+    if own:
         try:
             from vitrt.kernels import fa4_hopper
 

@@ -44,7 +44,7 @@ def compile_tower(config: VisionConfig, runtime: RuntimeConfig, chip: Chip) -> i
     Returns how many of Triton's kernels there are. Call it in a process of its own. ValueError for
     an attention backend, a dtype or a precision that does not run on `chip`.
     """
-    with compiling_for(chip) as loaded, torch.no_grad():
+    with compiling_for(chip, launchers=True) as loaded, torch.no_grad():
         device = torch.device("cuda", 0)
         dtype = resolve_dtype(runtime.dtype, device)
         check_precision(runtime.precision, device, dtype)

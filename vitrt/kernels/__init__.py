@@ -8,6 +8,7 @@ __all__ = [
     "flash_attention",
     "gemm",
     "gemm_fp8",
+    "kept",
     "norm",
     "patchify",
     "persistent",

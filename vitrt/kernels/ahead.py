@@ -23,10 +23,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitrt.kernels import gemm_quack, persistent
+from vitrt.kernels import gemm_quack, kept, persistent
 from vitrt.kernels.disk_cache import keep_kernels, private_folder
 from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.kernels.gemm_table import Kind, Tile
+from vitrt.kernels.triton_launchers import LauncherBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,11 @@ class Binary:
 class _Driver:
     """Triton's driver for a GPU that is not there: it loads into a list and launches nothing."""
 
-    def __init__(self, chip: Chip, loaded: list[Binary]) -> None:
+    def __init__(
+        self, chip: Chip, loaded: list[Binary], launchers: LauncherBuilder | None = None
+    ) -> None:
         self._chip = chip
+        self._launchers = launchers
         self._loaded = loaded
         self._warps = 0
         self.utils = SimpleNamespace(
@@ -114,6 +118,8 @@ class _Driver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         self._warps = metadata.num_warps  # of what is loaded next
+        if self._launchers is not None:
+            self._launchers.launcher(source, metadata)
         return lambda *args: None
 
     def _load(
@@ -166,8 +172,10 @@ class _Reading(TorchFunctionMode):
 
 
 @contextmanager
-def compiling_for(chip: Chip) -> Iterator[list[Binary]]:
+def compiling_for(chip: Chip, *, launchers: bool = False) -> Iterator[list[Binary]]:
     """Be a process on `chip` that compiles and launches nothing; yields Triton's binaries.
+
+    With `launchers` also what Triton has a C compiler make for each kernel and once for all.
 
     For a process of its own, which has imported neither quack nor flash-attn-4: what torch and
     they say of GPUs is replaced for all threads, and stays so for the two.
@@ -176,10 +184,15 @@ def compiling_for(chip: Chip) -> Iterator[list[Binary]]:
     from triton.runtime.driver import driver
 
     loaded: list[Binary] = []
+    builder = LauncherBuilder() if launchers else None
+    if builder is not None:
+        builder.utilities()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **_answers(chip)))
-        stack.enter_context(mock.patch.object(driver, "_active", _Driver(chip, loaded)))
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver(chip, loaded, builder)))
         stack.enter_context(mock.patch.dict(os.environ, _variables(chip)))
+        # What runs here is compiled, if it was kept or not.
+        stack.enter_context(mock.patch.object(kept, "load", return_value=None))
         if find_spec("quack") is not None and chip.capability[0] == 9:
             stack.enter_context(_quack_without_gpu())
         # The first of its tensors "on cuda" would look for a GPU, and raise where there is none.

@@ -1,7 +1,8 @@
 """Matrix products with everything in the epilogue, by quack-kernels (CuTe DSL) on Hopper.
 
 A kernel is compiled for a kind, a tile and a dtype, never for a shape: about two seconds once, then
-quack keeps it on disk (disk_cache.py says where).
+quack keeps it on disk (disk_cache.py says where), and so do we in a form that loads without quack
+(kept.py).
 `FusedProduct` holds the finished launch plan, so that a call costs the host about what cuBLAS does;
 nothing in it synchronises, so a graph can capture it.
 
@@ -14,13 +15,15 @@ import importlib.util
 import logging
 import threading
 import time
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitrt.kernels import gemm_kept
 from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.gemm_table import Kind, Tile
 
@@ -66,6 +69,8 @@ def _unavailable(capability: tuple[int, int]) -> str | None:
         needed = f"quack-kernels {version} is installed, {RELEASES}x is needed"
         return f"{needed}: pip install 'vitrt[hopper]'"
     keep_kernels()
+    if gemm_kept.any_kept():  # by a process that could import all of it
+        return None
     try:
         import vitrt.kernels.gemm_epilogues  # noqa: F401
     except Exception as error:  # whatever a mismatched CUTLASS raises: cuBLAS still works
@@ -87,15 +92,13 @@ def takes_residual(residual: Tensor | None) -> bool:
 class FusedProduct:
     """One compiled kernel: a product of any shape with its epilogue, rounded once."""
 
-    __slots__ = ("_gated", "_launch", "_out_dtype", "_plan")
+    __slots__ = ("_gated", "_launch", "_out_dtype")
 
-    def __init__(self, kind: Kind, dtype: torch.dtype, plan: Any) -> None:
-        from quack.gemm_runtime.host import run_gemm_epi_plan
-
+    def __init__(self, kind: Kind, dtype: torch.dtype, launch: Callable[..., Any]) -> None:
+        """`launch` takes x, weight, the product or None, the residual or None, and the rest."""
         self._gated = kind == "swiglu"
         self._out_dtype = _result_dtype(kind, dtype)
-        self._launch = run_gemm_epi_plan
-        self._plan = plan
+        self._launch = launch
 
     def __call__(
         self,
@@ -119,12 +122,12 @@ class FusedProduct:
         # A gated result is half as wide as the product: to quack a second output, not its D matrix.
         product = None if self._gated else out
         arguments = {"bias": bias, "out": out, **vectors}
-        self._launch(self._plan, x, weight, product, residual, arguments)
+        self._launch(x, weight, product, residual, arguments)
         return out
 
 
 def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> FusedProduct:
-    """The kernel, on first use compiled (or loaded from quack's disk cache) and run once.
+    """The kernel, on first use loaded from disk, or else compiled, and run once.
 
     Run once because CUDA loads a kernel at its first launch, and under graph capture it must not.
     """
@@ -133,13 +136,30 @@ def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -
         if key not in _compiled:
             started = time.perf_counter()
             with torch.cuda.device(device):
-                plan = compile_and_launch(kind, tile, dtype, device)
-                _compiled[key] = FusedProduct(kind, dtype, plan)
+                _compiled[key] = _kept(kind, tile, dtype, device) or _made(*key)
             seconds = time.perf_counter() - started
             # Loaded from disk it takes milliseconds, which nobody waits for.
             level = logging.INFO if seconds > _COMPILED else logging.DEBUG
             logger.log(level, "product %s %s %s ready in %.1f s", kind, tile, dtype, seconds)
         return _compiled[key]
+
+
+def _made(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> FusedProduct:
+    """By quack, which finds it in its own folder or compiles it."""
+    plan = compile_and_launch(kind, tile, dtype, device)
+    from quack.gemm_runtime.host import run_gemm_epi_plan
+
+    gemm_kept.keep(kind, tile, dtype, plan)
+    return FusedProduct(kind, dtype, partial(run_gemm_epi_plan, plan))
+
+
+def _kept(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> FusedProduct | None:
+    """Without quack, where an earlier process kept it; its first product is held against ours."""
+    launch = gemm_kept.load(kind, tile, dtype, device)
+    if launch is None:
+        return None
+    product = FusedProduct(kind, dtype, launch)
+    return product if gemm_kept.is_right(product, kind, tile, dtype, device) else None
 
 
 def _result_dtype(kind: Kind, dtype: torch.dtype) -> torch.dtype:
