@@ -81,7 +81,7 @@ def child(program: str, folder: Path, environment: dict[str, str]) -> list[Any]:
 
 def profile(folder: Path, environment: dict[str, str]) -> None:
     program = f"import cProfile; cProfile.run({ENCODE!r}, sort='cumulative')"
-    command = [sys.executable, "-c", f"import sys\n{program}", str(folder)]
+    command = [sys.executable, "-c", f"import sys\nimport torch\n{program}", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print("\n".join(line[:150] for line in done.stdout.splitlines()[:80]))
 
