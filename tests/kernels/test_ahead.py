@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from vitrt.kernels import gemm_quack
-from vitrt.kernels.ahead import products_in_processes
+from vitrt.kernels.ahead import has_quack, products_in_processes
 from vitrt.kernels.gemm_table import Tile
 
 TILES = [Tile.parse(text) for text in ("128x192p1x2", "192x128p1x1", "128x128p1x1")]
@@ -69,3 +70,15 @@ def test_one_that_does_not_compile_is_said(quack: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(gemm_quack, "compiled", compiled)
     with pytest.raises(ValueError, match="no such tile"), products_in_processes():
         gemm_quack.compiled("gelu", TILES[0], torch.float32, torch.device("cpu"))
+
+
+def test_a_folder_of_its_name_is_not_quack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`python -m vitrt compile` looks for packages in the current folder first."""
+    before = has_quack()
+    folder = tmp_path / "quack"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert has_quack() == before
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)  # which forgets what was found
+    assert has_quack()

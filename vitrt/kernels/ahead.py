@@ -193,7 +193,7 @@ def compiling_for(chip: Chip, *, launchers: bool = False) -> Iterator[list[Binar
         stack.enter_context(mock.patch.dict(os.environ, _variables(chip)))
         # What runs here is compiled, if it was kept or not.
         stack.enter_context(mock.patch.object(kept, "load", return_value=None))
-        if find_spec("quack") is not None and chip.capability[0] == 9:
+        if has_quack() and chip.capability[0] == 9:
             stack.enter_context(_quack_without_gpu())
         # The first of its tensors "on cuda" would look for a GPU, and raise where there is none.
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))
@@ -207,6 +207,12 @@ def compiling_for(chip: Chip, *, launchers: bool = False) -> Iterator[list[Binar
         if "quack" in sys.modules:  # imported above
             stack.enter_context(products_in_processes())
         yield loaded
+
+
+def has_quack() -> bool:
+    """Whether it is installed: any folder of that name in the current one is found as well."""
+    spec = find_spec("quack")
+    return spec is not None and spec.origin is not None
 
 
 def _answers(chip: Chip) -> dict[str, Any]:
