@@ -8,8 +8,11 @@ import os
 import runpy
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,21 @@ import ray.data
 from tests.support.commands import Vitrt, vitrt  # noqa: F401
 from tests.support.ray_cluster import local_ray
 from vitrt import FeatureStore, VisionEncoder
+from vitrt.checkpoint.opened import open_checkpoint
+from vitrt.config import RuntimeConfig
 from vitrt.features import ImageFeatures
 from vitrt.integrations.ray import (
     DatasetSummary,
     RayEncoder,
+    _FolderEncoder,
     encode_dataset,
     encode_parquet,
     from_bytes,
 )
+from vitrt.integrations.ray_actor import EncoderActor
+from vitrt.job.identity import run_identity
 from vitrt.job.options import EncodeOptions
+from vitrt.sources.record import Record
 from vitrt.store.check import check_folder
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -207,6 +216,40 @@ def test_an_actor_has_two_batches_in_hand(
     monkeypatch.setattr(ray.data.Dataset, "map_batches", map_batches)
     with pytest.raises(SeenError):
         encode(ray.data.from_items(rows_of(3)), tiny_qwen3_vl, tmp_path / "out")
+
+
+def test_of_two_batches_one_has_the_device(
+    tiny_qwen3_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are in hand and prepare images; they run one after the other."""
+    monkeypatch.setattr("vitrt.integrations.ray_actor.limit_memory", lambda: None)  # no actor here
+    runtime, options = RuntimeConfig(device="cpu", dtype="float32"), EncodeOptions(pool="mean")
+    identity = run_identity(open_checkpoint(str(tiny_qwen3_vl)), runtime, options)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    actor = _FolderEncoder(folder, identity, model=tiny_qwen3_vl, runtime=runtime, options=options)
+    stages, begun, ran = actor._stages, threading.Barrier(2), []
+
+    def records(batch: Any) -> Iterator[Record]:
+        begun.wait(60)
+        return EncoderActor._records(actor, batch)
+
+    def run(images: Any) -> Any:
+        ran.append(threading.get_ident())
+        time.sleep(0.02)  # in which the other would run
+        return stages.run(images)
+
+    actor._records = records
+    actor._stages = replace(stages, run=run, max_batch_patches=64)
+    rows = rows_of(16)
+    batches = [
+        {name: [row[name] for row in half] for name in ("id", "image")}
+        for half in (rows[:8], rows[8:])
+    ]
+    with ThreadPoolExecutor(2) as calls:
+        list(calls.map(actor, batches))
+    assert set(FeatureStore(folder)) == {row["id"] for row in rows}
+    assert len(ran) > 4 and len(list(groupby(ran))) == 2
 
 
 def test_a_folder_of_another_run_is_refused(tiny_qwen3_vl: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tests.support.folders import (
 from vitrt import FeatureStore, ImageFeatures
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
+from vitrt.engine.stages import Stages
 from vitrt.engine.window import Window
 from vitrt.images.prepared import PreparedImage
 from vitrt.job.encode import EncodeOptions, Summary, encode_folder
@@ -98,6 +99,45 @@ def test_encoding_starts_before_listing_ends(tmp_path: Path) -> None:
     assert 20 <= images <= listed <= images + 64 + 8
     assert len(FeatureStore(tmp_path / "out")) == images
     assert check_folder(tmp_path / "out").problems == []
+
+
+def test_a_turn_is_held_while_batches_run_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first images are prepared before it comes, the last features written when it has gone."""
+    seen: list[str] = []
+    prepared = threading.Event()
+
+    class Turn:
+        def __enter__(self) -> None:
+            assert prepared.wait(60)
+            seen.append("taken")
+
+        def __exit__(self, *exception: object) -> None:
+            seen.append("given")
+
+    class Watched(FakeEncoder):
+        def stages(self, *, pool: bool = False) -> Stages[Record]:
+            stages = super().stages(pool=pool)
+
+            def prepare(record: Record) -> Any:
+                prepared.set()
+                return stages.prepare(record)
+
+            return stages.preparing(prepare)
+
+        def run(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+            seen.append("run")
+            return super().run(images)
+
+    close = FeatureWriter.close
+    monkeypatch.setattr(
+        FeatureWriter, "close", lambda writer: (seen.append("written"), close(writer))
+    )
+    folder = photos(tmp_path / "in", 6)
+    encode(folder, tmp_path / "out", encoder=Watched(budget=10_000), turn=Turn())
+    assert seen == ["taken", "run", "given", "written"]
+    assert_holds(tmp_path / "out", expected(folder))
 
 
 def test_a_listing_that_was_cut_short_has_not_ended() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -118,6 +119,7 @@ def encode(
     stop: Stop | None = None,
     progress: Progress | None = None,
     rank: int = 0,
+    turn: AbstractContextManager[object] | None = None,
 ) -> Outcome:
     """One run over a folder, as `vitrt encode` does it, without a model."""
     check_identity(output, identity)
@@ -142,6 +144,7 @@ def encode(
             stop=stop or Stop(),
             workers=workers,
             on_error=on_error,
+            turn=turn,
         )
         compact(output, outcome.dropped)
     return outcome

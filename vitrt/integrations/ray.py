@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -131,6 +132,9 @@ class _FolderEncoder(EncoderActor):
         self._folder, self._identity = folder, identity
         self._encoded = EncodedIndex(folder)
         self._idle: list[FeatureWriter] = []  # each has a rank, and serves one call at a time
+        # Of two calls, one has the device: both at half its rate would begin and end together, and
+        # it would wait for the first images of both, and then for the disk.
+        self._turn = Lock()
 
     def __call__(self, batch: Batch) -> pa.Table:
         writer = self._take_writer()
@@ -145,6 +149,7 @@ class _FolderEncoder(EncoderActor):
                 stop=Stop(),
                 workers=self._options.workers,
                 on_error=self._options.on_error,
+                turn=self._turn,
             )
         self._idle.append(writer)
         state = progress.snapshot()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -59,12 +60,14 @@ def encode_records(
     workers: int | None = None,
     on_error: Literal["skip", "fail"] = "skip",
     clips: LongClips | None = None,
+    turn: AbstractContextManager[object] | None = None,
 ) -> Outcome:
     """Encode every record that `encoded` does not hold in its present state.
 
     On return everything encoded is durable; after an error everything that was encoded before it
     is, where the disk permits. An error also requests `stop`: `records` that listen to it end.
-    `clips` are those that ranks share.
+    `clips` are those that ranks share. `turn` is held while batches are launched, and neither
+    while the first images are prepared nor while the last features are written.
 
     Raises:
         OutputError: the disk refused.
@@ -94,15 +97,16 @@ def encode_records(
     progress.queues = lambda: (window.waiting, behind.waiting)
     with listing, pipeline:
         try:
-            for part in pipeline.parts():
-                for record, error in _write(part, behind, clips):
-                    message = _skip(record, error, behind)
-                    old = encoded.shard_of_id(record.id)
-                    if old is not None and record.problem is None:
-                        outcome.dropped.append((record.id, old))
-                    if on_error == "fail":
-                        raise SkippedImageError(message)
-                    logger.warning("skipped: %s", message)
+            with turn or nullcontext():
+                for part in pipeline.parts():
+                    for record, error in _write(part, behind, clips):
+                        message = _skip(record, error, behind)
+                        old = encoded.shard_of_id(record.id)
+                        if old is not None and record.problem is None:
+                            outcome.dropped.append((record.id, old))
+                        if on_error == "fail":
+                            raise SkippedImageError(message)
+                        logger.warning("skipped: %s", message)
         except BaseException:
             stop.request()
             raise
