@@ -571,7 +571,7 @@ def test_a_broken_display_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_interrupt_before_the_run_ends_at_once() -> None:
-    stop = Stop()
+    stop, before = Stop(), signal.getsignal(signal.SIGINT)
     with graceful_interrupts(stop), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     calls: list[str] = []
@@ -580,7 +580,7 @@ def test_an_interrupt_before_the_run_ends_at_once() -> None:
     with graceful_interrupts(stop):
         signal.raise_signal(signal.SIGTERM)
     assert stop.requested and calls == ["stopped"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_reporters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
