@@ -13,10 +13,16 @@ from tests.attention.test_schedule import flash_attn_4, make_schedule, on_device
 from tests.support.attention_cases import dense_reference, make_segments, no_rotary
 from vitrt.attention import fa4, fa4_kept
 from vitrt.attention.fa4_kept import Variant
-from vitrt.kernels import kept
+from vitrt.kernels import gemm_kept, kept
+from vitrt.kernels.gemm_table import Tile
 from vitrt.kernels.segments import Segments
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRT_LINKED_KERNELS", "1")
 
 
 def computed(*arguments: Any) -> None:
@@ -64,6 +70,21 @@ class _OnGpu:
 
     def is_contiguous(self) -> bool:
         return self._dense
+
+
+def test_nothing_is_loaded_unless_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = _OnGpu(1300, 3, 2, 72)
+    segments = make_segments([1300])
+    assert fa4_kept.variant_of(qkv, segments, "lazy", False) is not None
+    monkeypatch.setattr(kept, "any_of", lambda family: True)
+    assert fa4_kept.any_persistent() and gemm_kept.any_kept()
+    for value in ("0", ""):
+        monkeypatch.setenv("VITRT_LINKED_KERNELS", value)
+        assert fa4_kept.variant_of(qkv, segments, "lazy", False) is None
+        assert not fa4_kept.any_persistent() and not gemm_kept.any_kept()
+        tile = Tile(128, 192, True, 2, 1)
+        assert gemm_kept.load("bias", tile, torch.bfloat16, CPU) is None
+        gemm_kept.keep("bias", tile, torch.bfloat16, None)  # asks nothing of a plan
 
 
 def test_what_is_not_sure_goes_through_the_package() -> None:

@@ -26,6 +26,11 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs gcc")
 TILE = Tile(128, 192, True, 2, 1)
 
 
+@pytest.fixture(autouse=True)
+def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRT_LINKED_KERNELS", "1")
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for kernels, and stand-ins for both packages, which call by ctypes."""

@@ -44,7 +44,9 @@ class Variant(NamedTuple):
 
 
 def variant_of(qkv: Tensor, segments: Segments, kind: str, scheduled: bool) -> Variant | None:
-    """Of a batch on Hopper; None where only the package knows."""
+    """Of a batch on Hopper; None where only the package knows, and where nobody wants others."""
+    if not kept.wanted():
+        return None
     longest, rows = segments.max_seqlen, qkv.shape[0]
     if not qkv.is_cuda or not qkv.is_contiguous() or rows == 0 or qkv.data_ptr() % _ALIGNMENT:
         return None
@@ -63,7 +65,7 @@ def _family(variant: Variant) -> str:
 
 def any_persistent() -> bool:
     """Whether a process here could import our parts, and compiled a persistent kernel."""
-    return kept.any_of(_PERSISTENT)
+    return kept.wanted() and kept.any_of(_PERSISTENT)
 
 
 def keys(attend: Any) -> set[Any]:

@@ -31,11 +31,13 @@ def _key(kind: Kind, tile: Tile, dtype: torch.dtype) -> str:
 
 
 def any_kept() -> bool:
-    return kept.any_of(_FAMILY)
+    return kept.wanted() and kept.any_of(_FAMILY)
 
 
 def keep(kind: Kind, tile: Tile, dtype: torch.dtype, plan: Any) -> None:
     """Keep the kernel of quack's plan, if a launch of it is as plain as `_Launch` has it."""
+    if not kept.wanted():
+        return
     from quack.gemm_config import SplitKMode
 
     plain = (
@@ -74,7 +76,7 @@ def _object_file(compiled: Any) -> Path | None:
 def load(
     kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device
 ) -> Callable[..., None] | None:
-    found = kept.load(_FAMILY, _key(kind, tile, dtype))
+    found = kept.load(_FAMILY, _key(kind, tile, dtype)) if kept.wanted() else None
     if found is None:
         return None
     function, description = found

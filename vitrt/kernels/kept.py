@@ -8,6 +8,9 @@ A file is a shared library, its description as JSON, the length of that, and the
 before. Files of other releases lie in other folders; a file that is cut short or was changed is
 never loaded; files appear under their names whole. Where anything is missing, or does not compute
 what it should (`proven`), the packages themselves are imported, which always works.
+
+Only for those who ask for it (`wanted`): it was shown that a launch is given what the packages give
+it, and not yet on a GPU that it runs.
 """
 
 from __future__ import annotations
@@ -36,8 +39,15 @@ _SOURCES = ("kept.py", "gemm_epilogues.py", "gemm_quack.py", "gemm_kept.py", "ge
 _DIGEST, _LENGTH = 32, 8  # bytes
 _SYMBOL = "func"  # as both packages export
 
+_WANTED = "VITRT_LINKED_KERNELS"
+
 Description = dict[str, Any]
 Function = Callable[..., Any]
+
+
+def wanted() -> bool:
+    """Whether the environment has VITRT_LINKED_KERNELS=1."""
+    return os.environ.get(_WANTED) == "1"
 
 
 @lru_cache(maxsize=1)
