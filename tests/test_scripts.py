@@ -68,7 +68,7 @@ def test_damaged_images(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
-    run("stress/memory.py", "--images", 2000, 20_000, "--folder", tmp_path)
+    run("stress/memory.py", "--images", 1000, 10_000, "--folder", tmp_path)
 
 
 def test_video_rate(tiny_qwen3_vl: Path) -> None:
