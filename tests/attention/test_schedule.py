@@ -476,6 +476,19 @@ def test_fa4_runs_without_our_parts_where_they_do_not_compile(
     assert len(warned) == 1 and "no such operation" in warned[0]
 
 
+@pytest.mark.parametrize("hopper", [True, False])
+def test_a_broken_package_is_found_when_the_backend_is_made(
+    monkeypatch: pytest.MonkeyPatch, hopper: bool
+) -> None:
+    """Where "auto" still takes another one."""
+    flash_attn_4(monkeypatch, [])
+    monkeypatch.setattr(fa4, "is_hopper", lambda device: hopper)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
+    with pytest.raises((ImportError, AttributeError)):
+        fa4.FlashAttention4(torch.device("cpu"), 64)
+
+
 def test_fa4_leaves_the_tail_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     flash_attn_4(monkeypatch, calls)

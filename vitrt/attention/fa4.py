@@ -16,6 +16,7 @@ from vitrt.attention import fa4_kept
 from vitrt.attention.base import BackendSpec, Schedule, attention_shape
 from vitrt.attention.last_wave import MOST_SEGMENTS, schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
+from vitrt.kernels import kept
 from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.dispatch import NotCompiledError
 from vitrt.kernels.persistent import is_hopper, processors
@@ -59,6 +60,8 @@ class FlashAttention4:
         self._knows_tiles = self._hopper and head_dim <= _TILE_HEAD_DIM
         self._own = self._hopper and head_dim in _OWN_HEAD_DIMS and _release() == _RELEASE
         self._kept: dict[fa4_kept.Variant, fa4_kept.Launch | None] = {}
+        if not (self._hopper and kept.wanted()):
+            _ = self._forwards  # or a broken installation would only be met by a forward
 
     @cached_property
     def _forwards(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
