@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vitrt.kernels import gemm_quack
+from vitrt.kernels import ahead, gemm_quack
 from vitrt.kernels.ahead import has_quack, products_in_processes
 from vitrt.kernels.gemm_table import Tile
 
@@ -82,3 +82,27 @@ def test_a_folder_of_its_name_is_not_quack(tmp_path: Path, monkeypatch: pytest.M
     (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)  # which forgets what was found
     assert has_quack()
+
+
+def test_processes_that_compile_nothing_are_not_waited_for(
+    quack: None, monkeypatch: pytest.MonkeyPatch
+):
+    inside, here = [True], []
+
+    def compiled(*product: Any) -> str:
+        if inside[0]:
+            raise Pending
+        here.append(product[1])
+        return "compiled"
+
+    class Pool(nullcontext[None]):
+        def __exit__(self, *error: object) -> None:
+            inside[0] = False
+
+    monkeypatch.setattr(sys.modules["quack.cache"], "pool_scope", Pool)
+    monkeypatch.setattr(gemm_quack, "compiled", compiled)
+    monkeypatch.setattr(ahead, "_PATIENCE", 0.3)
+    with products_in_processes():
+        for tile in TILES:
+            gemm_quack.compiled("gelu", tile, torch.float32, torch.device("cpu"))
+    assert here == TILES

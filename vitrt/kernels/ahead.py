@@ -29,6 +29,9 @@ from vitrt.kernels.dispatch import HAVE_TRITON
 from vitrt.kernels.gemm_table import Kind, Tile
 from vitrt.kernels.triton_launchers import LauncherBuilder
 
+_MOST_WORKERS = 16
+_PATIENCE = 60.0  # seconds for one more product of those in other processes
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -266,11 +269,13 @@ def products_in_processes() -> Iterator[None]:
     """quack's products are compiled in processes beside this one, which goes on meanwhile.
 
     When the context ends all are there. One that fails in its process is compiled in this one,
-    which raises what is wrong with it.
+    which raises what is wrong with it; so are all that are left when none has come for a while.
     """
     from quack.cache import CompilePending, pool_scope
 
-    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(len(os.sched_getaffinity(0))))
+    # Each of them imports CUTLASS, for most of a gigabyte and longer than it compiles.
+    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(workers))
     compile_one = gemm_quack.compiled
     pending: list[tuple[Kind, Tile, torch.dtype, torch.device]] = []
 
@@ -285,8 +290,13 @@ def products_in_processes() -> Iterator[None]:
 
     with pool_scope(), mock.patch.object(gemm_quack, "compiled", begin):
         yield
-        while pending:
+        newest = time.monotonic()
+        while pending and time.monotonic() - newest < _PATIENCE:
             time.sleep(0.1)
             waiting, pending[:] = pending[:], []
             for product in waiting:
                 begin(*product)
+            if len(pending) < len(waiting):
+                newest = time.monotonic()
+    for product in pending:
+        compile_one(*product)
