@@ -66,13 +66,9 @@ def test_two_at_once_and_a_third_that_finds_all(tiny_qwen2_5_vl: Path, tmp_path:
     said = finish(start(tmp_path, *arguments))
     assert kept(tmp_path) == before
     assert f": {len(before)} Triton kernels" in said and "sm_86" in said
-
-
-@needs_triton
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
-def test_what_triton_has_a_c_compiler_make_is_there(tiny_qwen2_5_vl: Path, tmp_path: Path):
-    """Linked against the driver's library, which this machine need not have."""
-    finish(start(tmp_path, "vitrt", "compile", str(tiny_qwen2_5_vl), "--arch", "86"))
+    if shutil.which("gcc") is None:
+        return
+    # What Triton has a C compiler make, linked against a driver that this machine need not have.
     made = list((tmp_path / "triton").rglob("*.so"))
     assert "cuda_utils" in {path.name.partition(".")[0] for path in made}
     assert all(b"libcuda.so.1" in path.read_bytes() for path in made)
