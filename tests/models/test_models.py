@@ -193,10 +193,10 @@ def test_an_adapter_can_be_trained_on_features(pair):
     ("name", "vision"),
     [
         ("qwen3.5-0.8b", {}),
-        ("qwen2.5-vl-7b", {"depth": 9, "fullatt_block_indexes": [3, 7]}),
-        ("qwen3-vl-8b", {"depth": 9, "deepstack_visual_indexes": [2, 4, 7]}),
-        ("qwen2-vl-2b", {"depth": 4}),
-        ("qwen3.5-27b", {"depth": 4}),
+        ("qwen2.5-vl-7b", {"depth": 4, "fullatt_block_indexes": [1, 3]}),
+        ("qwen3-vl-8b", {"depth": 5, "deepstack_visual_indexes": [1, 2, 4]}),
+        ("qwen2-vl-2b", {"depth": 2}),
+        ("qwen3.5-27b", {"depth": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.get('depth', 'all')} blocks",
 )
