@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,14 +21,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitrt.kernels import gemm_quack, kept, persistent
-from vitrt.kernels.disk_cache import keep_kernels, private_folder
+from vitrt.kernels import kept, persistent
+from vitrt.kernels.ahead_products import has_quack, products_in_processes, quack_without_gpu
+from vitrt.kernels.disk_cache import private_folder
 from vitrt.kernels.dispatch import HAVE_TRITON
-from vitrt.kernels.gemm_table import Kind, Tile
 from vitrt.kernels.triton_launchers import LauncherBuilder
-
-_MOST_WORKERS = 16
-_PATIENCE = 60.0  # seconds for one more product of those in other processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +192,7 @@ def compiling_for(chip: Chip, *, launchers: bool = False) -> Iterator[list[Binar
         # What runs here is compiled, if it was kept or not.
         stack.enter_context(mock.patch.object(kept, "load", return_value=None))
         if has_quack() and chip.capability[0] == 9:
-            stack.enter_context(_quack_without_gpu())
+            stack.enter_context(quack_without_gpu())
         # The first of its tensors "on cuda" would look for a GPU, and raise where there is none.
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))
         stack.enter_context(fake_tensor.FakeTensorMode(allow_non_fake_inputs=True))
@@ -210,12 +205,6 @@ def compiling_for(chip: Chip, *, launchers: bool = False) -> Iterator[list[Binar
         if "quack" in sys.modules:  # imported above
             stack.enter_context(products_in_processes())
         yield loaded
-
-
-def has_quack() -> bool:
-    """Whether it is installed: any folder of that name in the current one is found as well."""
-    spec = find_spec("quack")
-    return spec is not None and spec.origin is not None
 
 
 def _answers(chip: Chip) -> dict[str, Any]:
@@ -240,63 +229,3 @@ def _variables(chip: Chip) -> dict[str, str]:
         "FLASH_ATTENTION_ARCH": arch,
         "FLASH_ATTENTION_NUM_SMS": str(chip.processors),
     }
-
-
-@contextmanager
-def _quack_without_gpu() -> Iterator[None]:
-    """quack's products are compiled, kept and never launched.
-
-    How many clusters run at once is asked of the driver: it is an argument of a launch, not part of
-    what is compiled, so any answer will do.
-    """
-    keep_kernels()
-    from quack.cache import async_compile
-    from quack.epilogue import frontend
-    from quack.gemm_runtime import host
-
-    async_compile._install_gpu_blind_device_attrs()
-    async_compile._pin_dsl_arch(os.environ["CUTE_DSL_ARCH"])
-    with (
-        mock.patch.object(host, "get_max_active_clusters", return_value=1),
-        mock.patch.object(host, "run_gemm_epi_plan"),
-        mock.patch.object(frontend, "run_gemm_epi_plan"),
-    ):
-        yield
-
-
-@contextmanager
-def products_in_processes() -> Iterator[None]:
-    """quack's products are compiled in processes beside this one, which goes on meanwhile.
-
-    When the context ends all are there. One that fails in its process is compiled in this one,
-    which raises what is wrong with it; so are all that are left when none has come for a while.
-    """
-    from quack.cache import CompilePending, pool_scope
-
-    # Each of them imports CUTLASS, for most of a gigabyte and longer than it compiles.
-    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(workers))
-    compile_one = gemm_quack.compiled
-    pending: list[tuple[Kind, Tile, torch.dtype, torch.device]] = []
-
-    def begin(
-        kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device
-    ) -> gemm_quack.FusedProduct:
-        try:
-            return compile_one(kind, tile, dtype, device)
-        except CompilePending:
-            pending.append((kind, tile, dtype, device))
-            return gemm_quack.FusedProduct(kind, dtype, mock.Mock())  # which launches nothing
-
-    with pool_scope(), mock.patch.object(gemm_quack, "compiled", begin):
-        yield
-        newest = time.monotonic()
-        while pending and time.monotonic() - newest < _PATIENCE:
-            time.sleep(0.1)
-            waiting, pending[:] = pending[:], []
-            for product in waiting:
-                begin(*product)
-            if len(pending) < len(waiting):
-                newest = time.monotonic()
-    for product in pending:
-        compile_one(*product)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vitrt.kernels import ahead, gemm_quack
-from vitrt.kernels.ahead import has_quack, products_in_processes
+from vitrt.kernels import ahead_products, gemm_quack
+from vitrt.kernels.ahead_products import has_quack, products_in_processes
 from vitrt.kernels.gemm_table import Tile
 
 TILES = [Tile.parse(text) for text in ("128x192p1x2", "192x128p1x1", "128x128p1x1")]
@@ -101,7 +101,7 @@ def test_processes_that_compile_nothing_are_not_waited_for(
 
     monkeypatch.setattr(sys.modules["quack.cache"], "pool_scope", Pool)
     monkeypatch.setattr(gemm_quack, "compiled", compiled)
-    monkeypatch.setattr(ahead, "_PATIENCE", 0.3)
+    monkeypatch.setattr(ahead_products, "_PATIENCE", 0.3)
     with products_in_processes():
         for tile in TILES:
             gemm_quack.compiled("gelu", tile, torch.float32, torch.device("cpu"))
