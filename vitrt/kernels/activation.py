@@ -31,15 +31,9 @@ def _bias(bias, start, index, mask, N: tl.constexpr, ALIGN: tl.constexpr):
 
 @jit(do_not_specialize=["tokens"])
 def _swiglu_kernel(
-    x,
-    bias,
-    out,
-    tokens,
-    N: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, bias, out, tokens, N: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     BIASED: tl.constexpr,
-):
+):  # fmt: skip
     """BLOCK inputs g0, u0, g1, u1, ... to BLOCK / 2 outputs, whatever rows they lie in."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
@@ -60,16 +54,9 @@ def _swiglu_kernel(
 
 @jit(do_not_specialize=["tokens"])
 def _bias_act_kernel(
-    x,
-    bias,
-    out,
-    tokens,
-    N: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BIASED: tl.constexpr,
-    KIND: tl.constexpr,
-):
+    x, bias, out, tokens, N: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    BIASED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     mask = index < tokens.to(tl.int64) * N - start
@@ -115,17 +102,9 @@ def _launch(
     tokens, width = x.shape
     if tokens:
         kernel[(ceil_div(tokens * width, block),)](
-            x,
-            bias,
-            out,
-            tokens,
-            width,
-            min(width & -width, 16),
-            block,
-            bias is not None,
-            *kind,
+            x, bias, out, tokens, width, min(width & -width, 16), block, bias is not None, *kind,
             num_warps=warps,
-        )
+        )  # fmt: skip
     return out
 
 

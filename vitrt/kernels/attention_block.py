@@ -8,7 +8,40 @@ A head is split into two powers of two, MAIN + TAIL: 80 = 64 + 16 costs nothing 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from vitrt.kernels.dispatch import jit, pow2_ceil, pow2_floor, tl
+from vitrt.kernels.segments import TILE_ROWS, Segments
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """The blocks of query rows that the programs of an attention kernel share out."""
+
+    entries: Tensor  # `Segments.tiles`, or cu_seqlens where each segment is one block
+    count: Tensor  # int32 [1], entries in use
+    tile_rows: int  # query rows of an entry; 0 for cu_seqlens
+    block_m: int  # query rows of a block
+    blocks: int  # that there is room for, a head
+
+
+def work_list(segments: Segments, block_m: int) -> WorkList:
+    """Blocks of `block_m` rows; segments without tiles are one block each, however long."""
+    if segments.tiles is None or segments.tile_count is None:
+        assert segments.max_seqlen <= TILE_ROWS, "only segments of one tile can do without tiles"
+        rows, entries = max(16, pow2_ceil(segments.max_seqlen)), segments.cu_seqlens
+        return WorkList(entries, segments.count, 0, rows, entries.numel() - 1)
+    tiles = segments.tiles
+    blocks = tiles.shape[0] * (TILE_ROWS // block_m)
+    return WorkList(tiles, segments.tile_count, TILE_ROWS, block_m, blocks)
+
+
+def softmax_scale(head_dim: int) -> float:
+    """Dh ** -0.5, times log2(e): the kernels' exponentials are to base 2."""
+    return head_dim**-0.5 * math.log2(math.e)
 
 
 def split_head(head_dim: int) -> tuple[int, int]:

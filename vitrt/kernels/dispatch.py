@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 triton: Any = None
@@ -17,6 +18,7 @@ with suppress(ImportError):
 __all__ = [
     "HAVE_TRITON",
     "ceil_div",
+    "dot_precision",
     "jit",
     "pow2_ceil",
     "pow2_floor",
@@ -36,6 +38,11 @@ def jit(**options: Any) -> Any:
 def use_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels take `tensor`: on CUDA (ROCm too) or XPU, with Triton."""
     return HAVE_TRITON and (tensor.is_cuda or tensor.is_xpu)
+
+
+def dot_precision(operand: Tensor) -> str:
+    """`input_precision` of tl.dot: no TF32 for float32; it says nothing of 16 bits."""
+    return "ieee" if operand.dtype == torch.float32 else "tf32"
 
 
 def ceil_div(value: int, by: int) -> int:

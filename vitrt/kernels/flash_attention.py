@@ -6,14 +6,18 @@ a block. Heads are split in MAIN + TAIL, see attention_block.py.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from vitrt.kernels.attention_block import attend, split_head, store_rows
-from vitrt.kernels.dispatch import jit, pow2_ceil, tl, use_triton
+from vitrt.kernels.attention_block import (
+    attend,
+    softmax_scale,
+    split_head,
+    store_rows,
+    work_list,
+)
+from vitrt.kernels.dispatch import dot_precision, jit, tl, use_triton
 from vitrt.kernels.persistent import is_hopper, programs
 from vitrt.kernels.segments import TILE_ROWS, Segments
 
@@ -100,36 +104,16 @@ def _flash_triton(
     main, tail = split_head(head_dim)
     if tiling is None:
         tiling = _tiling(qkv)
-    if segments.tiles is None or segments.tile_count is None:
-        assert segments.max_seqlen <= TILE_ROWS, "only segments of one tile can do without tiles"
-        work, count, tile_rows = segments.cu_seqlens, segments.count, 0
-        block_m = max(16, pow2_ceil(segments.max_seqlen))
+    work = work_list(segments, tiling.block_m)
+    if not work.tile_rows:
         # Four warps would spill where they hold 128 rows.
-        tiling = replace(tiling, warps=8 if block_m == TILE_ROWS else 4, registers=None)
-        items = (work.numel() - 1) * heads
-    else:
-        work, count, tile_rows = segments.tiles, segments.tile_count, TILE_ROWS
-        block_m = tiling.block_m
-        items = work.shape[0] * (tile_rows // block_m) * heads
+        tiling = replace(tiling, warps=8 if work.block_m == TILE_ROWS else 4, registers=None)
     options = {} if tiling.registers is None else {"maxnreg": tiling.registers}
-    _flash_kernel[(programs(items, tiling.per_processor, qkv.device),)](
-        qkv,
-        work,
-        count,
-        out,
-        head_dim**-0.5 * math.log2(math.e),
-        heads,
-        head_dim,
-        main,
-        tail,
-        tile_rows,
-        block_m,
-        tiling.block_n,
-        tiling.stages,
-        "ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=tiling.warps,
-        **options,
-    )
+    _flash_kernel[(programs(work.blocks * heads, tiling.per_processor, qkv.device),)](
+        qkv, work.entries, work.count, out, softmax_scale(head_dim), heads, head_dim, main, tail,
+        work.tile_rows, work.block_m, tiling.block_n, tiling.stages, dot_precision(qkv),
+        num_warps=tiling.warps, **options,
+    )  # fmt: skip
     return out
 
 

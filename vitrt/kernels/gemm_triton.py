@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrt.kernels.dispatch import ceil_div, jit, tl
+from vitrt.kernels.dispatch import ceil_div, dot_precision, jit, tl
 from vitrt.kernels.gemm_table import Kind
 
 
@@ -110,26 +110,9 @@ def product(
         return out
     tiling = _FLOAT32 if x.dtype == torch.float32 else _HALF
     _product_kernel[(ceil_div(m, tiling.m) * ceil_div(n, tiling.n),)](
-        x,
-        weight,
-        bias,
-        residual,
-        out,
-        m,
-        x.stride(0),
-        out.stride(0),
-        0 if residual is None else residual.stride(0),
-        n,
-        k,
-        tiling.m,
-        tiling.n,
-        tiling.k,
-        _GROUP,
-        kind,
-        bias is not None,
-        tiling.stages,
-        "ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
+        x, weight, bias, residual, out, m, x.stride(0), out.stride(0),
+        0 if residual is None else residual.stride(0), n, k, tiling.m, tiling.n, tiling.k, _GROUP,
+        kind, bias is not None, tiling.stages, dot_precision(x),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
     return out

@@ -20,18 +20,9 @@ _SHARES_WARPS = 4
 
 @jit()
 def _read(
-    x,
-    delta_bias,
-    residual,
-    total,
-    offsets,
-    columns,
-    mask,
-    apart,
-    ADD: tl.constexpr,
-    BIASED: tl.constexpr,
-    SHARES: tl.constexpr,
-):
+    x, delta_bias, residual, total, offsets, columns, mask, apart, ADD: tl.constexpr,
+    BIASED: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
     """A tile of what is normalised, in float32: x, or the rounded sum, which `total` gets too.
 
     x may be several shares, `apart` values from one to the next.
@@ -70,24 +61,10 @@ def _write(values, scale, shift, out, offsets, mask, CENTRE: tl.constexpr):
 
 @jit(do_not_specialize=["tokens"])
 def _norm_kernel(
-    x,
-    delta_bias,
-    residual,
-    weight,
-    bias,
-    total,
-    out,
-    tokens,
-    eps,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
-    CENTRE: tl.constexpr,
-    ADD: tl.constexpr,
-    BIASED: tl.constexpr,
-    SHARES: tl.constexpr,
-):
+    x, delta_bias, residual, weight, bias, total, out, tokens, eps, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, CENTRE: tl.constexpr,
+    ADD: tl.constexpr, BIASED: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
     """ROWS rows a program, as a tile [ROWS, MAIN] and, unless D is a power of two, [ROWS, TAIL]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     start = rows.to(tl.int64) * D
@@ -147,25 +124,10 @@ def _norm_triton(
     if shares:
         row_warps = max(row_warps, _SHARES_WARPS)
     _norm_kernel[(ceil_div(tokens, rows),)](
-        x,
-        delta_bias,
-        residual,
-        weight,
-        bias,
-        total,
-        out,
-        tokens,
-        eps,
-        width,
-        main,
-        tail,
-        rows,
-        bias is not None,
-        residual is not None,
-        delta_bias is not None,
-        shares[0] if shares else 1,
+        x, delta_bias, residual, weight, bias, total, out, tokens, eps, width, main, tail, rows,
+        bias is not None, residual is not None, delta_bias is not None, shares[0] if shares else 1,
         num_warps=warps or row_warps,
-    )
+    )  # fmt: skip
     return out
 
 

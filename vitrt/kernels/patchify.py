@@ -15,17 +15,9 @@ from vitrt.kernels.dispatch import ceil_div, jit, pow2_ceil, tl, use_triton
 # Pixels and sources may lie anywhere: their alignment must not cost another compilation.
 @jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["pixels", "sources"])
 def _patchify_kernel(
-    pixels,
-    sources,
-    table,
-    out,
-    tokens,
-    P: tl.constexpr,
-    FRAMES: tl.constexpr,
-    CLIPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    pixels, sources, table, out, tokens, P: tl.constexpr, FRAMES: tl.constexpr, CLIPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """BLOCK_T patches, a frame at a time, as tiles [patch, (channel, row, column)].
 
     Lanes follow the output, four times the input in bytes: its stores are wide, and the byte loads,
@@ -70,18 +62,10 @@ def _patchify_triton(
     tokens = sources.shape[0]
     if tokens:
         _patchify_kernel[(ceil_div(tokens, rows),)](
-            pixels,
-            sources,
-            table,
-            out,
-            tokens,
-            patch_size,
-            temporal_patch_size,
-            table.numel() // 2 if table.dim() == 3 else 0,
-            rows,
-            pow2_ceil(3 * patch_size * patch_size),
-            num_warps=warps,
-        )
+            pixels, sources, table, out, tokens, patch_size, temporal_patch_size,
+            table.numel() // 2 if table.dim() == 3 else 0, rows,
+            pow2_ceil(3 * patch_size * patch_size), num_warps=warps,
+        )  # fmt: skip
     return out
 
 

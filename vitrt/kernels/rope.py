@@ -19,19 +19,9 @@ from vitrt.kernels.segments import Rotary
 # What a plan packs may lie anywhere: its alignment must not cost another compilation.
 @jit(do_not_specialize_on_alignment=["positions", "valid"])
 def _rope_kernel(
-    qkv,
-    positions,
-    cos,
-    sin,
-    valid,
-    H: tl.constexpr,
-    HALF: tl.constexpr,
-    VEC: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    qkv, positions, cos, sin, valid, H: tl.constexpr, HALF: tl.constexpr, VEC: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """BLOCK_H of the 2H heads of q and k of one patch: tiles [vector, head, value] of half heads.
 
     Dh/2 = 36 is no power of two: a half is CHUNKS = 9 vectors of VEC = 4, padded to BLOCK_C = 16.
@@ -102,20 +92,9 @@ def _rope_triton(qkv: Tensor, rotary: Rotary, block_h: int = 16, spread: int = 2
     )
     valid = rotary.valid
     _rope_kernel[(tokens, groups)](
-        qkv,
-        rotary.positions,
-        rotary.cos,
-        rotary.sin,
-        valid,
-        heads,
-        half,
-        vec,
-        chunks,
-        block_c,
-        block_h,
-        valid is not None,
-        num_warps=warps,
-    )
+        qkv, rotary.positions, rotary.cos, rotary.sin, valid, heads, half, vec, chunks, block_c,
+        block_h, valid is not None, num_warps=warps,
+    )  # fmt: skip
 
 
 # Rows turned at once on the CPU: the q and k of 128 patches (1.2 MB at 16 heads of 72) and their

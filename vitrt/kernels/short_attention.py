@@ -10,14 +10,19 @@ Shapes: T patches, H heads, Dh head size, M query rows and N key rows of a block
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vitrt.kernels.attention_block import angles, split_head, split_pairs, turn
-from vitrt.kernels.dispatch import jit, pow2_ceil, tl, use_triton
+from vitrt.kernels.attention_block import (
+    angles,
+    softmax_scale,
+    split_head,
+    split_pairs,
+    turn,
+    work_list,
+)
+from vitrt.kernels.dispatch import dot_precision, jit, tl, use_triton
 from vitrt.kernels.segments import TILE_ROWS, Rotary, Segments
 from vitrt.kernels.window_attention import window_attention_ref
 
@@ -172,38 +177,13 @@ def _short_triton(
     _, _, heads, head_dim = qkv.shape
     main, tail = split_head(head_dim)
     pairs, rest = split_pairs(head_dim)
-    block_m, warps = tiling.block_m, tiling.warps
-    if segments.tiles is None or segments.tile_count is None:
-        assert segments.max_seqlen <= TILE_ROWS, "only segments of one tile can do without tiles"
-        work, count, tile_rows = segments.cu_seqlens, segments.count, 0
-        block_m = max(16, pow2_ceil(segments.max_seqlen))
-        warps = 8 if block_m == TILE_ROWS else 4
-        entries = work.numel() - 1
-    else:
-        work, count, tile_rows = segments.tiles, segments.tile_count, TILE_ROWS
-        entries = work.shape[0] * (TILE_ROWS // block_m)
-    _short_kernel[(entries, heads)](
-        qkv,
-        work,
-        count,
-        rotary.positions,
-        rotary.cos,
-        rotary.sin,
-        out,
-        head_dim**-0.5 * math.log2(math.e),
-        heads,
-        head_dim,
-        pairs,
-        rest,
-        main,
-        tail,
-        tile_rows,
-        block_m,
-        tiling.block_n,
-        "ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=1,
-    )
+    work = work_list(segments, tiling.block_m)
+    warps = tiling.warps if work.tile_rows else 8 if work.block_m == TILE_ROWS else 4
+    _short_kernel[(work.blocks, heads)](
+        qkv, work.entries, work.count, rotary.positions, rotary.cos, rotary.sin, out,
+        softmax_scale(head_dim), heads, head_dim, pairs, rest, main, tail, work.tile_rows,
+        work.block_m, tiling.block_n, dot_precision(qkv), num_warps=warps, num_stages=1,
+    )  # fmt: skip
     return out
 
 

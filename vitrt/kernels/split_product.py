@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrt.kernels.dispatch import ceil_div, jit, tl
+from vitrt.kernels.dispatch import ceil_div, dot_precision, jit, tl
 from vitrt.kernels.gemm_table import SplitTile
 
 
@@ -62,7 +62,7 @@ def split_product(x: Tensor, weight: Tensor, tile: SplitTile) -> Tensor:
     out = torch.empty(tile.shares, m, n, dtype=torch.float32, device=x.device)
     _split_kernel[(ceil_div(n, tile.n), ceil_div(m, tile.m), tile.shares)](
         x, weight, out, m, n, k, tile.m, tile.n, tile.k, tile.shares, tile.turned, tile.stages,
-        "ieee" if x.dtype == torch.float32 else "tf32",
+        dot_precision(x),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -9,14 +9,13 @@ M query rows and N key rows of a block. Heads are split in MAIN + TAIL, see atte
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vitrt.kernels.attention_block import attend, split_head, store_rows
-from vitrt.kernels.dispatch import jit, pow2_floor, tl, use_triton
+from vitrt.kernels.attention_block import attend, softmax_scale, split_head, store_rows
+from vitrt.kernels.dispatch import dot_precision, jit, pow2_floor, tl, use_triton
 from vitrt.kernels.persistent import processors, programs
 
 TAIL_ROWS = 64  # query rows of one entry of a work list
@@ -168,40 +167,14 @@ def _tail_triton(
     partial = qkv.new_empty(items, tiling.block_m, head_dim, dtype=torch.float32)
     level = qkv.new_empty(items, tiling.block_m, dtype=torch.float32)
     _partial_kernel[(programs(items, 2 * tiling.per_processor, qkv.device),)](
-        qkv,
-        rows.entries,
-        rows.count,
-        partial,
-        level,
-        head_dim**-0.5 * math.log2(math.e),
-        heads,
-        head_dim,
-        main,
-        tail,
-        TAIL_ROWS,
-        splits,
-        tiling.block_m,
-        tiling.block_n,
-        tiling.stages,
-        "ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=tiling.warps,
-    )
+        qkv, rows.entries, rows.count, partial, level, softmax_scale(head_dim), heads,
+        head_dim, main, tail, TAIL_ROWS, splits, tiling.block_m, tiling.block_n, tiling.stages,
+        dot_precision(qkv), num_warps=tiling.warps,
+    )  # fmt: skip
     _combine_kernel[(programs(most_rows * heads, 16, qkv.device),)](
-        partial,
-        level,
-        rows.entries,
-        rows.count,
-        out,
-        heads,
-        head_dim,
-        main,
-        tail,
-        TAIL_ROWS,
-        splits,
-        tiling.block_m,
-        tiling.block_n,
-        num_warps=tiling.combine_warps,
-    )
+        partial, level, rows.entries, rows.count, out, heads, head_dim, main, tail, TAIL_ROWS,
+        splits, tiling.block_m, tiling.block_n, num_warps=tiling.combine_warps,
+    )  # fmt: skip
     return out
 
 

@@ -17,11 +17,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vitrt.kernels.attention_block import angles, split_head, split_pairs, turn
-from vitrt.kernels.dispatch import jit, tl, use_triton
+from vitrt.kernels.attention_block import (
+    angles,
+    softmax_scale,
+    split_head,
+    split_pairs,
+    turn,
+)
+from vitrt.kernels.dispatch import dot_precision, jit, tl, use_triton
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.persistent import is_hopper, programs
 from vitrt.kernels.rope import rope_ref
@@ -196,28 +201,11 @@ def _window_triton(
     items = (segments.cu_seqlens.numel() - 1) * (heads // group)
     options = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     _window_kernel[(programs(items, tiling.per_processor, qkv.device),)](
-        qkv,
-        segments.cu_seqlens,
-        segments.count,
-        rotary.positions,
-        rotary.cos,
-        rotary.sin,
-        out,
-        head_dim**-0.5 * math.log2(math.e),
-        heads,
-        head_dim,
-        pairs,
-        rest,
-        main,
-        tail,
-        group,
-        tiling.keep,
-        tiling.stages,
-        "ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        **options,
-    )
+        qkv, segments.cu_seqlens, segments.count, rotary.positions, rotary.cos, rotary.sin, out,
+        softmax_scale(head_dim), heads, head_dim, pairs, rest, main, tail, group,
+        tiling.keep, tiling.stages, dot_precision(qkv),
+        num_warps=tiling.warps, num_stages=tiling.stages, **options,
+    )  # fmt: skip
     return out
 
 
