@@ -23,7 +23,7 @@ from vitrt import VisionEncoder
 from vitrt.config import RuntimeConfig
 from vitrt.images.config import PreprocessorConfig
 from vitrt.job.options import EncodeOptions
-from vitrt.models.families import read_vision_config, write_vision_config
+from vitrt.models.config_file import read_vision_config, write_vision_config
 
 # As released: depth, width, MLP width, heads, patch, output width.
 RELEASED = {

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from vitrt.features import EncoderOutput, ImageFeatures
     from vitrt.images.config import PreprocessorConfig
     from vitrt.images.inputs import ImageError, Pixels
-    from vitrt.models.families import read_vision_config
+    from vitrt.models.config_file import read_vision_config
     from vitrt.parallel.context import ParallelContext
-    from vitrt.store.writer import FeatureStore
+    from vitrt.store.feature_store import FeatureStore
 
 # Loaded when they are asked for: importing vitrt alone costs nothing.
 _HOME = {
     "CheckpointError": "vitrt.checkpoint.shards",
     "EncoderOutput": "vitrt.features",
-    "FeatureStore": "vitrt.store.writer",
+    "FeatureStore": "vitrt.store.feature_store",
     "ImageError": "vitrt.images.inputs",
     "ImageFeatures": "vitrt.features",
     "ParallelContext": "vitrt.parallel.context",
@@ -32,7 +32,7 @@ _HOME = {
     "VisionConfig": "vitrt.config",
     "VisionEncoder": "vitrt.encoder",
     "extract_tower": "vitrt.checkpoint.extract",
-    "read_vision_config": "vitrt.models.families",
+    "read_vision_config": "vitrt.models.config_file",
 }
 
 __all__ = [

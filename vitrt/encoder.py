@@ -38,8 +38,6 @@ from vitrt.images.processor import ImageProcessor
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
 
-__all__ = ["EncoderOutput", "ImageFeatures", "VisionEncoder"]
-
 logger = logging.getLogger(__name__)
 
 

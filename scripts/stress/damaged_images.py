@@ -34,7 +34,7 @@ from vitrt.job.progress import Progress
 from vitrt.job.stop import Stop
 from vitrt.sources.inputs import Inputs
 from vitrt.store.check import check_folder
-from vitrt.store.writer import FeatureStore
+from vitrt.store.feature_store import FeatureStore
 
 SECONDS = 10.0  # that one image may take
 

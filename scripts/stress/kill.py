@@ -39,7 +39,7 @@ from vitrt.job.stop import Stop
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.options import SourceOptions
 from vitrt.store.check import check_folder
-from vitrt.store.writer import FeatureStore
+from vitrt.store.feature_store import FeatureStore
 
 # Batches of two runs hold other images, and matrix products of other shapes round otherwise.
 TOLERANCE = 1e-5

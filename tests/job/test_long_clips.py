@@ -41,8 +41,9 @@ from vitrt.sources.folder import walk
 from vitrt.store.check import check_folder
 from vitrt.store.durable import OutputError
 from vitrt.store.encoded_index import EncodedIndex
+from vitrt.store.feature_store import FeatureStore
 from vitrt.store.recovery import recover
-from vitrt.store.writer import FeatureStore, FeatureWriter
+from vitrt.store.writer import FeatureWriter
 
 FRAMES = 48
 Run = Callable[[Sequence[PreparedImage]], None]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.checkpoints import CONFIGS
 from vitrt.compare.reference import empty_tower
 from vitrt.config import Grid, VisionConfig
-from vitrt.models.families import read_vision_config
+from vitrt.models.config_file import read_vision_config
 from vitrt.models.work import attention_layers, count_flops, count_parameters, count_tokens
 
 WORKLOADS: dict[str, tuple[list[Grid], list[Grid]]] = {

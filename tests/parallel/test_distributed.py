@@ -21,7 +21,8 @@ from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.engine.loader import fill_tower
 from vitrt.engine.shares import Piece, divide
 from vitrt.images.levels import patches_reference
-from vitrt.models.families import build_tower, read_vision_config
+from vitrt.models.config_file import read_vision_config
+from vitrt.models.families import build_tower
 from vitrt.parallel.context import SINGLE
 
 TOLERANCE = 1e-5  # relative L2, NUMERICS

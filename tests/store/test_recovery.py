@@ -23,10 +23,12 @@ from tests.support.folders import (
 from vitrt import FeatureStore
 from vitrt.store import compaction, durable
 from vitrt.store.check import check_folder
+from vitrt.store.compaction import compact
 from vitrt.store.durable import OutputError
 from vitrt.store.feature_shard import read_header
 from vitrt.store.lock import FolderLock
-from vitrt.store.recovery import ShardNumbers, compact, recover
+from vitrt.store.recovery import recover
+from vitrt.store.shard_numbers import ShardNumbers
 from vitrt.tensor_file import TensorFileError
 
 SHARD = "features-00000-00000.safetensors"

@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import nn
 
-from vitrt.models.families import family_named, family_of
+from vitrt.models.config_file import family_of
+from vitrt.models.families import family_named
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODEL_CLASSES = {

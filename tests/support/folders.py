@@ -21,12 +21,15 @@ from vitrt.job.stop import Stop
 from vitrt.sources.folder import walk
 from vitrt.sources.record import Record
 from vitrt.store.check import check_folder
+from vitrt.store.compaction import compact
 from vitrt.store.durable import make_folder
 from vitrt.store.encoded_index import EncodedIndex
+from vitrt.store.feature_store import FeatureStore
 from vitrt.store.lock import FolderLock
-from vitrt.store.manifest import RunIdentity
-from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
-from vitrt.store.writer import FeatureStore, FeatureWriter
+from vitrt.store.recovery import check_identity, clear, recover
+from vitrt.store.run_identity import RunIdentity
+from vitrt.store.shard_numbers import ShardNumbers
+from vitrt.store.writer import FeatureWriter
 
 WIDTH = 6
 LEVELS = 2

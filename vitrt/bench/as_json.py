@@ -11,7 +11,7 @@ import torch
 from vitrt.bench.results import BenchResult, ModelResult, Row
 from vitrt.engine.device import dtype_name
 from vitrt.engine.eager_runner import RunnerStats
-from vitrt.models.families import write_vision_config
+from vitrt.models.config_file import write_vision_config
 
 
 def machine(device: torch.device) -> dict[str, str]:

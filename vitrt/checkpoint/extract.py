@@ -18,7 +18,7 @@ from vitrt.checkpoint.processor_files import PREPROCESSOR, PROCESSOR, VIDEO_PREP
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor
 from vitrt.checkpoint.tower_files import CONFIG, SINGLE
 from vitrt.messages import reason_of
-from vitrt.models.families import family_of
+from vitrt.models.config_file import family_of
 from vitrt.tensor_file import DTYPE_NAMES, DTYPES, build_header
 
 _FILES = (SINGLE, PREPROCESSOR, VIDEO_PREPROCESSOR, CONFIG)

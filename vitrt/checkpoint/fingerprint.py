@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.checkpoint.shards import TensorInfo
-from vitrt.models.families import write_vision_config
+from vitrt.models.config_file import write_vision_config
 
 _SAMPLE_BYTES = 2048  # at each end of a tensor
 

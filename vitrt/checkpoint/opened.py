@@ -30,7 +30,8 @@ from vitrt.checkpoint.tower_files import (
 from vitrt.config import VisionConfig
 from vitrt.images.config import PreprocessorConfig
 from vitrt.messages import reason_of, shorten
-from vitrt.models.families import build_tower, family_of, read_vision_config
+from vitrt.models.config_file import family_of, read_vision_config
+from vitrt.models.families import build_tower
 
 # cache_dir, token, local_files_only
 _HubOptions = tuple[str | os.PathLike[str] | None, str | bool | None, bool]

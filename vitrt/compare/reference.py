@@ -20,7 +20,8 @@ from torch import nn
 
 from vitrt.checkpoint.opened import Checkpoint, named_folder, open_checkpoint
 from vitrt.config import VisionConfig
-from vitrt.models.families import family_named, read_vision_config, write_vision_config
+from vitrt.models.config_file import read_vision_config, write_vision_config
+from vitrt.models.families import family_named
 
 # Beside the package in an installation, beside its folder in a checkout.
 CONFIG_FOLDERS = tuple(parent / "configs" for parent in Path(__file__).resolve().parents[1:3])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrt.config import integer
 from vitrt.features import ImageFeatures
-from vitrt.models.families import family_of
+from vitrt.models.config_file import family_of
 
 
 def feature_inputs(

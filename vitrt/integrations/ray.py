@@ -5,72 +5,60 @@
     encode_dataset(dataset, model, "features", actors=8)   # a folder as `vitrt encode` writes it
     encode_parquet(dataset, model, "rows", actors=8)       # the rows in Parquet files
 
-Ray reads, spreads, retries and writes; an actor is one encoder, whose batches are packed by
-patches. Imported by whoever uses Ray, and by nothing else here.
+Ray reads, spreads and retries; an actor is one encoder, which packs its own batches by patches.
+Imported by those who use Ray, and by nothing else in the package.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray.data
 
-from vitrt.config import RuntimeConfig
-from vitrt.integrations.ray_actor import (
-    Batch,
-    DatasetSummary,
-    EncoderActor,
-    RayEncoder,
-    open_model,
-    settled,
-    two_at_a_time,
-)
+from vitrt.integrations.ray_actor import Batch, EncoderActor, RayEncoder
 from vitrt.integrations.ray_parquet import encode_parquet
+from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments, two_at_a_time
 from vitrt.job.encode import open_output
-from vitrt.job.identity import run_identity
-from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress
 from vitrt.job.run import encode_records
 from vitrt.job.stop import Stop
+from vitrt.store.compaction import compact
 from vitrt.store.content import from_bytes
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
-from vitrt.store.manifest import RunIdentity, manifest_name
-from vitrt.store.recovery import compact, recover
+from vitrt.store.manifest import manifest_name
+from vitrt.store.recovery import recover
+from vitrt.store.run_identity import RunIdentity
 from vitrt.store.writer import FeatureWriter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "DatasetSummary",
     "RayEncoder",
+    "RunArguments",
     "encode_dataset",
     "encode_parquet",
     "from_bytes",
     "two_at_a_time",
 ]
 
+_COUNTS = tuple(field.name for field in fields(DatasetSummary))
+
 
 def encode_dataset(
     dataset: ray.data.Dataset,
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    *,
-    actors: int = 1,
-    num_gpus: float | None = None,
-    num_cpus: float = 1,
-    batch_size: int = 1024,
-    runtime: RuntimeConfig | None = None,
-    options: EncodeOptions | None = None,
-    image_column: str = "image",
-    id_column: str = "id",
-    adapter: str | os.PathLike[str] | None = None,
-    revision: str | None = None,
+    **arguments: Unpack[RunArguments],
 ) -> DatasetSummary:
     """Encode every row that `output` does not hold yet into it, as `vitrt encode` writes a folder.
 
@@ -80,43 +68,18 @@ def encode_dataset(
 
     Args:
         output: a folder that all nodes share, of a file system with locks.
-        actors: how many; each runs two batches at a time, so that its device waits for neither.
-        num_gpus, num_cpus: of an actor, for Ray; a part of a GPU as well. None: one GPU where Ray
-            has any. `runtime`'s "auto" is settled by this, the same for all actors.
-        batch_size: rows of one call, and so the most images of a shard.
-        Others as RayEncoder takes them.
+        arguments: see `RunArguments`.
 
     Raises:
         ValueError: about the model, or a folder of another run; nothing was written.
         ray.exceptions.RayError: what an actor raised; what was finished before stays valid.
     """
-    options = options or EncodeOptions()
-    runtime, num_gpus = settled(runtime or RuntimeConfig(), num_gpus)
-    checkpoint = open_model(model, runtime, adapter, revision)
-    identity = run_identity(checkpoint, replace(runtime, device="cpu"), options)
+    run = DatasetRun(dataset, model, **arguments)
     folder = Path(output).resolve()
     dropped: list[tuple[str, str]] = []
-    totals = dict.fromkeys(("images", "tokens", "skipped", "resumed"), 0)
-    with open_output(folder, identity, overwrite=options.overwrite):
-        calls = dataset.map_batches(
-            _FolderEncoder,
-            fn_constructor_kwargs={
-                "folder": folder,
-                "identity": identity,
-                "model": model,
-                "image_column": image_column,
-                "id_column": id_column,
-                "options": options,
-                "runtime": runtime,
-                "adapter": adapter,
-                "revision": revision,
-            },
-            batch_size=batch_size,
-            compute=two_at_a_time(actors),
-            num_gpus=num_gpus,
-            num_cpus=num_cpus,
-        )
-        for call in calls.iter_rows():
+    totals = dict.fromkeys(_COUNTS, 0)
+    with open_output(folder, run.identity, overwrite=run.options.overwrite):
+        for call in run.rows_of(_FolderEncoder, folder=folder).iter_rows():
             dropped += [tuple(pair) for pair in call["dropped"]]
             totals = {name: total + int(call[name]) for name, total in totals.items()}
         recover(folder, keep_errors=True)  # after actors that died, and batches that ran twice
@@ -153,11 +116,9 @@ class _FolderEncoder(EncoderActor):
             )
         self._idle.append(writer)
         state = progress.snapshot()
-        counts = {name: getattr(state, name) for name in ("images", "tokens", "skipped", "resumed")}
+        counts = [pa.array([getattr(state, name)]) for name in _COUNTS]
         pairs = pa.array([list(map(list, outcome.dropped))], pa.list_(pa.list_(pa.string())))
-        return pa.table(
-            [*(pa.array([each]) for each in counts.values()), pairs], [*counts, "dropped"]
-        )
+        return pa.table([*counts, pairs], [*_COUNTS, "dropped"])
 
     def _take_writer(self) -> FeatureWriter:
         with suppress(IndexError):

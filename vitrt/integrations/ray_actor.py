@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 import torch
 
 from vitrt.checkpoint.opened import Checkpoint, open_checkpoint
 from vitrt.config import RuntimeConfig
-from vitrt.engine.device import dtype_name, resolve_dtype
 from vitrt.engine.pipeline import Pipeline
 from vitrt.integrations.row_records import row_record
 from vitrt.job.encode import load_encoder, stages_of
@@ -30,16 +27,6 @@ Batch = Mapping[str, np.ndarray]
 Result = tuple[int, "OnHost | Exception"]
 
 _TABLE_BYTES = 32 << 20  # of features in one piece of a batch's rows
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetSummary:
-    """What a run did; of an actor that died, what its batches came to when they ran again."""
-
-    images: int = 0  # encoded
-    tokens: int = 0  # merged ones
-    skipped: int = 0  # named in errors-*.jsonl of a folder, in the column error of rows
-    resumed: int = 0  # that were there before
 
 
 class EncoderActor:
@@ -165,17 +152,6 @@ def _nbytes(row: Mapping[str, Any]) -> int:
     return row["vector"].nbytes if "vector" in row else len(row["features"])
 
 
-def two_at_a_time(actors: int) -> ray.data.ActorPoolStrategy:
-    """So many actors, for `map_batches`, each with two batches in hand.
-
-    While one batch begins (nothing of it is decoded yet) or ends (its rows are handed over, or
-    written), the device works on the other.
-    """
-    return ray.data.ActorPoolStrategy(
-        size=actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
-    )
-
-
 def open_model(
     model: str | os.PathLike[str],
     runtime: RuntimeConfig,
@@ -190,20 +166,6 @@ def open_model(
         min_pixels=runtime.min_pixels,
         max_pixels=runtime.max_pixels,
     )
-
-
-def settled(runtime: RuntimeConfig, num_gpus: float | None) -> tuple[RuntimeConfig, float]:
-    """What "auto" is where the actors run, which need not be where this does, and an actor's GPUs.
-
-    `num_gpus` None: one, where Ray has any.
-    """
-    if num_gpus is None:
-        num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    device = runtime.device
-    if device == "auto":
-        device = "cuda" if num_gpus else "cpu"
-    dtype = dtype_name(resolve_dtype(runtime.dtype, torch.device(device)))
-    return replace(runtime, device=device, dtype=dtype), num_gpus
 
 
 def limit_memory() -> None:

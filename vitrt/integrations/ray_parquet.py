@@ -6,8 +6,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,18 +15,12 @@ import ray
 import ray.data
 from pyarrow import fs
 
-from vitrt.config import RuntimeConfig
-from vitrt.integrations.ray_actor import (
-    Batch,
-    DatasetSummary,
-    RayEncoder,
-    open_model,
-    settled,
-    two_at_a_time,
-)
-from vitrt.job.identity import run_identity
-from vitrt.job.options import EncodeOptions
-from vitrt.store.manifest import RunIdentity
+from vitrt.integrations.ray_actor import Batch, RayEncoder
+from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments
+from vitrt.store.run_identity import RunIdentity
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -35,58 +29,30 @@ def encode_parquet(
     dataset: ray.data.Dataset,
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    *,
-    actors: int = 1,
-    num_gpus: float | None = None,
-    num_cpus: float = 1,
-    batch_size: int = 1024,
-    runtime: RuntimeConfig | None = None,
-    options: EncodeOptions | None = None,
-    image_column: str = "image",
-    id_column: str = "id",
-    adapter: str | os.PathLike[str] | None = None,
-    revision: str | None = None,
+    **arguments: Unpack[RunArguments],
 ) -> DatasetSummary:
     """Write RayEncoder's rows of every id that the files in `output` do not hold yet.
 
-    An id is taken as done by itself, whatever became of its image; a row with an error counts, too.
-    A file that a killed run left unfinished is removed first. One run at a time.
+    An id that is there counts as done, even if its row holds an error. A file that a killed run
+    left unfinished is removed first. Only one run may write into `output` at a time.
 
     Args:
         output: a folder that all nodes share, or a URL of pyarrow's (s3://, gs://).
-        Others as `encode_dataset` takes them; `options.overwrite` removes the files first.
+        arguments: see `RunArguments`; `options.overwrite` removes the files first.
 
     Raises:
         ValueError: about the model, or files of another run; nothing was written.
         ray.exceptions.RayError: what an actor raised; what was finished before stays.
     """
-    options = options or EncodeOptions()
-    runtime, num_gpus = settled(runtime or RuntimeConfig(), num_gpus)
-    checkpoint = open_model(model, runtime, adapter, revision)
-    identity = run_identity(checkpoint, replace(runtime, device="cpu"), options)
+    run = DatasetRun(dataset, model, **arguments)
     files = _Files.of(output)
-    if options.overwrite:
+    if run.options.overwrite:
         files.remove()
-    before = files.held([id_column], identity)
-    dataset.map_batches(
-        _ParquetEncoder,
-        fn_constructor_kwargs={
-            "done": ray.put(before.column(id_column)) if before.num_rows else None,
-            "identity": identity,
-            "model": model,
-            "image_column": image_column,
-            "id_column": id_column,
-            "options": options,
-            "runtime": runtime,
-            "adapter": adapter,
-            "revision": revision,
-        },
-        batch_size=batch_size,
-        compute=two_at_a_time(actors),
-        num_gpus=num_gpus,
-        num_cpus=num_cpus,
-    ).write_parquet(files.path, filesystem=files.system)
-    rows = files.held(["tokens", "error"], identity, but=files.names)
+    before = files.held([run.id_column], run.identity)
+    done = ray.put(before.column(run.id_column)) if before.num_rows else None
+    encoded = run.rows_of(_ParquetEncoder, done=done)
+    encoded.write_parquet(files.path, filesystem=files.system)
+    rows = files.held(["tokens", "error"], run.identity, but=files.names)
     skipped = rows.num_rows - rows.column("error").null_count
     tokens = sum(rows.column("tokens").drop_null().to_pylist())
     return DatasetSummary(rows.num_rows - skipped, tokens, skipped, before.num_rows)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitrt.integrations.engine_plugin import read_arguments, refuse_quantised, tower_replaced
 from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.engine_versions import warn_of_version
-from vitrt.models.families import read_vision_config
+from vitrt.models.config_file import read_vision_config
 
 __all__ = ["ARCHITECTURES", "READ", "TOWERS", "TRIED", "register"]
 

@@ -28,7 +28,8 @@ from vitrt.engine.engine import Engine
 from vitrt.integrations.feature_inputs import feature_inputs, placeholder_inputs
 from vitrt.integrations.sharing import SharedWeights, share_weights
 from vitrt.integrations.visual_modules import FeatureVisual, ReplacementVisual, VitrtVisual
-from vitrt.models.families import family_names, is_tower_type, read_vision_config
+from vitrt.models.config_file import read_vision_config
+from vitrt.models.families import family_names, find_family
 
 __all__ = ["accelerate", "accept_features", "feature_inputs", "placeholder_inputs", "restore"]
 
@@ -137,7 +138,7 @@ def _is_tower(module: nn.Module) -> bool:
     parts = {name for name, _ in module.named_children()}
     if not {"patch_embed", "blocks", "merger"} <= parts or not hasattr(module, "config"):
         return False
-    return is_tower_type(getattr(module.config, "model_type", None))
+    return find_family(getattr(module.config, "model_type", None)) is not None
 
 
 def _find(model: nn.Module) -> _Place:

@@ -16,7 +16,7 @@ from vitrt.engine.batch import PixelValues
 from vitrt.engine.engine import Engine
 from vitrt.engine.outside_compiler import outside_compiler
 from vitrt.engine.request import Request
-from vitrt.models.families import read_vision_config
+from vitrt.models.config_file import read_vision_config
 
 
 class ReplacementVisual(nn.Module):

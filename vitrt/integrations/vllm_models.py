@@ -18,7 +18,7 @@ from vitrt.config import VisionConfig
 from vitrt.integrations.engine_plugin import read_arguments, refuse_quantised, tower_replaced
 from vitrt.integrations.engine_tower import EngineTower
 from vitrt.integrations.vllm import ARCHITECTURES, dtype_and_device, logger
-from vitrt.models.families import read_vision_config
+from vitrt.models.config_file import read_vision_config
 
 # What vLLM makes its towers with.
 TOWER_ARGUMENTS = ("vision_config", "norm_eps", "quant_config", "prefix", "input_norm")

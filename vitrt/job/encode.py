@@ -31,11 +31,14 @@ from vitrt.parallel.context import SINGLE, ParallelContext
 from vitrt.parallel.shared_parts import SharedParts
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
+from vitrt.store.compaction import compact
 from vitrt.store.durable import discard, flush_folder, make_folder
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
-from vitrt.store.manifest import TEMPORARY_NAME, RunIdentity, matching
-from vitrt.store.recovery import ShardNumbers, check_identity, clear, compact, recover
+from vitrt.store.manifest import TEMPORARY_NAME, matching
+from vitrt.store.recovery import check_identity, clear, recover
+from vitrt.store.run_identity import RunIdentity
+from vitrt.store.shard_numbers import ShardNumbers
 from vitrt.store.writer import FeatureWriter
 
 logger = logging.getLogger(__name__)

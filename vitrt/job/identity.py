@@ -12,7 +12,7 @@ from vitrt.engine.request import Request
 from vitrt.images.config import PreprocessorConfig
 from vitrt.images.processor import ImageProcessor
 from vitrt.job.options import EncodeOptions
-from vitrt.store.manifest import RunIdentity, layers_text
+from vitrt.store.run_identity import RunIdentity, layers_text
 
 
 def request_of(options: EncodeOptions, depth: int) -> Request:

@@ -1,3 +1,5 @@
-"""The towers: what a family is (`families`), plans, the one forward loop, counted work."""
+"""The towers: families (`families`) and their configs (`config_file`), plans, the one forward loop,
+counted work.
+"""
 
-__all__ = ["families", "packed_plan", "plan", "tower", "work"]
+__all__ = ["config_file", "families", "packed_plan", "plan", "tower", "work"]

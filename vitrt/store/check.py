@@ -26,12 +26,12 @@ from vitrt.store.manifest import (
     TEMPORARY_NAME,
     Damage,
     Entry,
-    RunIdentity,
     check_any,
     iter_manifest,
     manifests,
     matching,
 )
+from vitrt.store.run_identity import RunIdentity
 from vitrt.tensor_file import DTYPE_NAMES, Header, TensorFileError
 
 _SHARED = RunIdentity.shared()  # what must be the same in every shard of a folder

@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 from vitrt.features import ImageFeatures
 from vitrt.store.feature_shard import encode_shard, merge_size_of, parse_layers
-from vitrt.store.manifest import layers_text
+from vitrt.store.run_identity import layers_text
 from vitrt.tensor_file import LENGTH_BYTES, header_length, parse_header
 
 __all__ = ["from_bytes", "to_bytes"]

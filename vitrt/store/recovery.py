@@ -10,22 +10,14 @@ import logging
 from pathlib import Path
 
 from vitrt.messages import counted
-from vitrt.store.compaction import compact, drop_lines, forget_replaced, strip
+from vitrt.store.compaction import drop_lines, forget_replaced, strip
 from vitrt.store.durable import FULL, OutputError, flush_folder, remove, truncate
 from vitrt.store.feature_shard import read_header
-from vitrt.store.manifest import (
-    ERRORS_NAME,
-    MANIFEST_NAME,
-    SHARD_NAME,
-    TEMPORARY_NAME,
-    RunIdentity,
-    matching,
-)
+from vitrt.store.manifest import ERRORS_NAME, MANIFEST_NAME, SHARD_NAME, TEMPORARY_NAME, matching
+from vitrt.store.run_identity import RunIdentity
 from vitrt.store.scan import FolderScan
-from vitrt.store.shard_numbers import ShardNumbers, keep_numbers
+from vitrt.store.shard_numbers import keep_numbers
 from vitrt.tensor_file import TensorFileError
-
-__all__ = ["FolderMismatchError", "ShardNumbers", "check_identity", "clear", "compact", "recover"]
 
 logger = logging.getLogger(__name__)
 

@@ -16,23 +16,15 @@ from torch import Tensor
 from vitrt.features import ImageFeatures
 from vitrt.store.durable import AppendError, append, discard, write_file
 from vitrt.store.feature_shard import MERGE_SIZE, write_shard
-from vitrt.store.feature_store import FeatureStore
 from vitrt.store.manifest import (
     Entry,
-    RunIdentity,
     SourceImage,
     error_line,
     errors_name,
     manifest_name,
     shard_name,
 )
-
-__all__ = [
-    "SHARD_IMAGES",
-    "FeatureStore",
-    "FeatureWriter",
-    "tokens_of",
-]
+from vitrt.store.run_identity import RunIdentity
 
 logger = logging.getLogger(__name__)
 
