@@ -29,12 +29,10 @@ _MODULE = "flash_attn.cute"
 _TILE_ROWS = 192  # query rows of a block on Hopper, for heads of at most _TILE_HEAD_DIM
 _TILE_HEAD_DIM = 96
 
-# Where kernels/fa4_hopper.py fits: a release whose inside it was written for, and head sizes that
-# the package gives the tile that it was measured with.
+# What kernels/fa4_hopper.py was written for, and the head sizes whose tile it was measured with.
 _RELEASE = "4.0.0b36"
 _OWN_HEAD_DIMS = range(65, 97)
-# Keys that take as long as the start and the end of a tile.
-_TILE_COST = 256
+_TILE_COST = 256  # keys that take as long as the start and the end of a tile
 _MOST_UNEVEN = 1.02
 
 
@@ -42,11 +40,12 @@ class FlashAttention4:
     """FlashAttention-4's variable-length forward over strided views of the packed qkv.
 
     The first call for each head size and dtype compiles for some seconds, or loads what an earlier
-    process compiled, on Hopper without importing the package; segment lengths do not matter. The
-    public function allocates its output and enters autograd, so we call the one below it, on Hopper
-    with parts of our own. There one to four segments leave the rows of a last wave of blocks to our
-    own kernel, where that saves the wave, and longer lists run in persistent blocks, where these
-    come out even.
+    process compiled; segment lengths do not matter. We call the function below the public one,
+    which allocates its output and enters autograd.
+
+    On Hopper it has parts of our own. There a batch of one to four segments leaves its last rows to
+    another kernel (tail_attention.py) where that saves a wave of blocks, and a longer one runs in
+    persistent blocks where these end together.
     """
 
     name = "fa4"
@@ -54,18 +53,18 @@ class FlashAttention4:
     applies_rotary = False
 
     def __init__(self, device: torch.device, head_dim: int) -> None:
-        self._device, self._head_dim = device, head_dim
+        self._device = device
         self._processors = processors(device)
         self._hopper = is_hopper(device)
         self._knows_tiles = self._hopper and head_dim <= _TILE_HEAD_DIM
         self._own = self._hopper and head_dim in _OWN_HEAD_DIMS and _release() == _RELEASE
         self._kept: dict[fa4_kept.Variant, fa4_kept.Launch | None] = {}
         if not (self._hopper and kept.wanted()):
-            _ = self._forwards  # or a broken installation would only be met by a forward
+            _ = self._forwards  # a broken installation is to be found now, not in a forward
 
     @cached_property
     def _forwards(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-        """By the package, whose import takes seconds."""
+        """The package's, whose import takes seconds; see `_forwards`."""
         keep_kernels()
         return _forwards(self._own, self._processors)
 
@@ -92,7 +91,7 @@ class FlashAttention4:
         persistent = schedule is not None and not schedule.work.numel()
         if persistent:
             schedule = None
-        # Blocks past it end, and write nothing.
+        # The package's blocks for rows past these counts end at once, and write nothing.
         used = None if schedule is None else schedule.per_segment
         variant = self._variant(qkv, segments, used, persistent)
         tried = variant in self._kept
@@ -119,7 +118,7 @@ class FlashAttention4:
         return fa4_kept.variant_of(qkv, segments, kind, used is not None)
 
     def _launch(self, variant: fa4_kept.Variant) -> fa4_kept.Launch | None:
-        """What an earlier process kept. One that a graph meets first is not tried out in it."""
+        """The kernel that an earlier process kept; None without one, or while untestable."""
         if variant not in self._kept:
             try:
                 self._kept[variant] = fa4_kept.load(variant, self._device)
@@ -185,8 +184,10 @@ def _release() -> str | None:
 
 @lru_cache(maxsize=1024)
 def runs_even(lengths: tuple[int, ...], heads: int, processors: int) -> bool:
-    """Whether persistent blocks end together: each takes every `processors`-th tile, and a tile's
-    time goes by its segment's length. The hardware gives the next tile to the next free block.
+    """Whether persistent blocks end together, about as early as blocks that are not persistent.
+
+    Each takes every `processors`-th tile, whose time depends on the length of its segment; to the
+    others the hardware gives the next tile as they become free.
     """
     if min(lengths) == max(lengths):
         return True

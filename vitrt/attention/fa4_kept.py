@@ -1,8 +1,8 @@
 """FlashAttention-4's forward on Hopper, launched without the packages that compiled it.
 
-What `flash_attn.cute.interface._flash_attn_fwd` decides from shapes before it looks for a kernel,
-for what we ask of it: packed segments, as many heads of keys as of queries, no mask. Whatever is
-not sure to be decided alike goes through that function.
+The package picks a kernel by shapes, in `flash_attn.cute.interface._flash_attn_fwd`. Here the same
+choice is made for what we ask of it: packed segments, as many key heads as query heads, no mask.
+Where the choice might differ, the call goes through that function.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from vitrt.kernels import kept
 from vitrt.kernels.segments import Segments
 
 _FAMILY, _PERSISTENT = "fa4", "fa4-persistent"
-_MOST_SEGMENTS = 256  # of more, it is told in which segment each block lies
-_ROWS = 128, 192  # its tiles of query rows: by head size one of these
+_MOST_SEGMENTS = 256  # with more, the package also passes the segment that each block lies in
+_ROWS = 128, 192  # query rows of a tile: the head size decides which of the two
 _ALIGNMENT = 16  # bytes
-_TOLERANCE = 0.01  # of the output: it and the probabilities are rounded by 0.2%
+_TOLERANCE = 0.01  # relative: output and probabilities are each rounded by 0.2%
 
 
 class CapturingError(RuntimeError):
-    """A kernel would be tried out while a graph is recorded, which allows no such thing."""
+    """A loaded kernel must be tested before it is used, and a graph is being recorded."""
 
 
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 class Variant(NamedTuple):
-    """What tells its kernels apart."""
+    """What one compiled kernel is for."""
 
     kind: str  # the package's own, or with our parts
     dtype: torch.dtype
     head_dim: int
-    scheduled: bool  # with a count of query rows for each segment
-    one_tile: bool  # a segment has no more rows than a tile
+    scheduled: bool  # takes a count of query rows for each segment
+    one_tile: bool  # no segment has more rows than a tile
 
 
 def variant_of(qkv: Tensor, segments: Segments, kind: str, scheduled: bool) -> Variant | None:
-    """Of a batch on Hopper; None where only the package knows, and where nobody wants others."""
+    """The kernel that a batch on Hopper needs; None to let the package choose it."""
     if not kept.wanted():
         return None
     longest, rows = segments.max_seqlen, qkv.shape[0]
@@ -64,17 +64,17 @@ def _family(variant: Variant) -> str:
 
 
 def any_persistent() -> bool:
-    """Whether a process here could import our parts, and compiled a persistent kernel."""
+    """Whether a persistent kernel was kept, so that our parts fit the packages here."""
     return kept.wanted() and kept.any_of(_PERSISTENT)
 
 
 def keys(attend: Any) -> set[Any]:
-    """Those of the kernels that the package has in memory."""
+    """The keys of the kernels that the package has in memory."""
     return set(getattr(getattr(attend, "compile_cache", None), "cache", ()))
 
 
 def keep(variant: Variant, attend: Any, before: set[Any]) -> None:
-    """Keep the one kernel that a call brought into memory, `before` which there were others."""
+    """Keep the kernel that a call compiled; `before` it the package had kernels of those keys."""
     new = list(keys(attend) - before)
     cache = getattr(attend, "compile_cache", None)
     folder = getattr(cache, "cache_path", None)
@@ -84,7 +84,7 @@ def keep(variant: Variant, attend: Any, before: set[Any]) -> None:
 
 
 def load(variant: Variant, device: torch.device) -> Launch | None:
-    """The kernel if it was kept, and computes what it should; CapturingError in a graph."""
+    """The kept kernel, tested; None without one. CapturingError while a graph is recorded."""
     found = kept.load(_family(variant), _key(variant))
     if found is None:
         return None
@@ -113,7 +113,7 @@ def _launch(function: kept.Function, scale: float) -> Launch:
 
 
 def _is_right(launch: Launch, variant: Variant, device: torch.device) -> bool:
-    """Two segments of two heads, held against float32 on the host."""
+    """Whether it attends as float32 on the host does, over two segments of two heads."""
     lengths = (120, 40) if variant.one_tile else (300, 260)
     whole = (64, lengths[1]) if variant.scheduled else lengths
     rows = sum(lengths)

@@ -22,7 +22,7 @@ from vitrt.kernels.tail_attention import TAIL_ROWS, TailRows
 MOST_ENTRIES = 4  # of a work list, of TAIL_ROWS rows each: bounds the kernel's scratch memory
 _LIST_AT = 4  # int32 values before the list, so that it starts on 16 bytes; the first is its length
 
-# Of many segments the waves drift apart, and there is no last one to save.
+# With many segments the waves drift apart, and there is no last one to save.
 MOST_SEGMENTS = 4
 # Attention over fewer keys has waves as short as the two launches that would save one.
 _FEWEST_KEYS = 1024

@@ -216,7 +216,7 @@ def _measure(
 
 
 def _with_cosines(row: Row, output: Output, exact: Output, tokens: Sequence[int]) -> Row:
-    """Beside fp8, in 16 bits: float32's are 1."""
+    """The row with every image's cosine where fp8 is measured, but for float32's: they are 1."""
     if not tokens or row.dtype == torch.float32:
         return row
     return replace(row, cosines=cosines(output, exact, tokens))

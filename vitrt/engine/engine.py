@@ -150,7 +150,7 @@ class Engine:
             return self.runner.run(plan, batch, request)
 
     def patches_for(self, request: Request) -> int:
-        """The most patches of one forward; where it keeps hidden states fewer, unless the user set
+        """The most patches of one forward: fewer where it keeps hidden states, unless the user set
         the number.
         """
         if not request.layers or self.runtime.max_batch_tokens is not None:
@@ -171,8 +171,8 @@ class Engine:
     def load_kernels(self) -> None:
         """Run black images that between them use every kernel, so that no call waits for one.
 
-        What a forward compiles and loads at first use costs seconds. A small image and a larger one
-        may go to different backends, and one that the backend schedules to further kernels.
+        What a forward compiles and loads at first use costs seconds. A small image and a large one
+        may go to different backends, and a backend may have further kernels for some batches.
         """
         patch = self.config.patch_size
         table = torch.zeros(2, 3, 256, dtype=torch.float32, device=self.device)

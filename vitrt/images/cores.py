@@ -16,17 +16,16 @@ _OF_A_VIDEO = 4  # cores, while others wait
 class Cores:
     """Which videos are decoded now, and with how many threads.
 
-    Several at once, with a thread each, take less work than one with many: on 1080p H.264 a frame
-    costs 10 to 25% more where threads share it. But of those that share the cores none is done
-    before all are, so that the device waits for as many as are at work when it wants the first.
-    Hence a few at once, those that came first.
+    To decode several at once, with a thread each, is less work than one with many: a frame of 1080p
+    H.264 costs 10 to 25% more where threads share it. But videos that share the cores all end late,
+    and the device waits for the first. Hence a few at once, those that came first.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """For the child of a fork, which has none of the threads that decode here."""
+        """Start anew, in the child of a fork: it has none of the threads that decode here."""
         self._changed = threading.Condition()
         self._arrivals = count()
         self._line: list[int] = []  # arrivals of those that are decoded, or wait for it

@@ -19,15 +19,14 @@ from PIL import Image
 from vitrt.images.pixels import copy_pixels
 from vitrt.images.resize import Resize, resize_pillow, resize_torch
 
-MAX_HELD_BYTES = 32 << 20  # of the pixels of a long video at a time: of two runs of its frames
-# Of one that a worker decodes to its end, beside others. Qwen3-VL bounds a clip's pixels at 75 MB,
-# however long it is; an open decoder of 1080p, which a longer one keeps, may hold as much.
+MAX_HELD_BYTES = 32 << 20  # pixels of a long video in memory: two runs of its frames
+# Pixels up to which one worker decodes a video to its end. Qwen3-VL bounds a clip's at 75 MB,
+# however long it is; a longer video keeps a decoder open, which at 1080p may hold as much.
 MAX_WHOLE_BYTES = 80 << 20
-# Of the file, in a clip that a worker alone is too slow for where others would decode a part of it:
-# half a minute and more of 1080p with a core or two.
+# Frames of a file from which on ranks share the decoding, where they can: one worker takes half a
+# minute and more for so many at 1080p, with a core or two.
 MANY_FRAMES = 1 << 13
-# Threads that resize a clip's frames while its next ones are decoded, which takes about as long.
-_RESIZING = 3
+_RESIZING = 3  # threads that resize a clip's frames: decoding the next ones takes about as long
 
 Frame = Image.Image | np.ndarray  # RGB; an array is uint8 [H, W, 3]
 
@@ -37,7 +36,7 @@ class FrameSource(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """About, of what it holds of its own to give them."""
+        """About how much memory it holds to give them."""
         ...
 
     def read(self, indices: Sequence[int], take: Callable[[int, Frame], None]) -> None:
@@ -75,7 +74,7 @@ class PreparedImage:
         return self
 
     def runs(self) -> Generator[PreparedImage]:
-        """It is one."""
+        """Itself, its only run."""
         yield self
 
     @property
@@ -86,7 +85,7 @@ class PreparedImage:
 
     @property
     def nbytes(self) -> int:
-        """Of memory, until it is run."""
+        """Memory that it takes until it is run."""
         return self.pixels.nbytes
 
     def split(self, most_patches: int) -> list[PreparedImage]:
@@ -118,13 +117,13 @@ class LazyImage:
     size: tuple[int, int]  # H, W
     resize: Resize
     times: tuple[float, ...] | None
-    begun: list[PreparedImage] = field(default_factory=list)  # its first run, once
-    in_runs: Callable[[], Iterator[Prepared]] | None = None  # what `runs` decodes, if not all of it
+    begun: list[PreparedImage] = field(default_factory=list)  # its first run, if decoded already
+    in_runs: Callable[[], Iterator[Prepared]] | None = None  # what `runs` decodes, if not all
     is_lazy = True
 
     @property
     def nbytes(self) -> int:
-        """Of memory, until it is run."""
+        """Memory that it takes until it is run."""
         return sum(run.nbytes for run in self.begun) + self.source.nbytes
 
     @property
@@ -183,7 +182,7 @@ class LazyImage:
         return [self.rows(start, start + longest) for start in range(0, t, longest)]
 
     def begin(self) -> LazyImage:
-        """Decode the first run now: for whoever asks for `runs` first. Itself."""
+        """Decode the first run now, for the first call of `runs`; returns itself."""
         self.begun.append(self.split(self.num_patches)[0].decoded())
         return self
 

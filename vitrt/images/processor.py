@@ -179,8 +179,8 @@ class ImageProcessor:
             name: what error messages call the image; None: its path, or a description of it.
             span: of a clip, only these frames of its grid, [start, stop): at the size that they
                 have in the whole.
-            shared: whether others take runs of a long video: then of one of many frames in the
-                file, too, only the first frames are decoded now, however small its pixels are.
+            shared: whether other ranks may take runs of a long video. Only the first frames of a
+                file with many are then decoded now, however small they are.
 
         Raises:
             ImageError: the image cannot be read, decoded or resized.

@@ -2,9 +2,9 @@
 
 Decoding goes through PyAV, which brings FFmpeg along. Frames are counted in the packets, not in the
 header: containers leave the number out, or count frames that an edit list cuts off. Frames are
-turned upright by the rotation that the file names. Of what is not asked for, the frames that no
-other frame refers to are left out: the others come out the same, for less work, but for what a
-decoder makes up where the file is damaged.
+turned upright by the rotation that the file names. A frame that is neither asked for nor referred
+to by another is not decoded: the others come out the same for less work, except for what a decoder
+makes up where the file is damaged.
 
 Shapes: F frames, H and W pixels.
 """
@@ -54,12 +54,12 @@ def open_video(image: PlainInput, name: str, arrival: int | None = None) -> Vide
 
 
 class VideoFile:
-    """A video whose frames are read in order, best; threads may share it."""
+    """A video, whose frames are best read in order; threads may share it."""
 
     def __init__(self, content: str | io.BytesIO, name: str, arrival: int | None = None) -> None:
         """`content` is a path, or what such a file holds; `name` is for messages.
 
-        Of several, those are decoded first whose `arrival`, from CORES, came first; None: now.
+        Videos are decoded in the order of their `arrival`, a number from CORES; None: a new one.
 
         Raises:
             ImageError: PyAV is missing, there is no video in it, or it is broken.
@@ -71,7 +71,7 @@ class VideoFile:
         self._frames: Generator[Any] | None = None  # of the decoder
         self._position = -1  # of the frame that it gave last
         self._array: np.ndarray | None = None  # that frame, converted
-        self._skips = True  # what is not wanted, while every frame that is comes out
+        self._skips = True  # leave out unwanted frames, until a wanted one fails to come out
         self.wanted: Sequence[int] = ()  # all that is ever read, ascending; none: not known
         self.rate: float | None  # frames a second, on average
         self.times: tuple[float, ...]  # of each frame, seconds from the first one
@@ -84,7 +84,7 @@ class VideoFile:
 
     @property
     def nbytes(self) -> int:
-        """About, of the frames that an open decoder keeps."""
+        """About how much memory the frames of an open decoder take."""
         if self._frames is None:
             return 0
         frames = self._threads + _REFERENCES
@@ -129,7 +129,7 @@ class VideoFile:
         return self._array
 
     def _place(self, frame: Any) -> int:
-        """Of the frame that comes next; behind all others where there is none, or none known."""
+        """The place of the next frame; one past the last where there is none, or none known."""
         if frame is None:
             return len(self.times)
         if not self._skipping:
@@ -144,7 +144,7 @@ class VideoFile:
         return self._skips and bool(self.wanted and self._stamps)
 
     def _decode(self, start: int = 0) -> Generator[Any]:
-        """The frames from `start` on, which is 0 or in `_keys`; without some that nobody wants."""
+        """The frames from `start` on, which is in `_keys`, less some that nobody wants."""
         wanted = None
         if self._skipping:
             wanted = {self._stamps[index] for index in (start, *self.wanted)}
@@ -227,7 +227,7 @@ def _starts(stamps: list[int | None], keys: list[int | None]) -> tuple[list[int]
 
 
 def _frames(container: Any, threads: int, wanted: Set[int] | None = None) -> Generator[Any]:
-    """What a container's video decodes to; where stamps are `wanted`, not all of the others."""
+    """The frames of a container's video; where stamps are `wanted`, not all of the others."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     decoder = stream.codec_context

@@ -76,9 +76,9 @@ class VitrtEncoder(VisionEncoderBackend[str, Prepared, Qwen3VLImageEncoding]):  
 
 
 def image_bytes(url: str) -> bytes:
-    """What a `data:` or http(s) URL holds; a path of this server's is nobody's to ask for.
+    """What a `data:` or http(s) URL holds. Paths are refused: they would be this server's.
 
-    ImageError says why not, without naming anything but the request.
+    ImageError says why not, and names nothing that the client did not send.
     """
     scheme, _, rest = str(url).partition(":")
     if scheme == "data":

@@ -82,7 +82,7 @@ class RayEncoder(EncoderActor):
     """
 
     def __call__(self, batch: Batch) -> Iterator[pa.Table]:
-        """Equal batches come out in equal pieces, as Ray asks of one that it runs again."""
+        """Equal batches give equal pieces, which Ray asks of a batch that it runs again."""
         ids = self.ids(batch)
         to_host = ToHost(self._stages)
         pipeline: Pipeline[int, Record, OnHost] = Pipeline(
@@ -137,7 +137,7 @@ class RayEncoder(EncoderActor):
 
 
 def _one_behind(results: Iterable[Result]) -> Iterator[Result]:
-    """Each batch's results once the next batch is launched: the device never waits for a reader."""
+    """Hold each batch's results until the next is launched: the device never waits for a reader."""
     held: list[Result] = []
     newest: Transfer | None = None
     for key, result in results:

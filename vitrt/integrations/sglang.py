@@ -111,9 +111,9 @@ def construct(original: Callable[..., None], model: nn.Module, *args: Any, **kwa
 def share_images(
     original: Callable[..., Tensor], model: Any, items: Sequence[Any], grid_thw: Tensor
 ) -> Tensor:
-    """Around a model's `_get_visual_feature`, which shares out items as if each were one image.
+    """Around a model's `_get_visual_feature`, which gives each rank some of the items.
 
-    An encoder on its own has all images of its requests in one item.
+    It takes each for one image; an encoder on its own has all images of a request in one item.
     """
     shared = isinstance(model.visual, EngineTower) and model.use_data_parallel
     if not shared or len(items) == len(grid_thw):
@@ -189,7 +189,7 @@ def _is_encoder() -> bool:
 
 
 class _EncoderProcess:
-    """A function that SGLang starts in a new process, where it loads no plugins: here it does.
+    """A function that SGLang starts in a new process without loading plugins: here they are loaded.
 
     A class, since SGLang's registry puts one in place as it is: a new process finds it by its name
     in this module, and there SGLang's function in SGLang's.

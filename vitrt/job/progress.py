@@ -166,7 +166,7 @@ class ProgressDisplay:
 
 
 class _Unfailing:
-    """A stream for tqdm, which keeps its lock, that log lines wait for, where writing raises."""
+    """A stream that never raises: tqdm would then keep its lock, which log lines wait for."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

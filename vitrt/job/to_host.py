@@ -40,7 +40,7 @@ class Transfer:
         self.on_device = None
 
     def let_go(self) -> bool:
-        """Of what was copied already; False where it was not yet."""
+        """Free the features on the device, if they were copied; else False."""
         events = self.events
         if events is not None and not events[2].query():
             return False
@@ -77,7 +77,7 @@ class ToHost:
         self._under_way: deque[Transfer] = deque()
 
     def __call__(self, compute: Callable[[], list[ImageFeatures]]) -> list[OnHost]:
-        # Of a long clip, which nobody waits for before its last run, not all stays on the device.
+        # Nobody waits for a long clip before its last run: its other runs leave the device here.
         while self._under_way and self._under_way[0].let_go():
             self._under_way.popleft()
         if self._copies is None:

@@ -27,9 +27,9 @@ def keep_kernels() -> None:
 
 
 def _epilogues() -> str:
-    """What tells our epilogues' text apart: of an installed package quack's keys hold names alone.
+    """A hash of our epilogues' text, since quack's keys hold only their names.
 
-    Its own version, CUTLASS's, Python's and the GPU's architecture are in both packages' keys; what
+    Both packages' keys hold their own version, CUTLASS's, Python's and the GPU's architecture; what
     they keep is machine code, which does not depend on the driver.
     """
     source = Path(__file__).with_name("gemm_epilogues.py").read_bytes()
@@ -44,7 +44,7 @@ def private_folder() -> Path | None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.stat()
-            owners = {found.st_uid, folder.lstat().st_uid}  # also of a link, who may turn it
+            owners = {found.st_uid, folder.lstat().st_uid}  # whoever owns a link may turn it
             if owners != {os.getuid()} or stat.S_IMODE(found.st_mode) & 0o022:
                 continue
             # Both packages lock files there, and give up a forward where that fails.

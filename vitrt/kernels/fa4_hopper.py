@@ -203,7 +203,7 @@ class _Cute:
 
     def compile(self, *args: Any, **kwargs: Any) -> Any:
         with _compiling, mock.patch.multiple(flash_fwd_sm90, **self._parts), catch_warnings():
-            # Which is the package's, and empty.
+            # The package passes it itself, empty.
             filterwarnings("ignore", message="Argument aux_data")
             try:
                 return cute.compile(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""quack's products launched without quack: what of its plan a launch needs, and a first check.
+"""quack's products launched without quack: what a launch needs of its plan, and a first test.
 
 Shapes: M rows, K input and N output features.
 """
@@ -22,7 +22,7 @@ _FAMILY = "product"
 _E4M3 = torch.float8_e4m3fn
 _SPLIT = ("split_k_semaphore", "split_k_workspace")
 
-# Of the results: bf16 rounds by 0.2%, e4m3 by 3%, and what was not computed is off by all.
+# Relative errors: bf16 rounds by 0.2%, e4m3 by 3%, and what was not computed is off by 100%.
 _TOLERANCE, _TOLERANCE_E4M3 = 0.01, 0.08
 
 
@@ -35,7 +35,7 @@ def any_kept() -> bool:
 
 
 def keep(kind: Kind, tile: Tile, dtype: torch.dtype, plan: Any) -> None:
-    """Keep the kernel of quack's plan, if a launch of it is as plain as `_Launch` has it."""
+    """Keep the kernel of quack's plan, if `_Launch` gives it all that it takes."""
     if not kept.wanted():
         return
     from quack.gemm_config import SplitKMode
@@ -46,7 +46,7 @@ def keep(kind: Kind, tile: Tile, dtype: torch.dtype, plan: Any) -> None:
         and (plan.split_k == 1 or plan.split_k_mode == SplitKMode.SERIAL)
         and plan.cu_tiles_tile_m is None
         and not plan.d_transposed
-        # Two blocks always fit beside each other; of more, only the driver knows how many.
+        # A cluster of two blocks always fits; how many larger ones do, only the driver knows.
         and tile.cluster_m * tile.cluster_n <= 2
     )
     object_file = _object_file(plan.compiled_fn)
@@ -61,7 +61,7 @@ def keep(kind: Kind, tile: Tile, dtype: torch.dtype, plan: Any) -> None:
 
 
 def _object_file(compiled: Any) -> Path | None:
-    """Where quack keeps it; None where it does not."""
+    """The file that quack keeps a kernel in; None where it keeps none."""
     from quack.cache import jit
     from quack.gemm_runtime import host
 
@@ -120,7 +120,7 @@ class _Launch:
 def _split_buffers(product: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """Turnstiles int32 [tiles of M, tiles of N, 1] and partial sums [tile, .., .., 1].
 
-    Of whole clusters, since the blocks of one outside the product take part.
+    For whole clusters: blocks that lie outside the product take part, too.
     """
     m, n = product.shape
     rows = -(-m // (tile.m * tile.cluster_m)) * tile.cluster_m
@@ -154,9 +154,9 @@ def _operands() -> dict[str, Tensor]:
 def is_right(
     product: Callable[..., Tensor], kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether `product` computes what it should, by one small product on `device` and the host.
+    """Whether `product` gives on `device` what the host does, for one small product.
 
-    It also has CUDA load the kernel, which it must not under graph capture.
+    This also makes CUDA load the kernel, which it must not do under graph capture.
     """
 
     def launch() -> bool:

@@ -34,7 +34,7 @@ RELEASES = "0.6."  # of quack-kernels: its launch plans are no stable interface
 _PACKAGES = ("quack", "cutlass", "tvm_ffi")
 _DTYPES = (torch.bfloat16, torch.float16)
 _E4M3 = torch.float8_e4m3fn
-_COMPILED = 0.5  # seconds
+_COMPILED = 0.5  # seconds, from which on a kernel was compiled and not loaded
 _ALIGNMENT = 8  # elements: a row starts on 16 bytes, which TMA asks for
 
 # Between two products of an MLP: what comes out is the e4m3 operand of the next.
@@ -145,7 +145,7 @@ def compiled(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -
 
 
 def _made(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> FusedProduct:
-    """By quack, which finds it in its own folder or compiles it."""
+    """The kernel by quack, which finds it in its own folder or compiles it."""
     plan = compile_and_launch(kind, tile, dtype, device)
     from quack.gemm_runtime.host import run_gemm_epi_plan
 
@@ -154,7 +154,7 @@ def _made(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> F
 
 
 def _kept(kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device) -> FusedProduct | None:
-    """Without quack, where an earlier process kept it; its first product is held against ours."""
+    """The kernel that an earlier process kept, without quack, if it passes its test; else None."""
     launch = gemm_kept.load(kind, tile, dtype, device)
     if launch is None:
         return None

@@ -1,16 +1,16 @@
 """Compiled CuTe kernels that a process loads without importing the compiler that made them.
 
-Importing quack, flash-attn-4 and CUTLASS takes 8 seconds, and what they keep on disk only they can
-find. Here their object files lie once more, linked, beside a description of how to launch them:
-`import tvm_ffi`, a tenth of a second, is enough to call one.
+Importing quack, flash-attn-4 and CUTLASS takes 8 seconds, and only they can find what they keep on
+disk. Here their object files are kept once more, linked, each with a description of how to launch
+it: `import tvm_ffi`, a tenth of a second, is enough to call one.
 
 A file is a shared library, its description as JSON, the length of that, and the SHA-256 of all
 before. Files of other releases lie in other folders; a file that is cut short or was changed is
 never loaded; files appear under their names whole. Where anything is missing, or does not compute
 what it should (`proven`), the packages themselves are imported, which always works.
 
-Only for those who ask for it (`wanted`): it was shown that a launch is given what the packages give
-it, and not yet on a GPU that it runs.
+Off unless asked for (`wanted`): tests show that a launch is given what the packages give it, but no
+GPU has run one yet.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _path(family: str, key: str) -> Path | None:
 
 
 def any_of(family: str) -> bool:
-    """Whether there is a kernel, so that the packages were imported here and worked."""
+    """Whether a kernel of this family was kept, so that the packages work here."""
     folder = _folder()
     return folder is not None and any(folder.glob(f"{family}-*.so"))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitrt.kernels.dispatch import ceil_div, jit, row_tiles, tl, use_triton
 
-# Shares come of few rows: nothing hides a row's latency but its own warps.
+# There are shares where rows are few: only a row's own warps hide its latency.
 _SHARES_WARPS = 4
 
 

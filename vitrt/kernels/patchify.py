@@ -21,8 +21,8 @@ def _patchify_kernel(
     """BLOCK_T patches, a frame at a time, as tiles [patch, (channel, row, column)].
 
     Lanes follow the output, four times the input in bytes: its stores are wide, and the byte loads,
-    three apart, find their lines in the first-level cache. The table (3 KiB) lives there too. What
-    has frames that differ is looked up CLIPS values further on.
+    three apart, find their lines in the first-level cache. The table (3 KiB) lives there too. That
+    of clips, whose frames differ, begins CLIPS values further on.
     """
     patch = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     item = tl.arange(0, BLOCK)[None, :]

@@ -26,7 +26,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def forget_devices() -> None:
-    """Ask again what the devices are: for a process that compiles for one that it has not."""
+    """Ask the devices again: for a process that pretends to have another GPU, to compile for it."""
     processors.cache_clear()
     is_hopper.cache_clear()
 

@@ -1,9 +1,9 @@
 """Products of few rows, left in shares of K: for what adds to the residual.
 
-A narrow product of few rows has fewer tiles than the GPU has processors, and each reads its part of
-the weight alone. Here K is split over programs, each leaves its sums in float32, and the norm that
-follows adds them up with bias and residual (norm.py): nothing is rounded in between, and no kernel
-of its own sums the shares, as cuBLAS has it.
+A narrow product of few rows has fewer tiles than the GPU has processors. Here K is split over
+programs, each leaves its sums in float32, and the norm that follows adds them up with bias and
+residual (norm.py): nothing is rounded in between, and there is no kernel in between to sum the
+shares, as cuBLAS has one.
 
 Shapes: M rows, K input and N output features, S shares.
 """
@@ -23,7 +23,7 @@ def _split_kernel(
     N_TILE: tl.constexpr, K_TILE: tl.constexpr, SHARES: tl.constexpr, TURNED: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows M_TILE of columns N_TILE of one share of K. TURNED: the weight is the left operand."""
+    """A tile of M_TILE x N_TILE over one share of K. TURNED: the weight is the left operand."""
     STEPS: tl.constexpr = (K + K_TILE - 1) // K_TILE
     EACH: tl.constexpr = (STEPS + SHARES - 1) // SHARES * K_TILE
     column = tl.program_id(0) * N_TILE + tl.arange(0, N_TILE)
@@ -56,7 +56,7 @@ def _split_kernel(
 
 
 def split_product(x: Tensor, weight: Tensor, tile: SplitTile) -> Tensor:
-    """float32 [S, M, N] on the device of Triton's, whose sum over S is x [M, K] weight [N, K]^T."""
+    """float32 [S, M, N], whose sum over S is x [M, K] weight [N, K]^T; by Triton alone."""
     assert x.is_contiguous() and weight.is_contiguous()
     (m, k), n = x.shape, weight.shape[0]
     out = torch.empty(tile.shares, m, n, dtype=torch.float32, device=x.device)

@@ -55,7 +55,7 @@ class ParallelContext:
     dp_size: int = 1
     tp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     dp_group: dist.ProcessGroup | None = field(default=None, repr=False)  # the same tp_rank each
-    control: dist.ProcessGroup | None = field(default=None, repr=False)  # tp_group, host memory
+    control: dist.ProcessGroup | None = field(default=None, repr=False)  # tp_group's, by the host
     store: Store | None = field(default=None, repr=False)  # of the whole world
     symmetric: SymmetricMemory | None = field(default=None, repr=False)
     owns_process_group: bool = field(default=False, repr=False)
@@ -192,7 +192,7 @@ class ParallelContext:
 
 
 SINGLE = ParallelContext()
-_JOINED = itertools.count()  # a job that is joined again finds none of its old keys
+_JOINED = itertools.count()  # of joins so far: one that joins again must find no old keys
 
 
 def _environment() -> tuple[int, int, int]:

@@ -50,10 +50,10 @@ def drop_lines(
     broken: Collection[str] = (),
     unreadable: Collection[Path] = (),
 ) -> set[str]:
-    """Remove lines from manifests; the shards of dead entries.
+    """Remove lines from manifests; returns the shards that hold dead entries.
 
-    Of entries in `doubled` the first line stays. Manifests in `unreadable` have other lines as
-    well, that go in any case.
+    Entries in `doubled` keep their first line. Manifests in `unreadable` have lines that are no
+    entries, which go as well.
     """
     worn: set[str] = set()
     seen: set[int] = set()
@@ -129,7 +129,7 @@ def _relist(folder: Path, moved: Mapping[str, tuple[str, str]]) -> None:
 
 
 def forget_replaced(folder: Path) -> None:
-    """What entries replaced is gone: their notes would only make its shards' names unusable."""
+    """Drop the notes of which shards entries replaced: those are gone, and their names are free."""
     for path in manifests(folder):
         if any(entry.replaces for entry in iter_manifest(path)):
             rewrite_manifest(path, lambda entry: replace(entry, replaces=None))

@@ -24,16 +24,17 @@ _OPEN_SHARDS = 64  # kept mapped
 class FeatureStore(Mapping[str, ImageFeatures]):
     """The features in an output folder, of all ranks, by image id. Read-only.
 
-    Tensors are views of memory-mapped shards: opened on first use, read when touched. What is
-    written into one is seen by who reads the image again, and never reaches the file. Of a run with
-    `--pool mean`, `embeddings` is the one pooled row [1, out_hidden], so `pooled()` gives it back;
-    `grid_thw` is the image's.
+    Tensors are views of memory-mapped shards: opened on first use, read when touched. Writing into
+    one never reaches the file, but who reads the image again sees it. Of a run with `--pool mean`,
+    `embeddings` is the one pooled row [1, out_hidden], so `pooled()` gives it back; `grid_thw` is
+    the image's.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """ValueError where `folder` is no output folder. Images written later need a new store.
+        """ValueError where `folder` is no output folder.
 
-        Unless a later run moved features while this store was open: then it reads the folder anew.
+        Images written later need a new store, unless this one has to read the folder anew because a
+        later run moved features.
         """
         self.folder = Path(folder)
         check_any(self.folder)
