@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 _LONGEST_SHOWN = 200
 
 
@@ -15,6 +17,13 @@ def shorten(text: str, longest: int = _LONGEST_SHOWN) -> str:
     if len(text) <= longest:
         return text
     return f"{text[:100]}...{text[-20:]} ({len(text)} characters)"
+
+
+def listed(found: Mapping[str, Sequence[str]]) -> str:
+    """A line for each kind of which there are any: "\\n  missing (2): one, other"."""
+    return "".join(
+        f"\n  {kind} ({len(names)}): {', '.join(names)}" for kind, names in found.items() if names
+    )
 
 
 def reason_of(error: Exception) -> str:

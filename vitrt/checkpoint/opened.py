@@ -29,7 +29,7 @@ from vitrt.checkpoint.tower_files import (
 )
 from vitrt.config import VisionConfig
 from vitrt.images.config import PreprocessorConfig
-from vitrt.messages import reason_of, shorten
+from vitrt.messages import listed, reason_of, shorten
 from vitrt.models.config_file import family_of, read_vision_config
 from vitrt.models.families import build_tower
 
@@ -115,15 +115,8 @@ class Checkpoint:
                 if name in found and found[name].shape != shape
             ],
         }
-        lines = [
-            f"  {kind} ({len(names)}): {', '.join(names)}"
-            for kind, names in problems.items()
-            if names
-        ]
-        if lines:
-            raise CheckpointError(
-                f"{self.name}: its tensors are not those of its config\n" + "\n".join(lines)
-            )
+        if lines := listed(problems):
+            raise CheckpointError(f"{self.name}: its tensors are not those of its config{lines}")
 
     @property
     def num_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitrt.config import VisionConfig
 from vitrt.layers.weights import TensorSlice, WeightTarget
+from vitrt.messages import listed
 from vitrt.models.families import build_tower
 from vitrt.models.tower import VisionTower
 from vitrt.parallel.context import SINGLE, ParallelContext
@@ -113,13 +114,8 @@ class TowerFilling:
     def finish(self, *, whole: bool = True) -> None:
         """ValueError as in `load_tower`; without `whole`, tensors may be missing."""
         missing = [name for name in self._targets if name not in self._filled] if whole else []
-        lines = [
-            f"  {kind} ({len(names)}): {', '.join(names)}"
-            for kind, names in {"missing": missing, **self._problems}.items()
-            if names
-        ]
-        if lines:
-            raise ValueError("the tower's weights are not those of its config\n" + "\n".join(lines))
+        if lines := listed({"missing": missing, **self._problems}):
+            raise ValueError(f"the tower's weights are not those of its config{lines}")
 
 
 def _is_there(tensor: TensorSlice, target: WeightTarget) -> bool:

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, get_args
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Layout = Literal["hwc", "chw", "fhwc", "fchw"]
-_LAYOUTS: tuple[str, ...] = ("hwc", "chw", "fhwc", "fchw")
+_LAYOUTS: tuple[str, ...] = get_args(Layout)
 BYTES = (bytes, bytearray, memoryview)  # an image file's content
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter alone is a drive of Windows
 

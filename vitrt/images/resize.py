@@ -9,13 +9,13 @@ Shapes: H and W pixels.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 Resize = Literal["pillow", "torch"]
-RESIZE_NAMES: tuple[str, ...] = ("pillow", "torch")
+RESIZE_NAMES: tuple[str, ...] = get_args(Resize)
 MAX_ASPECT_RATIO = 200
 
 

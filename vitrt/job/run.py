@@ -48,6 +48,12 @@ class Outcome:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     interrupted: bool = False
 
+    def drop(self, record: Record, encoded: EncodedIndex) -> None:
+        """An image could not be encoded: its older features, if there are any, are to go."""
+        old = encoded.shard_of_id(record.id)
+        if old is not None and record.problem is None:
+            self.dropped.append((record.id, old))
+
 
 def encode_records(
     stages: Stages[Record],
@@ -101,9 +107,7 @@ def encode_records(
                 for part in pipeline.parts():
                     for record, error in _write(part, behind, clips):
                         message = _skip(record, error, behind)
-                        old = encoded.shard_of_id(record.id)
-                        if old is not None and record.problem is None:
-                            outcome.dropped.append((record.id, old))
+                        outcome.drop(record, encoded)
                         if on_error == "fail":
                             raise SkippedImageError(message)
                         logger.warning("skipped: %s", message)

@@ -14,7 +14,7 @@ import logging
 import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AllReduce = Literal["auto", "nccl", "symmetric"]
-_METHODS = ("auto", "nccl", "symmetric")
+_METHODS: tuple[str, ...] = get_args(AllReduce)
 
 # A peer that is late for a sum by this much is lost. (One that died is noticed long before.)
 _COLLECTIVE_TIMEOUT = timedelta(minutes=5)
