@@ -64,13 +64,13 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     caplog.set_level("INFO")
     for _ in range(2):  # counted anew each time
         assert [record.id for record in inputs.until(lambda: False)] == ["a.png"]
-        assert inputs.choice.left_out == {"": 5, ".psd": 5}
+        assert inputs.file_filter.left_out == {"": 5, ".psd": 5}
         expected = "10 files left out by their suffix (5 with none, 5 .psd; --all-files tries them)"
         assert expected in caplog.text
         caplog.clear()
     everything = Inputs([tmp_path], SourceOptions(all_files=True))
     assert len(list(everything.until(lambda: False))) == 11
-    assert not everything.choice.left_out and caplog.text == ""
+    assert not everything.file_filter.left_out and caplog.text == ""
 
 
 def test_two_folders_with_one_name_that_is_no_image(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_what_a_tar_leaves_out_is_counted(tmp_path: Path) -> None:
     write_tar({"1.png": b"x", "2.json": b"x", "._3.png": b"x"}, tmp_path / "a.tar")
     inputs = Inputs([tmp_path / "a.tar"])
     assert len(list(inputs)) == 1
-    assert inputs.choice.left_out == {".txt": 1, ".json": 1}  # not the caption of an image
+    assert inputs.file_filter.left_out == {".txt": 1, ".json": 1}  # not the caption of an image
 
 
 def test_members_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_a_folder_of_shards(tmp_path: Path, remote: bool) -> None:
         assert list(found) == ["more/c.parquet"] and "cannot be read" in found["more/c.parquet"]
         photo(shards / "x.png", 1)  # a folder of images, with an archive beside them
         inputs = Inputs([source])
-        assert list(contents(inputs)) == ["x.png"] and inputs.choice.left_out[".tar"] == 1
+        assert list(contents(inputs)) == ["x.png"] and inputs.file_filter.left_out[".tar"] == 1
 
 
 @pytest.mark.parametrize("remote", [False, True])

@@ -54,7 +54,7 @@ class RangesRefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteRange:
     """Neighbouring bytes of a shard."""
 
     shard: str
@@ -74,30 +74,30 @@ class RangeReader:
 
     def header(self, shard: str) -> dict[str, TensorInfo]:
         """The tensors of a shard: two small requests."""
-        start = b"".join(self.stream(Span(shard, 0, LENGTH_BYTES)))
+        start = b"".join(self.stream(ByteRange(shard, 0, LENGTH_BYTES)))
         size, file = self.sizes[shard], Path(shard)
         try:
             end = LENGTH_BYTES + header_length(start, file, size)
-            text = b"".join(self.stream(Span(shard, LENGTH_BYTES, end)))
+            text = b"".join(self.stream(ByteRange(shard, LENGTH_BYTES, end)))
             return tensors_of(parse_header(text, file, size), file)
         except TensorFileError as error:
             raise CheckpointError(str(error)) from error
 
-    def stream(self, span: Span) -> Iterator[bytes]:
-        """The bytes of a span as they come; a transfer that ends early carries on where it ended.
+    def stream(self, part: ByteRange) -> Iterator[bytes]:
+        """The bytes of a part as they come; a transfer that ends early carries on where it ended.
 
         Raises RangesRefusedError, or the last failure once RETRIES attempts brought nothing.
         """
-        at, failures = span.begin, 0
-        while at < span.end:
+        at, failures = part.begin, 0
+        while at < part.end:
             asked_wait = 0.0
-            problem: Exception = CheckpointError(f"{span.shard}: the transfer ended early")
+            problem: Exception = CheckpointError(f"{part.shard}: the transfer ended early")
             try:
-                with self._request(span.shard, at, span.end) as response:
+                with self._request(part.shard, at, part.end) as response:
                     asked_wait = _asked_wait(response.headers)
-                    self._check(response, span.shard, at)
+                    self._check(response, part.shard, at)
                     for piece in response.iter_raw():
-                        piece = piece[: span.end - at]
+                        piece = piece[: part.end - at]
                         at += len(piece)
                         failures = 0
                         yield piece
@@ -106,12 +106,12 @@ class RangeReader:
                 if status is not None and status not in _RETRIED:
                     raise
                 problem = error
-            if at < span.end:
+            if at < part.end:
                 failures += 1
                 if failures > RETRIES:
                     raise problem
                 wait = min(asked_wait or FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)
-                logger.warning("%s: %s; again in %.1f s", span.shard, problem, wait)
+                logger.warning("%s: %s; again in %.1f s", part.shard, problem, wait)
                 time.sleep(wait)
 
     def _request(self, shard: str, begin: int, end: int) -> Any:
@@ -183,8 +183,8 @@ def _download(reader: RangeReader, tensors: Mapping[str, TensorInfo], target: Pa
         if not file.size:
             file.write(start)
         bar.update(file.size)
-        for span in _remaining(_spans(tensors.values()), file.size - len(start)):
-            for piece in reader.stream(span):
+        for part in _remaining(_byte_ranges(tensors.values()), file.size - len(start)):
+            for piece in reader.stream(part):
                 file.write(piece)
                 bar.update(len(piece))
         assert file.size == total
@@ -193,22 +193,22 @@ def _download(reader: RangeReader, tensors: Mapping[str, TensorInfo], target: Pa
         stale.unlink()
 
 
-def _spans(tensors: Iterable[TensorInfo]) -> list[Span]:
-    """Tensors that are neighbours in their shard make one span: one request."""
-    spans: list[Span] = []
+def _byte_ranges(tensors: Iterable[TensorInfo]) -> list[ByteRange]:
+    """Tensors that are neighbours in their shard make one part: one request."""
+    ranges: list[ByteRange] = []
     for info in tensors:
         shard, end = info.file.name, info.offset + info.nbytes
-        if spans and spans[-1].shard == shard and spans[-1].end == info.offset:
-            spans[-1] = replace(spans[-1], end=end)
+        if ranges and ranges[-1].shard == shard and ranges[-1].end == info.offset:
+            ranges[-1] = replace(ranges[-1], end=end)
         elif info.nbytes:
-            spans.append(Span(shard, info.offset, end))
-    return spans
+            ranges.append(ByteRange(shard, info.offset, end))
+    return ranges
 
 
-def _remaining(spans: Iterable[Span], done: int) -> Iterator[Span]:
-    """What is left of `spans` when their first `done` bytes are there."""
-    for span in spans:
-        skipped = min(done, span.end - span.begin)
+def _remaining(ranges: Iterable[ByteRange], done: int) -> Iterator[ByteRange]:
+    """What is left of `ranges` when their first `done` bytes are there."""
+    for part in ranges:
+        skipped = min(done, part.end - part.begin)
         done -= skipped
-        if span.begin + skipped < span.end:
-            yield replace(span, begin=span.begin + skipped)
+        if part.begin + skipped < part.end:
+            yield replace(part, begin=part.begin + skipped)

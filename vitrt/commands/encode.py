@@ -26,7 +26,7 @@ from vitrt.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from vitrt.job.encode import Summary
-    from vitrt.sources.folder import Choice
+    from vitrt.sources.folder import FileFilter
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
                     parallel=job.parallel,
                 )
             # What the first rank says stands for all of them, so torchrun sees one exit code.
-            return _conclude(summary, inputs.choice, args) if job.is_first else OK
+            return _conclude(summary, inputs.file_filter, args) if job.is_first else OK
     except PeerFailedError:
         return FAILED  # which rank and why was said when it was noticed
     except GroupError as error:
@@ -141,13 +141,13 @@ def run(args: argparse.Namespace) -> int:
         return FAILED
 
 
-def _conclude(summary: Summary, choice: Choice, args: argparse.Namespace) -> int:
+def _conclude(summary: Summary, file_filter: FileFilter, args: argparse.Namespace) -> int:
     from vitrt.job.progress import write_json
 
     state, output = summary.state, args.output
     code = INTERRUPTED if summary.interrupted else SKIPPED if state.skipped else OK
     if args.log_json:
-        write_json("end", {**asdict(state), "left_out": choice.left_out, "exit_code": code})
+        write_json("end", {**asdict(state), "left_out": file_filter.left_out, "exit_code": code})
         return code
     images, tokens = counted(state.images, "image"), counted(state.tokens, "token")
     text = f"{images} ({tokens}) encoded into {output}"
@@ -157,8 +157,8 @@ def _conclude(summary: Summary, choice: Choice, args: argparse.Namespace) -> int
         text += f", {state.resumed} {'was' if state.resumed == 1 else 'were'} there already"
     if state.skipped:
         text += f", {state.skipped} skipped: see {output}/errors-*.jsonl"
-    if choice.left_out:
-        text += f", {choice}"
+    if file_filter.left_out:
+        text += f", {file_filter}"
     if summary.interrupted:
         again = "the same command carries on"
         if args.overwrite:  # which would first remove what there is

@@ -13,7 +13,7 @@ from vitrt.models.tower import VisionTower
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _DEVICES = ("cpu", "cuda", "xpu")
 _CPU_PATCHES = 8192  # some 100 MiB of activations: larger batches do not run faster on a CPU
 _GPU_PATCHES = 49152  # 150 images of 560 x 560: far past where the device is full
@@ -64,13 +64,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU and float32 on a CPU for "auto". ValueError for a dtype not supported."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported; use auto, {', '.join(DTYPES)}")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; use auto, {', '.join(_DTYPES)}")
     if name == "float16":
         logger.warning(
             "float16 overflows in these towers on real weights; bfloat16 is the safe choice"
         )
-    return DTYPES[name]
+    return _DTYPES[name]
 
 
 def check_precision(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -41,8 +41,8 @@ _ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
 
 
 @dataclass(slots=True)
-class Choice:
-    """Which files of a folder or an archive are images, and what was left out."""
+class FileFilter:
+    """Tells which files of a folder or an archive are images, and counts what it left out."""
 
     all_files: bool = False  # every one, whatever its name
     left_out: Counter[str] = field(default_factory=Counter)  # suffix -> files
@@ -83,13 +83,15 @@ class _Level:
 
 
 def walk(
-    root: str, should_stop: Callable[[], bool] = lambda: False, choice: Choice | None = None
+    root: str,
+    should_stop: Callable[[], bool] = lambda: False,
+    file_filter: FileFilter | None = None,
 ) -> Iterator[Record]:
     """The images of a folder and of the folders in it: sorted, files before folders.
 
     Ends early once `should_stop`, even where there is no image for long.
     """
-    choice = choice or Choice()
+    file_filter = file_filter or FileFilter()
     stack = [_open_level("", root)]
     while stack and not should_stop():
         level = stack[-1]
@@ -112,7 +114,7 @@ def walk(
             continue
         name = level.prefix + entry.name
         if not _is_folder(entry):
-            if choice.takes(entry.name):
+            if file_filter.takes(entry.name):
                 level.images += 1
                 yield _checked(root, named(id_from(name), entry.path))
             continue

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from vitrt.messages import reason_of
 from vitrt.sources.folder import (
-    Choice,
+    FileFilter,
     id_from,
     named,
     shown,
@@ -45,8 +45,8 @@ class Inputs:
     ) -> None:
         """InputError for an argument that cannot be listed, or for two that give equal ids."""
         options = options or SourceOptions()
-        self.choice = Choice(options.all_files)  # with what the last iteration left out
-        self._parts = [_part(os.fspath(each), options, self.choice) for each in arguments]
+        self.file_filter = FileFilter(options.all_files)  # with what the last iteration left out
+        self._parts = [_part(os.fspath(each), options, self.file_filter) for each in arguments]
         shards = [part for part in self._parts if isinstance(part, Shards)]
         by_columns = options.image_column is not None or options.id_column is not None
         if by_columns and not any(part.has_rows for part in shards):
@@ -76,17 +76,17 @@ class Inputs:
     def until(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         """The same, ending early once `should_stop`; logs what was left out."""
         yield from self._records(should_stop)
-        if self.choice.left_out:
-            logger.info("%s", self.choice)
+        if self.file_filter.left_out:
+            logger.info("%s", self.file_filter)
 
     def check_any(self) -> None:
         """InputError where there is nothing to encode at all."""
         if next(iter(self), None) is None:
-            left_out = f": {self.choice}" if self.choice.left_out else ""
+            left_out = f": {self.file_filter}" if self.file_filter.left_out else ""
             raise InputError(f"the inputs hold no image{left_out}")
 
     def _records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        self.choice.left_out.clear()
+        self.file_filter.left_out.clear()
         if self._ids is not None:
             self._ids.clear()
         earlier: list[_Folder | ListFile | Shards | RemoteFolder] = []
@@ -123,10 +123,10 @@ def _once(record: Record, ids: set[int]) -> Record:
 Part: TypeAlias = "_Folder | _File | ListFile | Shards | RemoteFolder | RemoteFile"
 
 
-def _part(argument: str, options: SourceOptions, choice: Choice) -> Part:
+def _part(argument: str, options: SourceOptions, file_filter: FileFilter) -> Part:
     argument = local_path(argument)
     if is_url(argument):
-        return remote_part(argument, options, choice)
+        return remote_part(argument, options, file_filter)
     if argument.startswith("@"):
         return ListFile(argument[1:])
     if not os.path.lexists(argument):
@@ -134,9 +134,9 @@ def _part(argument: str, options: SourceOptions, choice: Choice) -> Part:
         if argument.startswith("data:"):
             hint = ": a data: URL is an image in Python; here, write its content to a file"
         raise InputError(f"INPUT {shown(argument)} does not exist{hint}")
-    folder = _Folder(argument, choice) if os.path.isdir(argument) else None
+    folder = _Folder(argument, file_filter) if os.path.isdir(argument) else None
     if shards := find_shards(argument, is_folder=folder is not None):
-        return Shards(argument, shards, options, choice)
+        return Shards(argument, shards, options, file_filter)
     if folder is not None:
         return folder
     return _File(argument)
@@ -196,20 +196,20 @@ class _File:
 
 
 class _Folder:
-    def __init__(self, path: str, choice: Choice) -> None:
+    def __init__(self, path: str, file_filter: FileFilter) -> None:
         self.path = path
-        self._choice = choice
+        self._file_filter = file_filter
         try:
             os.scandir(path).close()
         except OSError as error:
             raise InputError(f"INPUT {shown(path)} cannot be listed: {reason_of(error)}") from error
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        return walk(self.path, should_stop, self._choice)
+        return walk(self.path, should_stop, self._file_filter)
 
     def path_of(self, image_id: str) -> str | None:
         for name in (image_id, unprintable(image_id)):
-            if name is not None and self._choice.is_image(name):
+            if name is not None and self._file_filter.is_image(name):
                 path = os.path.join(self.path, name)
                 if os.path.isfile(path):
                     return path

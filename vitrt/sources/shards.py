@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vitrt.messages import reason_of
-from vitrt.sources.folder import Choice, id_from, is_image_name, shown
+from vitrt.sources.folder import FileFilter, id_from, is_image_name, shown
 from vitrt.sources.location import filesystem, is_url, open_location, walk_remote
 from vitrt.sources.options import SourceOptions
 from vitrt.sources.record import InputError, Record, remote_record
@@ -31,13 +31,13 @@ class Shards:
     """Shards, one after the other."""
 
     def __init__(
-        self, path: str, shards: Sequence[Shard], options: SourceOptions, choice: Choice
+        self, path: str, shards: Sequence[Shard], options: SourceOptions, file_filter: FileFilter
     ) -> None:
         """InputError where the first of them is none."""
         self.path = path
         self.shards = shards
         self._options = options
-        self._choice = choice
+        self._file_filter = file_filter
         self._locations = dict(shards)
         location = shards[0][1]
         try:
@@ -61,7 +61,7 @@ class Shards:
                 return
             try:
                 if _suffix(location) == _TAR:
-                    yield from tar_records(location, prefix, self._choice, should_stop)
+                    yield from tar_records(location, prefix, self._file_filter, should_stop)
                 else:
                     yield from row_records(location, prefix, self._options, should_stop)
             except Exception as error:
@@ -81,9 +81,9 @@ class Shards:
 class RemoteFolder:
     """The images below a URL."""
 
-    def __init__(self, url: str, choice: Choice) -> None:
+    def __init__(self, url: str, file_filter: FileFilter) -> None:
         self.path = url
-        self._choice = choice
+        self._file_filter = file_filter
         self._ids: set[int] | None = None
 
     def keep_ids(self) -> None:
@@ -93,7 +93,7 @@ class RemoteFolder:
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
         try:
             for name, url, info in walk_remote(self.path, should_stop):
-                if self._choice.takes(name):
+                if self._file_filter.takes(name):
                     record = remote_record(id_from(name), url, info)
                     if self._ids is not None:
                         self._ids.add(hash(record.id))
@@ -118,7 +118,7 @@ class RemoteFile:
 
 
 def remote_part(
-    url: str, options: SourceOptions, choice: Choice
+    url: str, options: SourceOptions, file_filter: FileFilter
 ) -> Shards | RemoteFolder | RemoteFile:
     """What a URL stands for; InputError where nothing is there, or it cannot be reached."""
     try:
@@ -136,7 +136,7 @@ def remote_part(
         raise InputError(f"INPUT {shown(url)} does not exist") from None
     except Exception as error:
         raise InputError(f"INPUT {shown(url)} cannot be opened: {reason_of(error)}") from error
-    return Shards(url, shards, options, choice) if shards else RemoteFolder(url, choice)
+    return Shards(url, shards, options, file_filter) if shards else RemoteFolder(url, file_filter)
 
 
 def find_shards(argument: str, *, is_folder: bool) -> list[Shard]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import BinaryIO
 
-from vitrt.sources.folder import Choice, id_from
+from vitrt.sources.folder import FileFilter, id_from
 from vitrt.sources.location import AHEAD, is_url, open_location, state_of
 from vitrt.sources.record import Record
 
@@ -50,7 +50,7 @@ def check_tar(location: str) -> None:
 
 
 def tar_records(
-    location: str, prefix: str, choice: Choice, should_stop: Callable[[], bool]
+    location: str, prefix: str, file_filter: FileFilter, should_stop: Callable[[], bool]
 ) -> Iterator[Record]:
     """The images of the archive at a path or URL, with ids `prefix`/key.
 
@@ -60,12 +60,12 @@ def tar_records(
     seen: set[int] = set()
     damage: list[Exception] = []
     with open_location(location) as file:
-        members = _members(location, file, choice, should_stop, damage)
+        members = _members(location, file, file_filter, should_stop, damage)
         for key, sample in groupby(members, key=lambda member: _key(member.name)):
             together = list(sample)
-            images = [member for member in together if choice.is_image(member.name)]
+            images = [member for member in together if file_filter.is_image(member.name)]
             for member in together if not images else ():  # beside an image they are its captions
-                choice.takes(member.name)
+                file_filter.takes(member.name)
             for member in images:
                 name, problem = key if len(images) == 1 else member.name, member.problem
                 if hash(name) in seen:
@@ -81,7 +81,7 @@ def tar_records(
 def _members(
     location: str,
     file: BinaryIO,
-    choice: Choice,
+    file_filter: FileFilter,
     should_stop: Callable[[], bool],
     damage: list[Exception],
 ) -> Iterator[_Member]:
@@ -93,7 +93,7 @@ def _members(
             hidden = any(part.startswith(".") for part in member.name.split("/"))
             if hidden:
                 continue
-            if is_url(location) and choice.is_image(member.name) and member.problem is None:
+            if is_url(location) and file_filter.is_image(member.name) and member.problem is None:
                 file.seek(member.start)
                 data = file.read(member.size)
                 if len(data) == member.size:
