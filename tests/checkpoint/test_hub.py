@@ -503,7 +503,7 @@ def test_a_broken_shard_is_named(hub: FakeHub, tmp_path: Path) -> None:
 def test_spans_join_neighbours_only(hub: FakeHub) -> None:
     infos = open_checkpoint(hub.folder).tensors.values()
     in_order = sorted(infos, key=lambda info: (info.file, info.offset))
-    spans = hub_ranges._spans(in_order)
+    spans = hub_ranges._byte_ranges(in_order)
     assert len(spans) < len(in_order) / 4
     assert sum(span.end - span.begin for span in spans) == tower_bytes(hub.folder)
     for done in (0, 1, 99_999, tower_bytes(hub.folder)):
