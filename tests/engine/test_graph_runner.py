@@ -23,8 +23,9 @@ from vitrt import VisionEncoder
 from vitrt.engine.batch import PixelValues
 from vitrt.engine.buckets import Buckets, GraphKey, default_buckets
 from vitrt.engine.eager_runner import EagerRunner
+from vitrt.engine.graph_cache import Recording
 from vitrt.engine.graph_pool import GraphPool
-from vitrt.engine.graph_runner import GraphRunner, _Recording
+from vitrt.engine.graph_runner import GraphRunner
 from vitrt.engine.recording import _Recorder
 from vitrt.engine.request import Request
 from vitrt.layers.side_stream import SideStream
@@ -225,25 +226,24 @@ def test_static_inputs_keep_no_history(folder: Path):
 def test_a_recording_refused_by_itself_costs_no_other(folder: Path):
     encoder = VisionEncoder.from_pretrained(folder, device="cpu")
     runner = cpu_runner(encoder)
-    runner.limit_bytes = 100
+    graphs = runner.graphs
+    graphs.limit_bytes = 100
     pool = SimpleNamespace(nbytes=40)
 
     def add(bucket: int, nbytes: int) -> GraphKey:
         key = GraphKey(bucket, 8, ("sdpa", None))
-        runner._pool = runner._pool or cast("GraphPool", pool)
-        runner._recordings[key] = cast("_Recording", SimpleNamespace(nbytes=nbytes))
-        runner._evict()
+        graphs.add(key, cast("Recording", SimpleNamespace(nbytes=nbytes)), cast("GraphPool", pool))
         return key
 
     first, second = add(64, 20), add(128, 20)
     huge = add(192, 61)
-    assert list(runner._recordings) == [first, second] and runner._refused == {huge}
+    assert list(graphs.recordings) == [first, second] and graphs.refused == {huge}
     third = add(256, 40)  # fits by itself, so the least recently used goes
-    assert list(runner._recordings) == [second, third] and runner._refused == {huge}
+    assert list(graphs.recordings) == [second, third] and graphs.refused == {huge}
     assert runner.stats.graph_bytes == 100
     pool.nbytes = 90  # what the newest needs of the pool stays there until all are gone
     add(320, 20)
-    assert not runner._recordings and runner._pool is None and runner.stats.graph_bytes == 0
+    assert not graphs.recordings and graphs.pool is None and runner.stats.graph_bytes == 0
 
 
 def test_graphs_need_triton(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -402,7 +402,7 @@ def runner(tiny_qwen3_vl: Path, monkeypatch: pytest.MonkeyPatch) -> GraphRunner:
     monkeypatch.setattr("vitrt.engine.graph_runner.GraphPool", FakePool)
     encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
     made = GraphRunner(encoder.tower, encoder.engine.attention, limit_bytes=75)
-    made._pool = cast("GraphPool", FakePool(encoder.device, encoder.dtype))
+    made.graphs.pool = cast("GraphPool", FakePool(encoder.device, encoder.dtype))
     return made
 
 
@@ -462,7 +462,7 @@ def test_the_class_of_a_batch_is_asked_once(runner: GraphRunner, monkeypatch: py
 
 
 def test_without_graph_memory_nothing_is_recorded(runner: GraphRunner):
-    runner.limit_bytes = 0
+    runner.graphs.limit_bytes = 0
     for _ in range(3):
         forward(runner, 8)
     assert runner.stats.captures == 0 and runner.stats.eager == {"no graph memory": 3}
@@ -512,7 +512,7 @@ def test_another_ranks_failure_is_this_ones(runner: GraphRunner, monkeypatch: py
     monkeypatch.setattr(type(runner.parallel), "agree_max", lambda self, value: max(value, 1))
     forward(runner, 8)
     forward(runner, 8)
-    assert not runner._recordings and runner.stats.captures == 0
+    assert not runner.graphs.recordings and runner.stats.captures == 0
     runner.parallel = ParallelContext(tp_rank=0, tp_size=2)
     monkeypatch.setattr(type(runner.parallel), "agree_max", lambda self, value: 2)
     forward(runner, 12)

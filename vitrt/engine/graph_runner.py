@@ -14,9 +14,7 @@ results are copied from real rows only.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +24,7 @@ from vitrt.attention import AttentionChoice, BatchAttention
 from vitrt.engine.batch import Batch
 from vitrt.engine.buckets import AUTO_MAX_PATCHES, Buckets, GraphKey, default_buckets
 from vitrt.engine.eager_runner import EagerRunner
+from vitrt.engine.graph_cache import GraphCache, Recording
 from vitrt.engine.graph_pool import GraphPool
 from vitrt.engine.recording import Pieces, record_pieces
 from vitrt.engine.request import TOKENS, Request
@@ -38,15 +37,7 @@ from vitrt.parallel.context import SINGLE, ParallelContext
 logger = logging.getLogger(__name__)
 
 _MOST_CLASSES = 1024
-_SIGHTINGS = 2  # a shape class is recorded when it comes the second time
 _FINE, _FORWARD_FAILED, _RECORDING_FAILED = 0, 2, 1  # what ranks tell each other, the worst wins
-
-
-@dataclass(slots=True)
-class _Recording:
-    pieces: Pieces
-    layout: PlanLayout
-    nbytes: int  # device memory of its own, beside the pool
 
 
 class GraphRunner(EagerRunner):
@@ -65,31 +56,22 @@ class GraphRunner(EagerRunner):
         super().__init__(tower, attention)
         self.parallel = parallel
         self.buckets = Buckets(tower, buckets or default_buckets(max_patches))
-        self.limit_bytes = limit_bytes
-        self._recordings: OrderedDict[GraphKey, _Recording] = OrderedDict()
-        self._sightings: Counter[GraphKey] = Counter()
-        self._evicted: Counter[GraphKey] = Counter()  # times, of each class
+        self.graphs = GraphCache(limit_bytes, self.stats)
         self._classes: dict[Any, tuple[GraphKey, BatchAttention] | str] = {}  # by grids, request
         self._classes_of = self.attention, self.buckets
-        self._refused: set[GraphKey] = set()  # shape classes that could not be recorded
-        self._pool: GraphPool | None = None
         self._inputs = StaticInputs(self.buckets, self.device, self.dtype)
 
     def run(self, plan: ForwardPlan, batch: Batch, request: Request = TOKENS) -> TowerOutput:
         with self._lock:  # the static buffers are shared
-            if self.limit_bytes <= 0:
+            if self.graphs.limit_bytes <= 0:
                 return self.run_eager(plan, batch, "no graph memory", request)
             found = self._class_of(plan, request)
             if isinstance(found, str):
                 return self.run_eager(plan, batch, found, request)
             key, attention = found
-            recording = self._recordings.get(key)
-            if recording is None and key not in self._refused:
-                self._sightings[key] += 1
-                # A working set over the limit would be recorded anew at every miss: a class that
-                # was evicted must come twice as often each time before it is recorded again.
-                if self._sightings[key] < _SIGHTINGS << self._evicted[key]:
-                    reason = "evicted before" if self._evicted[key] else "first of its bucket"
+            recording = self.graphs.use(key)
+            if recording is None and key not in self.graphs.refused:
+                if (reason := self.graphs.reason_to_wait(key)) is not None:
                     return self.run_eager(plan, batch, reason, request)
                 recording = self._record(key, plan, attention, batch)
             if recording is None:
@@ -125,14 +107,14 @@ class GraphRunner(EagerRunner):
         """
         wanted = self.buckets.sizes if buckets is None else buckets
         chosen = {self.buckets.of(patches) for patches in wanted}
-        if self.limit_bytes <= 0:
+        if self.graphs.limit_bytes <= 0:
             return
         with self._lock:
             for bucket in sorted(chosen, reverse=True):
                 for plan in self.buckets.warmup_plans(bucket):
                     attention = self.attention_for(plan)
                     key = self.buckets.key(plan, attention)
-                    if key not in self._recordings and key not in self._refused:
+                    if not self.graphs.knows(key):
                         self._record(key, plan, attention, None)
 
     # Record and replay
@@ -143,16 +125,16 @@ class GraphRunner(EagerRunner):
         plan: ForwardPlan,
         attention: BatchAttention,
         batch: Batch | None,
-    ) -> _Recording | None:
+    ) -> Recording | None:
         """Record the shape class of `plan`; None if it cannot be, or is over the memory limit."""
-        if self._pool is None:
-            self._pool = GraphPool(self.device, self.dtype)
+        if self.graphs.pool is None:
+            self.graphs.pool = GraphPool(self.device, self.dtype)
             # Recorded first, the largest bucket sizes the pool that all others then fit in.
             for largest in self.buckets.warmup_plans(self.buckets.largest)[:1]:
                 others = self.attention_for(largest)
-                if (other := self.buckets.key(largest, others)) not in (key, *self._refused):
+                if (other := self.buckets.key(largest, others)) not in (key, *self.graphs.refused):
                     self._record(other, largest, others, None)
-        pool = self._pool or GraphPool(self.device, self.dtype)
+        pool = self.graphs.pool or GraphPool(self.device, self.dtype)
         layout = key.layout(plan, attention)
         patches, buffer = self._load(key.bucket, plan, layout, attention, batch)
         choice = attention.choice
@@ -167,17 +149,12 @@ class GraphRunner(EagerRunner):
 
         taken = self._try_to_record(pool, forward, choice, key.bucket)
         if taken is None:
-            self._refused.add(key)
+            self.graphs.refused.add(key)
             return None
         pieces, whole, own = taken
-        recording = _Recording(pieces, layout, self.parallel.agree_max(own))
+        recording = Recording(pieces, layout, self.parallel.agree_max(own))
         pool.nbytes = self.parallel.agree_max(whole)
-        self._pool = pool
-        self._recordings[key] = recording
-        self.stats.captures += 1
-        logger.debug("recorded a graph of %s", key)
-        self._evict()
-        return self._recordings.get(key)
+        return self.graphs.add(key, recording, pool)
 
     def _try_to_record(
         self,
@@ -218,36 +195,6 @@ class GraphRunner(EagerRunner):
         )
         return None
 
-    def _evict(self) -> None:
-        """Drop the newest recording if it does not fit even alone, then the least recently used."""
-        assert self._pool is not None
-        newest, recording = next(reversed(self._recordings.items()))
-        if self._pool.nbytes + recording.nbytes > self.limit_bytes:
-            self._refused.add(newest)
-            self._drop(newest)
-        while self._graph_bytes() > self.limit_bytes:
-            self._drop(next(iter(self._recordings)))
-        self.stats.graph_bytes = self._graph_bytes()
-
-    def _drop(self, key: GraphKey) -> None:
-        del self._recordings[key]
-        self._sightings[key] = 0
-        self._evicted[key] += 1
-        self.stats.evictions += 1
-        if self._evicted[key] == 2 and key not in self._refused:
-            logger.warning(
-                "graphs of the shapes that come do not fit %.0f MiB together: those evicted run "
-                "eagerly for longer each time; graph_memory_mib sets the limit",
-                self.limit_bytes / 2**20,
-            )
-        if not self._recordings:
-            self._pool = None  # no graph holds it any more: the allocator takes it back
-
-    def _graph_bytes(self) -> int:
-        if self._pool is None:
-            return 0
-        return self._pool.nbytes + sum(held.nbytes for held in self._recordings.values())
-
     def _load(
         self,
         bucket: int,
@@ -264,12 +211,11 @@ class GraphRunner(EagerRunner):
     def _replay(
         self,
         key: GraphKey,
-        recording: _Recording,
+        recording: Recording,
         plan: ForwardPlan,
         attention: BatchAttention,
         batch: Batch,
     ) -> TowerOutput:
-        self._recordings.move_to_end(key)
         _, buffer = self._load(key.bucket, plan, recording.layout, attention, batch)
         live = None
         if recording.pieces.splits:
