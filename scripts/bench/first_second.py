@@ -124,7 +124,6 @@ def main() -> None:
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "XDG_CACHE_HOME": str(caches),
                 "TRITON_CACHE_DIR": str(caches / "triton"),
-                "VITRT_LINKED_KERNELS": "1",
             }
             caches.mkdir(exist_ok=True)
             if compiled and not (caches / "compiled").exists():

@@ -13,16 +13,10 @@ from tests.attention.test_schedule import flash_attn_4, make_schedule, on_device
 from tests.support.attention_cases import dense_reference, make_segments, no_rotary
 from vitrt.attention import fa4, fa4_kept
 from vitrt.attention.fa4_kept import Variant
-from vitrt.kernels import gemm_kept, kept
-from vitrt.kernels.gemm_table import Tile
+from vitrt.kernels import kept
 from vitrt.kernels.segments import Segments
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VITRT_LINKED_KERNELS", "1")
 
 
 def computed(*arguments: Any) -> None:
@@ -70,21 +64,6 @@ class _OnGpu:
 
     def is_contiguous(self) -> bool:
         return self._dense
-
-
-def test_nothing_is_loaded_unless_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv = _OnGpu(1300, 3, 2, 72)
-    segments = make_segments([1300])
-    assert fa4_kept.variant_of(qkv, segments, "lazy", False) is not None
-    monkeypatch.setattr(kept, "any_of", lambda family: True)
-    assert fa4_kept.any_persistent() and gemm_kept.any_kept()
-    for value in ("0", ""):
-        monkeypatch.setenv("VITRT_LINKED_KERNELS", value)
-        assert fa4_kept.variant_of(qkv, segments, "lazy", False) is None
-        assert not fa4_kept.any_persistent() and not gemm_kept.any_kept()
-        tile = Tile(128, 192, True, 2, 1)
-        assert gemm_kept.load("bias", tile, torch.bfloat16, CPU) is None
-        gemm_kept.keep("bias", tile, torch.bfloat16, None)  # asks nothing of a plan
 
 
 def test_what_is_not_sure_goes_through_the_package() -> None:
@@ -159,7 +138,26 @@ def test_the_kernel_that_a_call_compiled_is_kept(
     assert not kept_now
     attend.compile_cache.cache["new"] = object()
     fa4_kept.keep(variant, attend, before)
-    assert kept_now[0][2] == tmp_path / "hash of new.o"
+    assert kept_now[0][2]() == (tmp_path / "hash of new.o", {})
+
+
+@pytest.mark.parametrize("any_kept", [True, False])
+def test_the_package_is_imported_at_once_unless_a_kernel_was_kept(
+    any_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken one must be found when the backend is made, so that "auto" takes another."""
+    flash_attn_4(monkeypatch, [])
+    monkeypatch.setattr(fa4, "is_hopper", lambda device: True)
+    monkeypatch.setattr(kept, "any_of", lambda family: any_kept)
+    imported: list[bool] = []
+
+    def forwards(own: bool, processors: int) -> Any:
+        imported.append(own)
+        return print, None
+
+    monkeypatch.setattr(fa4, "_forwards", forwards)
+    fa4.FlashAttention4(CPU, 72)
+    assert bool(imported) != any_kept
 
 
 def test_persistent_blocks_are_told_by_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,6 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs gcc")
 TILE = Tile(128, 192, True, 2, 1)
 
 
-@pytest.fixture(autouse=True)
-def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VITRT_LINKED_KERNELS", "1")
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for kernels, and stand-ins for both packages, which call by ctypes."""
@@ -58,7 +53,7 @@ def object_file(tmp_path: Path) -> Path:
 @needs_compiler
 def test_what_is_kept_is_loaded(home: Path, object_file: Path) -> None:
     assert kept.load("product", "a") is None and not kept.any_of("product")
-    kept.keep("product", "a", object_file, {"fields": ["bias"]})
+    kept.keep("product", "a", lambda: (object_file, {"fields": ["bias"]}))
     function, description = kept.load("product", "a")
     assert function(14) == 42 and description == {"fields": ["bias"]}
     assert kept.any_of("product") and not kept.any_of("fa4")
@@ -72,14 +67,14 @@ def test_what_is_kept_is_loaded(home: Path, object_file: Path) -> None:
 def test_a_damaged_file_is_never_loaded_and_made_anew(
     damage: str, home: Path, object_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept.keep("product", "a", object_file, {})
+    kept.keep("product", "a", lambda: (object_file, {}))
     path = kept._path("product", "a")
     whole = path.read_bytes()
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1
     path.write_bytes({"cut": whole[:-100], "changed": bytes(changed), "empty": b""}[damage])
     assert kept.load("product", "a") is None and "damaged" in caplog.text
-    kept.keep("product", "a", object_file, {})
+    kept.keep("product", "a", lambda: (object_file, {}))
     assert kept.load("product", "a")[0](2) == 6
 
 
@@ -87,7 +82,7 @@ def test_a_damaged_file_is_never_loaded_and_made_anew(
 def test_another_release_or_another_text_finds_nothing(
     home: Path, object_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept.keep("product", "a", object_file, {})
+    kept.keep("product", "a", lambda: (object_file, {}))
     kept._folder.cache_clear()
     assert kept.load("product", "a") is not None
     monkeypatch.setattr(kept, "_PACKAGES", ("pytest",))
@@ -97,8 +92,21 @@ def test_another_release_or_another_text_finds_nothing(
 
 def test_what_cannot_be_linked_is_not_kept(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="vitrt.kernels.kept")
-    kept.keep("product", "a", home / "missing.o", {})
+    kept.keep("product", "a", lambda: (home / "missing.o", {}))
     assert kept.load("product", "a") is None and "not kept" in caplog.text
+
+
+@needs_compiler
+def test_internals_that_moved_cost_a_kept_kernel_and_nothing_else(
+    home: Path, object_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="vitrt.kernels.kept")
+    for name in ("quack", "quack.gemm_config"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    gemm_kept.keep("bias", TILE, torch.bfloat16, object())  # no SplitKMode, no plan
+    assert not gemm_kept.any_kept() and "SplitKMode" in caplog.text
+    kept.keep("product", "a", lambda: None)
+    assert kept.load("product", "a") is None
 
 
 # --- the first launch is held against the host ----------------------------------------------------

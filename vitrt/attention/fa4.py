@@ -16,7 +16,6 @@ from vitrt.attention import fa4_kept
 from vitrt.attention.base import BackendSpec, Schedule, attention_shape
 from vitrt.attention.last_wave import MOST_SEGMENTS, schedule_last_wave, tail_rows
 from vitrt.attention.probe import HALF_PRECISION, installed, not_nvidia, wrong_shape
-from vitrt.kernels import kept
 from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.dispatch import NotCompiledError
 from vitrt.kernels.persistent import is_hopper, processors
@@ -59,7 +58,7 @@ class FlashAttention4:
         self._knows_tiles = self._hopper and head_dim <= _TILE_HEAD_DIM
         self._own = self._hopper and head_dim in _OWN_HEAD_DIMS and _release() == _RELEASE
         self._kept: dict[fa4_kept.Variant, fa4_kept.Launch | None] = {}
-        if not (self._hopper and kept.wanted()):
+        if not (self._hopper and fa4_kept.any_kept()):
             _ = self._forwards  # a broken installation is to be found now, not in a forward
 
     @cached_property

@@ -45,8 +45,6 @@ class Variant(NamedTuple):
 
 def variant_of(qkv: Tensor, segments: Segments, kind: str, scheduled: bool) -> Variant | None:
     """The kernel that a batch on Hopper needs; None to let the package choose it."""
-    if not kept.wanted():
-        return None
     longest, rows = segments.max_seqlen, qkv.shape[0]
     if not qkv.is_cuda or not qkv.is_contiguous() or rows == 0 or qkv.data_ptr() % _ALIGNMENT:
         return None
@@ -63,9 +61,14 @@ def _family(variant: Variant) -> str:
     return _PERSISTENT if variant.kind.startswith("persistent") else _FAMILY
 
 
+def any_kept() -> bool:
+    """Whether a kernel was kept, so that the package works here."""
+    return kept.any_of(_FAMILY)
+
+
 def any_persistent() -> bool:
     """Whether a persistent kernel was kept, so that our parts fit the packages here."""
-    return kept.wanted() and kept.any_of(_PERSISTENT)
+    return kept.any_of(_PERSISTENT)
 
 
 def keys(attend: Any) -> set[Any]:
@@ -78,9 +81,13 @@ def keep(variant: Variant, attend: Any, before: set[Any]) -> None:
     new = list(keys(attend) - before)
     cache = getattr(attend, "compile_cache", None)
     folder = getattr(cache, "cache_path", None)
-    if len(new) == 1 and cache is not None and folder is not None:
-        object_file = Path(folder, f"{cache._key_to_hash(new[0])}.o")
-        kept.keep(_family(variant), _key(variant), object_file, {})
+    if len(new) == 1 and folder is not None:
+        kept.keep(_family(variant), _key(variant), lambda: (_object_file(cache, new[0]), {}))
+
+
+def _object_file(cache: Any, key: Any) -> Path:
+    """Where the package keeps what it compiled under this key."""
+    return Path(cache.cache_path, f"{cache._key_to_hash(key)}.o")
 
 
 def load(variant: Variant, device: torch.device) -> Launch | None:

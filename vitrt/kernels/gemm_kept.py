@@ -31,13 +31,15 @@ def _key(kind: Kind, tile: Tile, dtype: torch.dtype) -> str:
 
 
 def any_kept() -> bool:
-    return kept.wanted() and kept.any_of(_FAMILY)
+    return kept.any_of(_FAMILY)
 
 
 def keep(kind: Kind, tile: Tile, dtype: torch.dtype, plan: Any) -> None:
     """Keep the kernel of quack's plan, if `_Launch` gives it all that it takes."""
-    if not kept.wanted():
-        return
+    kept.keep(_FAMILY, _key(kind, tile, dtype), lambda: _found(tile, plan))
+
+
+def _found(tile: Tile, plan: Any) -> tuple[Path, kept.Description] | None:
     from quack.gemm_config import SplitKMode
 
     plain = (
@@ -51,13 +53,12 @@ def keep(kind: Kind, tile: Tile, dtype: torch.dtype, plan: Any) -> None:
     )
     object_file = _object_file(plan.compiled_fn)
     if not plain or object_file is None:
-        return
-    description = {
+        return None
+    return object_file, {
         "fields": list(plan.arg_template),
         "persistent": plan.max_active_clusters > 0,
         "swizzle": plan.max_swizzle_size,
     }
-    kept.keep(_FAMILY, _key(kind, tile, dtype), object_file, description)
 
 
 def _object_file(compiled: Any) -> Path | None:
@@ -76,7 +77,7 @@ def _object_file(compiled: Any) -> Path | None:
 def load(
     kind: Kind, tile: Tile, dtype: torch.dtype, device: torch.device
 ) -> Callable[..., None] | None:
-    found = kept.load(_FAMILY, _key(kind, tile, dtype)) if kept.wanted() else None
+    found = kept.load(_FAMILY, _key(kind, tile, dtype))
     if found is None:
         return None
     function, description = found

@@ -8,9 +8,6 @@ A file is a shared library, its description as JSON, the length of that, and the
 before. Files of other releases lie in other folders; a file that is cut short or was changed is
 never loaded; files appear under their names whole. Where anything is missing, or does not compute
 what it should (`proven`), the packages themselves are imported, which always works.
-
-Off unless asked for (`wanted`): tests show that a launch is given what the packages give it, but no
-GPU has run one yet.
 """
 
 from __future__ import annotations
@@ -39,15 +36,8 @@ _SOURCES = ("kept.py", "gemm_epilogues.py", "gemm_quack.py", "gemm_kept.py", "ge
 _DIGEST, _LENGTH = 32, 8  # bytes
 _SYMBOL = "func"  # as both packages export
 
-_WANTED = "VITRT_LINKED_KERNELS"
-
 Description = dict[str, Any]
 Function = Callable[..., Any]
-
-
-def wanted() -> bool:
-    """Whether the environment has VITRT_LINKED_KERNELS=1."""
-    return os.environ.get(_WANTED) == "1"
 
 
 @lru_cache(maxsize=1)
@@ -125,12 +115,16 @@ def proven(family: str, key: str, launch: Callable[[], bool]) -> bool:
     return right
 
 
-def keep(family: str, key: str, object_file: Path, description: Description) -> None:
-    """Link what a package compiled and keep it; where that fails, the next process imports it."""
+def keep(family: str, key: str, find: Callable[[], tuple[Path, Description] | None]) -> None:
+    """Link the object file that `find` knows and keep it with its description.
+
+    Where `find` has none, or that fails, the next process imports the package.
+    """
     path = _path(family, key)
     try:
-        if path is None or _is_whole(path):
+        if path is None or _is_whole(path) or (found := find()) is None:
             return
+        object_file, description = found
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             library = Path(folder, path.name)
