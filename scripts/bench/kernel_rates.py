@@ -250,8 +250,8 @@ def attention_work(head_dim: int, length: int) -> Callable[[int, torch.device, t
 
 def kernels() -> Iterator[Kernel]:
     heads = (*grid(block_h=(32, 16), spread=(2, 4)), {"block_h": 8, "spread": 2})
-    rows = (*grid(rows=(1, 2), warps=(1, 2, 4)), {"rows": 4, "warps": 2}, {"rows": 4, "warps": 4})
-    wide_rows = grid(rows=(1,), warps=(4, 8, 16))
+    rows = grid(warps=(1, 2, 4))
+    wide_rows = grid(warps=(4, 8, 16))
     blocks = tuple(
         {"block": block, "warps": warps}
         for block, warps in ((512, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8))

@@ -164,7 +164,7 @@ def test_persistent_blocks_are_told_by_what_was_kept(monkeypatch: pytest.MonkeyP
     """Without importing anything: whoever kept one could."""
     flash_attn_4(monkeypatch, [])
     monkeypatch.setattr(fa4.metadata, "version", lambda name: "4.0.0b36")
-    monkeypatch.setattr(fa4_kept, "any_persistent", lambda: True)
+    monkeypatch.setattr(kept, "any_of", lambda family: True)
 
     def forwards(own: bool, processors: int) -> Any:
         raise AssertionError("imported")

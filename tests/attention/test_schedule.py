@@ -338,7 +338,7 @@ def flash_attn_4(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(fa4, "is_hopper", lambda device: True)
     monkeypatch.setattr(fa4, "processors", lambda device: 132)
-    monkeypatch.setattr(fa4.fa4_kept, "any_persistent", lambda: False)  # whatever this user has
+    monkeypatch.setattr(fa4.fa4_kept.kept, "any_of", lambda family: False)  # whatever is on disk
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrt.kernels.dispatch import ceil_div, jit, row_tiles, tl, use_triton
+from vitrt.kernels.dispatch import jit, row_tiles, tl, use_triton
 
-# There are shares where rows are few: only a row's own warps hide its latency.
-_SHARES_WARPS = 4
+# There are shares where rows are few: two warps hide more of a row's latency than one.
+_SHARES_WARPS = 2
 
 
 @jit()
@@ -23,7 +23,7 @@ def _read(
     x, delta_bias, residual, total, offsets, columns, mask, apart, ADD: tl.constexpr,
     BIASED: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of what is normalised, in float32: x, or the rounded sum, which `total` gets too.
+    """A part of what is normalised, in float32: x, or the sum rounded to the dtype of `total`.
 
     x may be several shares, `apart` values from one to the next.
     """
@@ -34,10 +34,8 @@ def _read(
         values += tl.load(delta_bias + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-        rounded = values.to(total.dtype.element_ty)
-        tl.store(total + offsets, rounded, mask=mask)
-        # From the rounded sum, so that fusing the add changes nothing downstream of it.
-        values = rounded.to(tl.float32)
+        # Rounded as the next reader will find it, so that fusing the add changes nothing.
+        values = values.to(total.dtype.element_ty).to(tl.float32)
     return values
 
 
@@ -62,43 +60,50 @@ def _write(values, scale, shift, out, offsets, mask, CENTRE: tl.constexpr):
 @jit(do_not_specialize=["tokens"])
 def _norm_kernel(
     x, delta_bias, residual, weight, bias, total, out, tokens, eps, D: tl.constexpr,
-    MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, CENTRE: tl.constexpr,
-    ADD: tl.constexpr, BIASED: tl.constexpr, SHARES: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, CENTRE: tl.constexpr, ADD: tl.constexpr,
+    BIASED: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, as a tile [ROWS, MAIN] and, unless D is a power of two, [ROWS, TAIL]."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    start = rows.to(tl.int64) * D
-    columns = tl.arange(0, MAIN)[None, :]
-    mask = (rows < tokens) & (columns < D)
+    """A row a program, as a tile of MAIN values and, unless D is a power of two, one of TAIL.
+
+    All of the row is asked for before any of it is written: a load does not pass a store.
+    """
+    start = tl.program_id(0).to(tl.int64) * D
     apart = tokens.to(tl.int64) * D
+    columns = tl.arange(0, MAIN)
+    mask = columns < D
     scale, shift = _read_affine(weight, bias, columns, D, CENTRE)
     values = _read(
         x, delta_bias, residual, total, start + columns, columns, mask, apart, ADD, BIASED, SHARES
     )
     if TAIL:
-        tail_columns = MAIN + tl.arange(0, TAIL)[None, :]
-        tail_mask = (rows < tokens) & (tail_columns < D)
-        tail_offsets = start + tail_columns
+        tail_columns = MAIN + tl.arange(0, TAIL)
+        tail_mask = tail_columns < D
         tail_scale, tail_shift = _read_affine(weight, bias, tail_columns, D, CENTRE)
         tail = _read(
-            x, delta_bias, residual, total, tail_offsets, tail_columns, tail_mask, apart, ADD,
-            BIASED, SHARES,
+            x, delta_bias, residual, total, start + tail_columns, tail_columns, tail_mask, apart,
+            ADD, BIASED, SHARES,
         )  # fmt: skip
+    if ADD:
+        tl.store(total + start + columns, values.to(total.dtype.element_ty), mask=mask)
+        if TAIL:
+            target = total + start + tail_columns
+            tl.store(target, tail.to(total.dtype.element_ty), mask=tail_mask)
     if CENTRE:
-        mean = tl.sum(values, 1)
+        mean = tl.sum(values, 0)
         if TAIL:
-            mean += tl.sum(tail, 1)
-        mean = mean[:, None] / D
-        values -= mean
+            mean += tl.sum(tail, 0)
+        mean = mean / D
+        values = tl.where(mask, values - mean, 0.0)
         if TAIL:
-            tail = tl.where(tail_columns < D, tail - mean, 0.0)
-    squares = tl.sum(values * values, 1)
+            tail = tl.where(tail_mask, tail - mean, 0.0)
+    squares = tl.sum(values * values, 0)
     if TAIL:
-        squares += tl.sum(tail * tail, 1)
-    inverse = tl.rsqrt(squares[:, None] / D + eps)
+        squares += tl.sum(tail * tail, 0)
+    inverse = tl.rsqrt(squares / D + eps)
     _write(values * inverse, scale, shift, out, start + columns, mask, CENTRE)
     if TAIL:
-        _write(tail * inverse, tail_scale, tail_shift, out, tail_offsets, tail_mask, CENTRE)
+        target = start + tail_columns
+        _write(tail * inverse, tail_scale, tail_shift, out, target, tail_mask, CENTRE)
 
 
 def _norm_triton(
@@ -111,7 +116,6 @@ def _norm_triton(
     delta_bias: Tensor | None = None,
     total: Tensor | None = None,
     out: Tensor | None = None,
-    rows: int = 1,
     warps: int | None = None,
 ) -> Tensor:
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
@@ -123,8 +127,8 @@ def _norm_triton(
     main, tail, row_warps = row_tiles(width)
     if shares:
         row_warps = max(row_warps, _SHARES_WARPS)
-    _norm_kernel[(ceil_div(tokens, rows),)](
-        x, delta_bias, residual, weight, bias, total, out, tokens, eps, width, main, tail, rows,
+    _norm_kernel[(tokens,)](
+        x, delta_bias, residual, weight, bias, total, out, tokens, eps, width, main, tail,
         bias is not None, residual is not None, delta_bias is not None, shares[0] if shares else 1,
         num_warps=warps or row_warps,
     )  # fmt: skip
