@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import vitrt.kernels.flash_attention as flash_attention_file
 from tests.support.attention_cases import dense_reference, make_segments, poisoned
 from tests.support.interpreter import interpreted
 from vitrt.kernels.attention_block import split_head
@@ -132,6 +133,33 @@ def test_reference_is_the_cpu_path() -> None:
 def test_split_head(head_dim: int, parts: tuple[int, int]) -> None:
     assert TILE_ROWS == 128
     assert split_head(head_dim) == parts
+
+
+@interpreted
+def test_few_rows_take_smaller_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention_file, "is_hopper", lambda device: True)
+    monkeypatch.setattr(flash_attention_file, "processors", lambda device: 132)
+
+    def rows(tokens: int, heads: int, head_dim: int = 72) -> int:
+        qkv = torch.empty(tokens, 3, heads, head_dim, dtype=torch.bfloat16)
+        return flash_attention_file._tiling(qkv).block_m
+
+    assert [rows(tokens, 16) for tokens in (16, 256, 512, 513, 4096)] == [64, 64, 64, 128, 128]
+    assert rows(512, 32) == 128 and rows(513, 8) == 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96])
+def test_few_rows_give_the_bits_of_many(head_dim: int) -> None:
+    """An image alone and the same in a batch: batch invariance stands on it."""
+    lengths = [196, 1, 130, 64]
+    qkv, out = poisoned(lengths, 9, 4, head_dim)
+    qkv = qkv.cuda().bfloat16()
+    segments = make_segments(lengths, room=3, device="cuda")
+    few, many = (torch.zeros(*out.shape, device="cuda").bfloat16() for _ in range(2))
+    _flash_triton(qkv, segments, few, flash_attention_file._FEW_ROWS)
+    _flash_triton(qkv, segments, many, flash_attention_file._MANY_ROWS)
+    assert torch.equal(few, many)
 
 
 @pytest.mark.gpu
