@@ -14,7 +14,7 @@ from tests.support.commands import Vitrt, vitrt
 from tests.support.folders import IDENTITY, photo
 from vitrt import VisionEncoder
 from vitrt.attention import AttentionChoice, registry, resolve_attention
-from vitrt.attention.triton import TritonBackend
+from vitrt.attention.triton import SPEC as TRITON
 from vitrt.config import RuntimeConfig
 from vitrt.layers.linear import Linear
 from vitrt.models.families import build_tower
@@ -81,7 +81,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     real = registry.get_backend
 
     def get_backend(name: str, **where: object) -> object:
-        backends = {"fa4": Scheduling(), "triton": TritonBackend()}
+        own = TRITON.load(torch.device("cuda"), torch.bfloat16, 72)
+        backends = {"fa4": Scheduling(), "triton": own}
         return backends.get(name) or real(name, **where)  # type: ignore[arg-type]
 
     monkeypatch.setattr(registry, "get_backend", get_backend)

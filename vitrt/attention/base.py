@@ -48,6 +48,31 @@ class AttentionBackend(Protocol):
         ...
 
 
+class KernelBackend:
+    """A kernel of ours: one launch over the segments."""
+
+    capturable = True
+
+    def __init__(
+        self,
+        name: str,
+        attend: Callable[[Tensor, Segments, Rotary, Tensor], Tensor],
+        *,
+        applies_rotary: bool,
+    ) -> None:
+        """`attend`: (qkv, segments, rotary, out) -> out."""
+        self.name = name
+        self.applies_rotary = applies_rotary
+        self._attend = attend
+
+    def __call__(
+        self, qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            out = qkv.new_empty(attention_shape(qkv))
+        return self._attend(qkv, segments, rotary, out)
+
+
 @runtime_checkable
 class SchedulingBackend(Protocol):
     """A backend that gains by planning some batches."""

@@ -92,10 +92,7 @@ def verify(
         for dtype in dtypes:
             peer = None
             if dtype != torch.float32:
-                theirs = _transformers(checkpoint, batches, device, dtype)
-                peer = compare(theirs, exact)
-                row = Row(dtype, "transformers", False, peer, peer, ours=False)
-                result.rows.append(_with_cosines(row, theirs, exact, tokens))
+                peer = _measure_peer(result, checkpoint, batches, exact, dtype, tokens)
             here = replace(plain, dtype=dtype_name(dtype))
             runtimes = [here]
             if has_fp8 and dtype == torch.bfloat16:
@@ -187,6 +184,22 @@ def _transformers(
         embeddings, levels = output_of(tower(values, grid_thw=grids))
         parts.append((embeddings.cpu(), [level.cpu() for level in levels]))
     return _joined(parts)
+
+
+def _measure_peer(
+    result: Verification,
+    checkpoint: Checkpoint,
+    batches: Sequence[Sequence[_Sample]],
+    exact: Output,
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+) -> Errors:
+    """A row for transformers' own tower in a lower precision; its errors."""
+    theirs = _transformers(checkpoint, batches, result.device, dtype)
+    errors = compare(theirs, exact)
+    row = Row(dtype, "transformers", False, errors, errors, ours=False)
+    result.rows.append(_with_cosines(row, theirs, exact, tokens))
+    return errors
 
 
 def _measure(

@@ -152,12 +152,16 @@ def encode_folder(
         _log_statistics(encoder.stats())
         reports = ranks.gather(report)
         if ranks.rank == 0 and len(reports) == ranks.size:
-            dropped = [(image_id, shard) for r in reports for image_id, shard in r["dropped"]]
-            compact(output, dropped)
-            for path in matching(output, TEMPORARY_NAME):  # parts that nobody needed
-                discard(path)
-            flush_folder(output)
+            _clean_up(output, reports)
     return Summary.of(reports)
+
+
+def _clean_up(output: Path, reports: Sequence[Mapping[str, Any]]) -> None:
+    """After all ranks: drop what they replaced or lost, and parts of clips that nobody needed."""
+    compact(output, [(image_id, shard) for each in reports for image_id, shard in each["dropped"]])
+    for path in matching(output, TEMPORARY_NAME):
+        discard(path)
+    flush_folder(output)
 
 
 def _log_statistics(stats: RunnerStats) -> None:

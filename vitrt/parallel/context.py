@@ -83,12 +83,7 @@ class ParallelContext:
         """
         if all_reduce not in _METHODS:
             raise ValueError(f"all_reduce {all_reduce!r} is none of {', '.join(_METHODS)}")
-        rank, world, local_rank = _environment()
-        if isinstance(tp, bool) or tp < 1 or world % tp:
-            raise ValueError(
-                f"tp = {tp} does not divide the {counted(world, 'rank')} of this job: start a "
-                "multiple of it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
-            )
+        rank, world, local_rank = _environment(tp)
         if world == 1:
             return SINGLE
         cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -195,18 +190,25 @@ SINGLE = ParallelContext()
 _JOINED = itertools.count()  # of joins so far: one that joins again must find no old keys
 
 
-def _environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank). ValueError for an environment that is only half there."""
+def _environment(tp: int) -> tuple[int, int, int]:
+    """(rank, world size, local rank).
+
+    ValueError for an environment that is only half there, or a world not made of groups of `tp`.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
-        return 0, 1, 0
     missing = [name for name in names if name not in found]
-    if missing:
+    if found and missing:
         raise ValueError(
             f"{', '.join(found)} set without {', '.join(missing)}: start the ranks with torchrun"
         )
-    return tuple(int(found[name]) for name in names)  # type: ignore[return-value]
+    rank, world, local_rank = (int(found[name]) for name in names) if found else (0, 1, 0)
+    if isinstance(tp, bool) or tp < 1 or world % tp:
+        raise ValueError(
+            f"tp = {tp} does not divide the {counted(world, 'rank')} of this job: start a "
+            "multiple of it (torchrun --nproc-per-node N ... --tp M, N a multiple of M)"
+        )
+    return rank, world, local_rank
 
 
 def _select_gpu(local_rank: int) -> None:
