@@ -170,7 +170,7 @@ def check_sampling(config: Any) -> None:
 
 
 def sampling_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings: fps, num_frames, min_frames, max_frames, where they say something of them."""
+    """Those of fps, num_frames, min_frames and max_frames that some settings give, checked."""
     found: dict[str, Any] = {
         name: positive_integer(name, values[name])
         for name in SAMPLING[1:]

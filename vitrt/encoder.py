@@ -180,7 +180,7 @@ class VisionEncoder:
     def from_checkpoint(
         cls, checkpoint: Checkpoint, runtime: RuntimeConfig, parallel: ParallelContext = SINGLE
     ) -> VisionEncoder:
-        """The same from an opened checkpoint."""
+        """Load the vision tower of an opened checkpoint."""
         preprocessor = checkpoint.preprocessor_config()
         config, tensors = checkpoint.vision_config(), checkpoint.tower_tensors()
         engine = Engine.load(config, tensors, runtime, parallel)
@@ -293,7 +293,7 @@ class VisionEncoder:
         return self.run_prepared(images, Request.of(layers, merged=merged, depth=self.config.depth))
 
     def run_prepared(self, images: Sequence[Prepared], request: Request) -> list[ImageFeatures]:
-        """The same for a request."""
+        """`encode_prepared` for a request."""
         if not images:
             return []
         grids = [image.grid_thw for image in images]

@@ -75,12 +75,12 @@ class ImageFeatures:
         return tokens
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are there, by their names here."""
+        """The tensors that are there, by the names of their fields."""
         named = {"embeddings": self.embeddings, "deepstack": self.deepstack, "hidden": self.hidden}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> ImageFeatures:
-        """The same, each tensor as `change` makes it."""
+        """These features with each tensor replaced by `change` of it."""
         changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
         return replace(self, **changed)
 

@@ -71,8 +71,8 @@ class Samples:
         self.hosts += hosts
 
     def take_turn(self, seconds: float, *, single: bool) -> None:
-        """About `seconds` of both kinds of call, where contenders take turns; the second kind only
-        for a `single` image.
+        """Calls for about `seconds`, where contenders take turns: a burst, and for a `single` image
+        calls one by one.
         """
         count = max(1, min(MAX_CALLS // 4, int(seconds / self.seconds)))
         rates, walls = len(self.rates), len(self.walls)
@@ -144,7 +144,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def milliseconds(marks: Sequence[Mark]) -> list[float]:
-    """From each of the marks of one device to the next, once it has passed the last."""
+    """The time from each mark to the next, once the device has passed the last."""
     times = []
     for first, last in pairwise(marks):
         if isinstance(first, float):

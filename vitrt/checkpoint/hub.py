@@ -62,7 +62,7 @@ class HubRepository:
         return path
 
     def fetch_optional(self, filename: str) -> Path | None:
-        """The same; None where the repository has no such file, or offline the cache has none."""
+        """`fetch`, or None where the repository has no such file, or offline the cache has none."""
         return self._fetch(filename, optional=True)
 
     def fetch_tensors(self, search: TowerSearch) -> dict[str, TensorInfo]:

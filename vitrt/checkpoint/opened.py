@@ -126,7 +126,7 @@ class Checkpoint:
 
 @cache
 def tower_shapes(config: VisionConfig) -> Mapping[str, tuple[int, ...]]:
-    """Of every tensor that a checkpoint of such a tower holds, by name in the tower."""
+    """The shape of every tensor that a checkpoint of such a tower holds, by name in the tower."""
     with torch.device("meta"):
         tower = build_tower(config)
     return {target.name: target.shape for target in tower.weight_targets()}

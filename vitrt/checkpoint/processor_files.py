@@ -36,7 +36,7 @@ class ProcessorSettings:
     family_rule: VideoRule
 
     def with_limits(self, limits: Mapping[str, int | None]) -> ProcessorSettings:
-        """The same, with the user's pixel limits of images where the file has none."""
+        """These settings, with the user's pixel limits of images where the file has none."""
         if self.image.get("size"):
             return self
         stated = {key: value for key, value in self.image.items() if value is not None}

@@ -33,7 +33,7 @@ from vitrt.checkpoint.shards import (
 FP8 = "F8_E4M3"
 SCALES = ("weight_scale_inv", "weight_scale")
 SCALE_DTYPES = (*FLOAT_DTYPES, "F8_E8M0")
-# Of activations: what a product in fp8 may use, and a dequantised weight does not.
+# Scales of activations, which only a product in fp8 would use.
 ACTIVATION_SCALES = ("input_scale", "input_scale_ub", "activation_scale")
 DEFAULT_BLOCK = (128, 128)
 

@@ -63,7 +63,7 @@ class LazyTensor(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what indexing gives."""
+        """The dtype that indexing gives."""
         ...
 
     @property

@@ -21,7 +21,7 @@ RATIO_BOUND = 1.05  # of the error that transformers itself has in the same dtyp
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Of one contender on one batch."""
+    """The errors of one contender on one batch."""
 
     embeddings: float
     deepstack: tuple[float, ...]

@@ -24,7 +24,7 @@ _COMPILED_HERE = ("fa4", "triton", "short", "window")  # the other backends brin
 
 
 class _Silent:
-    """In place of a backend that compiles nothing: attention that is not computed."""
+    """Stands in for a backend that compiles nothing; computes nothing."""
 
     capturable = True
     applies_rotary = False

@@ -108,7 +108,7 @@ class Pipeline(Generic[K, I, R]):
             yield from part
 
     def parts(self) -> Iterator[list[tuple[K, R | Exception]]]:
-        """The same by parts: what one call of `deliver` gave, with the errors that lay between."""
+        """The results in parts: what one call of `deliver` gave, and the errors in between."""
         while True:
             self._gather()
             if self.window.stopped:

@@ -61,5 +61,5 @@ class Stages(Generic[I]):
     join: Callable[[Sequence[ImageFeatures]], ImageFeatures] = join
 
     def preparing(self, prepare: Callable[[J], Prepared]) -> Stages[J]:
-        """The same for other items."""
+        """These stages for other items, which `prepare` makes ready."""
         return Stages(prepare, self.run, self.max_batch_patches, self.device, self.join)

@@ -16,7 +16,7 @@ from vitrt.config import (
     sampling_of,
 )
 
-# By transformers' processors.
+# The rule of each video processor of transformers.
 _VIDEO_RULES: dict[str, VideoRule] = {
     "Qwen2VLVideoProcessor": "frame",
     "Qwen3VLVideoProcessor": "clip",

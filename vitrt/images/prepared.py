@@ -162,7 +162,7 @@ class LazyImage:
         return pixels
 
     def rows(self, start: int, stop: int) -> LazyImage:
-        """Those frames of the grid alone."""
+        """Only the frames `start` to `stop` of the grid."""
         t, h, w = self.grid_thw
         step = len(self.indices) // t  # frames of one temporal patch
         return replace(

@@ -95,8 +95,8 @@ class _FolderEncoder(EncoderActor):
         self._folder, self._identity = folder, identity
         self._encoded = EncodedIndex(folder)
         self._idle: list[FeatureWriter] = []  # each has a rank, and serves one call at a time
-        # Of two calls, one has the device: both at half its rate would begin and end together, and
-        # it would wait for the first images of both, and then for the disk.
+        # One of two calls has the device: at half its rate each, both would begin and end together,
+        # and it would wait for the first images of both, and then for the disk.
         self._turn = Lock()
 
     def __call__(self, batch: Batch) -> pa.Table:

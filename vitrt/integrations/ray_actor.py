@@ -101,7 +101,7 @@ class RayEncoder(EncoderActor):
             yield self._table(rows)
 
     def ids(self, batch: Batch) -> list[Any]:
-        """Those of the rows, as the id column has them."""
+        """The ids of the rows, as their column has them."""
         name = self._columns[0]
         return batch[name].tolist() if name in batch else []
 

@@ -104,7 +104,7 @@ class _Files:
     def held(
         self, columns: list[str], identity: RunIdentity, but: frozenset[str] = frozenset()
     ) -> pa.Table:
-        """Those columns of all files; of a file that is not whole nothing, and it is removed.
+        """These columns of all files but some; a file that is not whole is removed.
 
         ValueError where a file is of another run, or has no such column.
         """

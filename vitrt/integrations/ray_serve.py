@@ -110,7 +110,7 @@ class EncoderService:
             raise RuntimeError("the last forward failed") from self._broken
 
     def stats(self) -> dict[str, int]:
-        """Of this replica: images and batches so far, images of the largest batch, its process."""
+        """This replica's images and batches so far, images of its largest batch, and process id."""
         counts = {"images": self._images, "batches": self._batches, "largest": self._largest}
         return counts | {"pid": os.getpid()}
 

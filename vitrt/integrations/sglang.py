@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
 }
-# Those whose constructor makes a tower -> the tower's name in its module.
+# Model class whose constructor makes a tower -> the tower's name in its module.
 TOWERS = {
     "Qwen2_5_VLForConditionalGeneration": "Qwen2_5_VisionTransformer",
     "Qwen3VLForConditionalGeneration": "Qwen3VLMoeVisionModel",

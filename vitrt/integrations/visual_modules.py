@@ -20,7 +20,7 @@ from vitrt.models.config_file import read_vision_config
 
 
 class ReplacementVisual(nn.Module):
-    """In the place of a model's `visual`, whose module it keeps aside, unregistered."""
+    """Takes the place of a model's `visual`, and keeps that module aside, unregistered."""
 
     def __init__(self, original: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

@@ -70,5 +70,5 @@ def fill_ec_cache(folder: str | Path, features: dict[str, ImageFeatures]) -> Non
 
 
 def dtype_and_device() -> tuple[torch.dtype, torch.device]:
-    """Those of modules that vLLM is building: it sets both as PyTorch's defaults."""
+    """What vLLM builds its modules in and on: it sets both as PyTorch's defaults."""
     return torch.get_default_dtype(), torch.get_default_device()

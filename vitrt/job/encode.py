@@ -63,7 +63,7 @@ class Ranks(Protocol):
 
     @property
     def parts(self) -> SharedParts | None:
-        """Of what is too long for one of them."""
+        """Parts of what is too long for one rank; None where nothing is divided."""
         ...
 
     def gather(self, value: Any) -> list[Any]:

@@ -39,7 +39,7 @@ class ClipPart(Record):
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """Features where frames would be: what another rank made of them."""
+    """Takes the place of frames whose features another rank computed."""
 
     features: ImageFeatures
 
@@ -51,7 +51,7 @@ class _Computed:
 
 
 class LongClips:
-    """This rank's part of what is long, whoever drew it."""
+    """This rank's part of the long clips, its own and others'."""
 
     def __init__(self, shared: SharedParts, folder: Path, *, pool: bool) -> None:
         """`pool`: features are pooled ones. `folder` is that of the output."""
@@ -63,7 +63,7 @@ class LongClips:
         self._in_hand: set[Taken] = set()  # of other ranks' clips
 
     def stages(self, stages: Stages[Record]) -> Stages[Record]:
-        """The same, where of long clips only those parts are computed that nobody else took."""
+        """`stages`, but of a long clip only the parts are computed that no other rank took."""
 
         def prepare(record: Record) -> Prepared:
             image = stages.prepare(record)
@@ -102,7 +102,7 @@ class LongClips:
         return replace(clip, in_runs=in_runs)
 
     def _given(self, offer: Offer, part: int) -> ImageFeatures | None:
-        """What another rank made of it; None where this one is to encode it."""
+        """The features that another rank gave for a part; None where this rank is to encode it."""
         if offer.is_mine(part) or not offer.is_done(part):
             return None
         try:

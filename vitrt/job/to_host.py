@@ -100,7 +100,7 @@ class ToHost:
         return [self._result(each, transfer) for each in on_host]
 
     def join(self, results: Sequence[OnHost]) -> OnHost:
-        """Of a clip, from those of its runs of frames; joined by whoever waits for it."""
+        """A clip's result from those of its runs of frames; `OnHost.wait` joins the features."""
         return OnHost([part for result in results for part in result.parts], self._join_features)
 
     def _result(self, features: ImageFeatures, transfer: Transfer) -> OnHost:

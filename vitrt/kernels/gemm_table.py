@@ -152,7 +152,7 @@ class Table:
         return sorted({tile for tile in used if tile is not None})
 
     def split_tiles(self, product: Product) -> list[SplitTile]:
-        """Likewise, for shares of K."""
+        """Every tile for shares of K that `choice` can name for this product."""
         used = (choice.split_tile for _, choice in self._nearest(product))
         return sorted({tile for tile in used if tile is not None})
 

@@ -152,7 +152,7 @@ def _link(object_file: Path, library: Path) -> None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "cc"
     needed = [Path(each) for each in find_runtime_libraries(enable_tvm_ffi=True)]
     command = [compiler, "-shared", "-o", str(library), str(object_file)]
-    # By name: a library without one of its own would otherwise be asked for by this very path.
+    # -l:name, not a path: a library that states no name would be looked for at this very path.
     command += [part for each in needed for part in (f"-L{each.parent}", f"-l:{each.name}")]
     command += [f"-Wl,-rpath,{each.parent}" for each in needed]
     command += ["-Wl,--no-undefined", "-Wl,-Bsymbolic"]

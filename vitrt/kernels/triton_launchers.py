@@ -38,7 +38,7 @@ class LauncherBuilder:
         self._build(src=source, name="cuda_utils")
 
     def launcher(self, source: Any, metadata: Any) -> None:
-        """Of one kernel, as `CompiledKernel` asks its driver for it."""
+        """Make the launcher of one kernel, as `CompiledKernel` asks its driver for it."""
         if not hasattr(self._driver, "make_launcher"):
             return  # one of the utilities launches all
         with (

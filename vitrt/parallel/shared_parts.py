@@ -73,7 +73,7 @@ class SharedParts:
             self._store.add("resting", 1)  # or the others would wait for it
 
     def _take(self) -> Taken | None:
-        """From the item that was offered last: its owner comes to it last."""
+        """A part of the item that was offered last, since its owner comes to that last."""
         for number in reversed(range(self._store.add("offers", 0))):
             key = f"offer/{number}"
             if number in self._own or number in self._exhausted or not self._store.check([key]):

@@ -52,7 +52,7 @@ class FileFilter:
         return self.all_files or is_image_name(name)
 
     def takes(self, name: str) -> bool:
-        """The same, and what is not tried is counted."""
+        """Whether a file of this name is tried; those that are not are counted."""
         if self.is_image(name):
             return True
         self.left_out[os.path.splitext(name)[1].lower()] += 1
@@ -183,7 +183,7 @@ def _reads_videos() -> bool:
 
 
 def named(image_id: str, path: str) -> Record:
-    """With size and mtime; what cannot be an image file says so in `problem`."""
+    """The record of a file; `problem` says where it cannot be an image."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -196,7 +196,7 @@ def named(image_id: str, path: str) -> Record:
 
 
 def _checked(root: str, record: Record) -> Record:
-    """The same, or with a problem where an escaped id is another file's true name."""
+    """The record, with a problem where its escaped id is another file's true name."""
     if "\\x" in record.id and os.path.lexists(os.path.join(root, record.id)):
         relative = os.path.relpath(record.path, root)
         if printable(relative) != relative:

@@ -74,7 +74,7 @@ class Inputs:
         return self._records(lambda: False)
 
     def until(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        """The same, ending early once `should_stop`; logs what was left out."""
+        """The images, ending early once `should_stop`; logs which files were left out."""
         yield from self._records(should_stop)
         if self.file_filter.left_out:
             logger.info("%s", self.file_filter)
@@ -112,7 +112,7 @@ def _check_prefixes(parts: Sequence[Shards]) -> None:
 
 
 def _once(record: Record, ids: set[int]) -> Record:
-    """The same, or one that says that another row has its id."""
+    """The record; where an earlier row has its id, one whose `problem` says so."""
     if hash(record.id) in ids:
         again = f"{record.id} ({record.path})"
         return replace(record, id=again, problem="an image before it has the same id")

@@ -53,7 +53,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def open_location(location: str) -> BinaryIO:
-    """For reading from end to end."""
+    """The file, opened to be read from end to end."""
     if not is_url(location):
         return open(location, "rb")
     system, path = filesystem(location)
@@ -101,9 +101,9 @@ def state_of(location: str) -> tuple[int, float]:
 
 
 def remote_state(info: Mapping[str, Any]) -> tuple[int, float]:
-    """The same by what a file system says of a file, whatever its kind calls and writes it.
+    """Size and mtime out of a file system's description of a file, whatever names it uses.
 
-    Where it has no times, the second is a number that changes with its tag of the content.
+    Where it gives no time, the mtime is a number that changes with its tag of the content.
     """
     size = int(info.get("size") or 0)
     times = (_seconds(info.get(key)) for key in _TIMES)

@@ -86,7 +86,7 @@ class _Run:
         self._damage: Exception | None = None
 
     def value(self, row: int) -> Any:
-        """Of a row in this run. Holding the lock."""
+        """The value of a row in this run; the caller holds the lock."""
         if row < self._first:
             self._restart()
         while row >= self._end:

@@ -52,7 +52,7 @@ class CheckResult:
     unsummed: int = 0  # shards that an older version wrote, without a checksum
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The result as lines for people."""
         yield from self.problems
         if self.running is not None:
             yield f"a job is writing into it ({self.running}): what it has begun was left out"

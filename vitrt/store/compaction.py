@@ -161,7 +161,7 @@ def rewrite_manifest(path: Path, change: Callable[[Entry], Entry | None]) -> Non
 
 
 def batched_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces worth a system call."""
+    """The bytes of `lines` in pieces that are worth a system call."""
     iterator = iter(lines)
     while block := b"".join(islice(iterator, 4096)):
         yield block

@@ -29,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def kinds_held(header: Header) -> Mapping[str, Set[str]]:
-    """Of each image in a shard, the last parts of its tensors' names."""
+    """Image id -> the kinds of tensors that a shard holds of it ("embeddings", "grid_thw", ...)."""
     found: dict[str, set[str]] = {}
     for name in header.tensors:
         image_id, _, kind = name.rpartition("/")
@@ -79,7 +79,7 @@ def write_shard(
 
 
 def file_crc32(path: Path) -> str:
-    """The same sum, of what the file holds now."""
+    """The CRC-32 of what a file holds now."""
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):

@@ -118,7 +118,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
         return pa.Table.from_batches(self.arrow_batches())
 
     def arrow_batches(self) -> Iterator[Any]:
-        """The same as a pyarrow.RecordBatch for each shard. Whole features are pooled as they come.
+        """`to_arrow` in parts, a pyarrow.RecordBatch for each shard. Whole features are pooled.
 
         The schema's metadata are the shard's: model, dtype, pixel limits. ValueError where the
         folder holds no image.

@@ -38,7 +38,7 @@ def errors_name(rank: int) -> str:
 
 
 def part_name(offer: int, part: int) -> str:
-    """Of a file in which a part of a clip goes from one rank to another."""
+    """The name of a file in which a part of a clip goes from one rank to another."""
     return f".part-{offer:05}-{part:05}.tmp"
 
 
@@ -167,7 +167,7 @@ def _parse_whole(line: bytes) -> Entry | None:
 
 
 def manifests(folder: Path) -> list[Path]:
-    """Those of all ranks, in their order."""
+    """The manifests of all ranks, in their order."""
     return matching(folder, MANIFEST_NAME)
 
 
