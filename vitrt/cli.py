@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        let_go(sys.stdout)  # whoever read the output has read enough
+        let_go(sys.stdout)  # the reader of the output (head, say) has read enough
         return OK
     except (ValueError, OSError) as error:
         logger.debug("", exc_info=True)

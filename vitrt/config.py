@@ -102,7 +102,7 @@ def check_flags(config: Any, *names: str) -> None:
 
 
 def integer(value: Any) -> int:
-    """A whole number of any type as Python's own. TypeError for what is none, as a boolean."""
+    """A whole number of any type, numpy's say, as an int. TypeError for others and for booleans."""
     if isinstance(value, bool):
         raise TypeError(f"{value} is no number")
     return operator.index(value)

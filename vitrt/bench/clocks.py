@@ -74,7 +74,7 @@ class ClockSampler:
         while not self._left.wait(self._period):
             try:
                 clocks = self._read()
-            except Exception as error:  # as drivers and containers have it
+            except Exception as error:  # drivers and containers fail in many ways
                 logger.debug("no clocks: %s", error)
                 return
             self._samples.append((time.monotonic(), clocks))

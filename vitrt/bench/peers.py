@@ -15,7 +15,7 @@ from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
 
-COMPILED = "compile"  # for every shape anew, which may use up the time limit
+COMPILED = "compile"  # compiles for every shape, which may use up the time limit
 
 
 @dataclass(frozen=True, slots=True)

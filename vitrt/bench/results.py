@@ -24,7 +24,7 @@ class Row:
 
     workload: Workload
     flops: int
-    promised: bool = True  # how close the output is; in fp8 it is only measured
+    promised: bool = True  # whether errors have a bound; in fp8 they are only measured
     timings: dict[str, Timing] = field(default_factory=dict)  # by contender
     ratios: dict[str, Ratio] = field(default_factory=dict)  # of peers to vitrt beside them
     settings: dict[str, str] = field(default_factory=dict)  # of a peer that has several

@@ -117,7 +117,7 @@ def _warn_if_different(
 ) -> None:
     try:
         ours, theirs = asdict(read(taken)), asdict(read(other))
-    except ValueError:  # what is taken is checked by its user; what is not taken harms nobody
+    except ValueError:  # the settings taken are checked later, the others do no harm
         return
     differing = [key for key in ours if ours[key] != theirs[key]]
     if differing:

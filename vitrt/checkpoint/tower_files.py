@@ -159,7 +159,7 @@ class TowerSearch:
         return rivals[0]
 
     def _closest(self, names: list[str]) -> str:
-        """What the names are, for one who wonders why they are not a tower's."""
+        """What the names look like, for a message that they are not a tower's."""
         ours = ", ".join(list(self.shapes)[:3])
         starts = sorted({name.split(".")[0] for name in names})
         text = f"no name ends in one of its tower's ({ours}, ...); names start with "

@@ -86,7 +86,7 @@ def check_precision(name: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def check_batch_invariant(device: torch.device) -> None:
-    """ValueError where no products are known that do not go by the number of rows."""
+    """ValueError where all known products depend on the number of rows."""
     if device.type != "cuda" or not HAVE_TRITON:
         raise ValueError(
             f"batch_invariant=True needs a CUDA device and Triton: on {device}, libraries choose "

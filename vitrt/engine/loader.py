@@ -83,7 +83,7 @@ def fill_tower(tower: Tower, tensors: Iterable[tuple[str, TensorSlice]]) -> None
 
 
 class TowerFilling:
-    """A tower that is being filled, by whoever has the tensors, in as many goes as that takes."""
+    """A tower that is being filled with tensors, one after the other, as they come."""
 
     def __init__(self, tower: Tower) -> None:
         self._targets = {target.name: target for target in tower.weight_targets()}

@@ -16,7 +16,7 @@ _UNKNOWN_DURATION = 100  # milliseconds, as browsers show what does not say
 
 
 def count_frames(image: PlainInput) -> int:
-    """1 for what is no animation. Raises what `decode` explains."""
+    """Frames of an animation, 1 for other images. Raises what `decode` explains."""
     with _opened(image) as opened:
         return _frames(opened)
 

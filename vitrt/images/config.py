@@ -54,7 +54,7 @@ class VideoConfig:
     num_frames: int | None = None
     min_frames: int = 4
     max_frames: int = 768
-    max_video_tokens: int = 0  # what the cap goes by: of the clip, or by the rule "clip" of a frame
+    max_video_tokens: int = 0  # the cap: of the clip, or under the rule "clip" of each frame
 
     def __post_init__(self) -> None:
         check_order(self, "min_pixels", "max_pixels")

@@ -162,7 +162,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def open_image(image: str | os.PathLike[str] | bytes) -> Image.Image:
-    """A file or its content as Pillow opens it, not yet loaded. Refuses what is no regular file."""
+    """A regular file, or its content, as Pillow opens it: not yet loaded."""
     content = content_of(image)
     try:
         return Image.open(content)
@@ -193,7 +193,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _check_range(image: Image.Image, name: str) -> None:
-    """Log what 8 bits cannot hold. ValueError for what is no number: it would turn into some."""
+    """Log values that 8 bits cannot hold. ValueError for NaN, which would turn into a number."""
     values = np.asarray(image)
     if values.size == 0:
         return

@@ -96,7 +96,7 @@ class EngineTower(nn.Module):
         """Every tensor is there: compile kernels and record graphs. The names of all parameters.
 
         ValueError names the tensors that never came, those that came twice, and those that are
-        not the tower's or have another shape. An engine that makes up weights of its own need not
+        not the tower's or have another shape. An engine that starts with dummy weights need not
         call this: the first forward then takes the parameters as they are.
         """
         if self._engine is None:

@@ -26,9 +26,9 @@ class _RowImage(Record):
 
 
 def row_record(image_id: Any, image: Any) -> Record:
-    """The image is a path, a URL of fsspec's, bytes, an array, or `{"bytes", "path"}` of datasets.
+    """The record of an image: a path, a URL of fsspec's, bytes, an array, or datasets' struct.
 
-    `problem` says what is no id, or no image.
+    Where the id or the image is none, `problem` says so.
     """
     is_id = is_integer(image_id) or (isinstance(image_id, str | np.integer) and image_id != "")
     name = id_from(str(image_id))

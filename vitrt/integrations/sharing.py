@@ -14,7 +14,7 @@ from vitrt.models.tower import VisionTower
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """What a tower took over and what it had to lay out anew, by tensor name."""
+    """Which tensors a tower took over, and which it had to copy into another layout."""
 
     shared: tuple[str, ...]  # the loaded module's own memory
     copied: Mapping[str, int]  # bytes of the tensor as loaded; interleaved or padded in the tower

@@ -1,4 +1,4 @@
-"""Long clips over the ranks of a run: who has nothing else to do encodes a part of another's clip.
+"""Long clips over the ranks of a run: an idle rank encodes a part of another's clip.
 
 The rank that drew the clip has all of it in the end, and writes it as if it had been alone. A part
 travels as a file in the output folder; where a rank leaves one, for whatever reason, the owner
@@ -123,7 +123,7 @@ class LongClips:
             for part in range(offer.parts):
                 discard(self._folder / part_name(offer.number, part))
 
-    # Who has nothing else to do
+    # A rank with nothing else to do
 
     def parts(self, listed: int) -> Iterator[ClipPart]:
         """Parts of other ranks' clips, once all `listed` records of this one are finished."""

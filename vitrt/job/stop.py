@@ -22,7 +22,7 @@ class Stop:
         self._asked = True
         for call in self._then:
             call()
-        self.requested = True  # last: whoever ends by it finds the calls made
+        self.requested = True  # last: a loop that ends because of it finds the calls made
 
     def then(self, call: Callable[[], None]) -> None:
         """Have `call` made on a request; at once if there was one."""

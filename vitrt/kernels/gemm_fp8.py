@@ -26,7 +26,7 @@ E4M3 = torch.float8_e4m3fn
 
 _DEFAULT_TILE = Tile(128, 192, True, 1, 2)
 _MOST_PRODUCTS = 8192
-# What runs a product seen before: looking it up anew costs the host as much as launching it.
+# What runs a product seen before: to choose again costs the host as much as a launch.
 _products: dict[tuple[Kind, int, torch.Size, torch.device], gemm_quack.FusedProduct | None] = {}
 
 

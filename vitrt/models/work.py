@@ -45,7 +45,7 @@ class _TowerCount:
 
 @lru_cache(maxsize=64)
 def _count_tower(config: VisionConfig) -> _TowerCount:
-    # Not at the top: who counts patches needs no torch.
+    # Not at the top: counting patches needs no torch.
     import torch
 
     from vitrt.models.families import build_tower

@@ -64,7 +64,7 @@ class SharedWork:
             if self._leaving():
                 since = since or time.monotonic()
                 if self._left or time.monotonic() - since > _LEAVE_SECONDS:
-                    self._left = True  # who did not come to this step comes to no later one
+                    self._left = True  # a rank that is not here comes to no later step either
                     break
             time.sleep(_POLL_SECONDS)
         return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]

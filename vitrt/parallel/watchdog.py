@@ -71,7 +71,7 @@ class Watchdog:
                 self._store.compare_set("failed", "", message)  # the first one is the cause
             self._store.set(f"alive/{self._rank}", _ENDED)
             self._wait_for_readers()
-        except RuntimeError:  # the store is gone, and with it whoever would have read this
+        except RuntimeError:  # the store is gone, and with it the ranks that would have read this
             logger.debug("cannot say how this rank ended", exc_info=True)
 
     def _wait_for_readers(self) -> None:

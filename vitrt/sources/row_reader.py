@@ -56,7 +56,7 @@ def _row_groups(file: Any) -> Iterator[tuple[int, Callable[..., Iterator[Any]]]]
 
 
 def _whole(reader: Any) -> Iterator[tuple[int, Callable[..., Iterator[Any]]]]:
-    """The only run of a stream: its length is known at its end, so it is read once for all."""
+    """The only run of a stream, read as a whole: its length is known at its end alone."""
     table = reader.read_all()  # mapped, not read, where the file is on this machine
     yield (
         table.num_rows,

@@ -33,7 +33,7 @@ class Shards:
     def __init__(
         self, path: str, shards: Sequence[Shard], options: SourceOptions, file_filter: FileFilter
     ) -> None:
-        """InputError where the first of them is none."""
+        """InputError where the first of them cannot be used."""
         self.path = path
         self.shards = shards
         self._options = options
@@ -55,7 +55,7 @@ class Shards:
         return any(_suffix(location) != _TAR for _, location in self.shards)
 
     def records(self, should_stop: Callable[[], bool]) -> Iterator[Record]:
-        """One that cannot be read on gives a record that says so, and the next ones follow."""
+        """Their images; a shard that cannot be read on gives a record that says so."""
         for prefix, location in self.shards:
             if should_stop():
                 return
@@ -219,7 +219,7 @@ def _own_names(folder: str) -> Iterator[str]:
         with os.scandir(folder) as entries:
             yield from (entry.name for entry in entries if not entry.name.startswith("."))
     except OSError:
-        return  # whoever walks it says so
+        return  # walking the folder reports it
 
 
 def _files_below(folder: str) -> Iterator[Shard]:

@@ -58,7 +58,7 @@ def merge_size_of(metadata: Mapping[str, str]) -> int:
 def write_shard(
     path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> str:
-    """Write a shard, all or nothing; its CRC-32, as `Entry.crc32` has it.
+    """Write a shard, all or nothing; returns its CRC-32 for `Entry.crc32`.
 
     The sum costs 0.08 s for 256 MiB, a third of what writing and flushing them does.
     """

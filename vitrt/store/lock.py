@@ -22,7 +22,7 @@ from vitrt.store.durable import OutputError, discard
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = re.compile(r"\.lock-(\d{5})")
-_PROBED = 0.5  # seconds: whoever looks whether a job runs holds a lock for a moment
+_PROBED = 0.5  # seconds to wait: `running_job` holds a lock for a moment
 
 
 class FolderBusyError(ValueError):
@@ -47,7 +47,7 @@ class FolderLock:
         self._leave_note()
 
     def _leave_note(self) -> None:
-        """Leave a note for the message of whoever finds the folder locked."""
+        """Leave a note from which others learn who holds the folder."""
         note = _note(self._path)
         if note.exists():
             logger.info(

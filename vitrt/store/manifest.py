@@ -50,7 +50,7 @@ def matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 class SourceImage(Protocol):
-    """What a folder keeps of an image that was encoded, whoever listed it."""
+    """What a folder keeps of the source of an image, wherever that was listed."""
 
     @property
     def id(self) -> str: ...
