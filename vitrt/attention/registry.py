@@ -29,15 +29,7 @@ def register(spec: BackendSpec) -> None:
     _SPECS[spec.name] = spec
 
 
-for _spec in (
-    sdpa.SPEC,
-    triton.SPEC,
-    fa2.SPEC,
-    fa3.SPEC,
-    fa4.SPEC,
-    short.SPEC,
-    window.SPEC,
-):
+for _spec in (sdpa.SPEC, triton.SPEC, fa2.SPEC, fa3.SPEC, fa4.SPEC, short.SPEC, window.SPEC):
     register(_spec)
 
 

@@ -204,8 +204,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     copy = measure(lambda x: target.copy_(x), [source], device, seconds=0.3)
     return Ceilings(
-        tflops=2 * side**3 / product.rate_ms / 1e9,
-        copy_tb_s=2 * source.nbytes / copy.rate_ms / 1e9,
+        tflops=2 * side**3 / product.rate_ms / 1e9, copy_tb_s=2 * source.nbytes / copy.rate_ms / 1e9
     )
 
 

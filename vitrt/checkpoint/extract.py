@@ -30,6 +30,7 @@ def extract_tower(
 ) -> Path:
     """Write the tower of `checkpoint` into `output_dir`: its configs, one safetensors file.
 
+    `checkpoint` is what `vitrt.checkpoint.opened.open_checkpoint` gives for a folder or a hub id.
     Values and dtypes are those of the checkpoint, names lose the tower's prefix. Weights in fp8 are
     written dequantised, in the dtype that the config gives the model, and an adapter merged, in the
     dtypes of its base. transformers' own tower classes load the folder with `from_pretrained`.

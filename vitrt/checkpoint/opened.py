@@ -20,13 +20,7 @@ from vitrt.checkpoint import scaled
 from vitrt.checkpoint.adapter import ADAPTER_WEIGHTS, Adapter, read_adapter
 from vitrt.checkpoint.processor_files import PROCESSOR_FILES, ProcessorSettings, read_processors
 from vitrt.checkpoint.shards import CheckpointError, LazyTensor, TensorInfo
-from vitrt.checkpoint.tower_files import (
-    ADAPTER_CONFIG,
-    CONFIG,
-    TowerSearch,
-    read_json,
-    taken_for,
-)
+from vitrt.checkpoint.tower_files import ADAPTER_CONFIG, CONFIG, TowerSearch, read_json, taken_for
 from vitrt.config import VisionConfig
 from vitrt.images.config import PreprocessorConfig
 from vitrt.messages import listed, reason_of, shorten

@@ -10,14 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrt.commands.console import (
-    FAILED,
-    INTERRUPTED,
-    OK,
-    SKIPPED,
-    graceful_interrupts,
-    say_last,
-)
+from vitrt.commands.console import FAILED, INTERRUPTED, OK, SKIPPED, graceful_interrupts, say_last
 from vitrt.commands.options import add_fields, add_model, add_runtime, from_args, open_model
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions

@@ -101,10 +101,7 @@ class PixelBatch:
     """
 
     def __init__(
-        self,
-        images: Sequence[np.ndarray],
-        grids: Sequence[tuple[int, int, int]],
-        table: Tensor,
+        self, images: Sequence[np.ndarray], grids: Sequence[tuple[int, int, int]], table: Tensor
     ) -> None:
         """F is 1 for a still; `table` float32 [2, 3, 256] on the device, the normalised levels of
         stills and of clips."""

@@ -86,11 +86,7 @@ class EagerRunner:
         return self.attention.for_batch(plan.segment_lengths, self.tower.block(0).attn.heads)
 
     def pack(
-        self,
-        plan: ForwardPlan,
-        layout: PlanLayout,
-        attention: BatchAttention,
-        batch: Batch | None,
+        self, plan: ForwardPlan, layout: PlanLayout, attention: BatchAttention, batch: Batch | None
     ) -> Tensor:
         """The packed plan on the host, ready to be copied; without a batch, for no patches.
 

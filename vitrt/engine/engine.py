@@ -234,9 +234,5 @@ class Engine:
         limit = int(self.runtime.graph_memory_mib * (1 << 20))
         largest = 1 << 16 if wanted is True else AUTO_MAX_PATCHES
         return GraphRunner(
-            self.tower,
-            attention,
-            limit_bytes=limit,
-            max_patches=largest,
-            parallel=self.parallel,
+            self.tower, attention, limit_bytes=limit, max_patches=largest, parallel=self.parallel
         )

@@ -120,11 +120,7 @@ class GraphRunner(EagerRunner):
     # Record and replay
 
     def _record(
-        self,
-        key: GraphKey,
-        plan: ForwardPlan,
-        attention: BatchAttention,
-        batch: Batch | None,
+        self, key: GraphKey, plan: ForwardPlan, attention: BatchAttention, batch: Batch | None
     ) -> Recording | None:
         """Record the shape class of `plan`; None if it cannot be, or is over the memory limit."""
         if self.graphs.pool is None:

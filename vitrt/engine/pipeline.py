@@ -15,11 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from vitrt.engine.splitting import (
-    Deliver,
-    Splitter,
-    StoppedError,
-)
+from vitrt.engine.splitting import Deliver, Splitter, StoppedError
 from vitrt.engine.stages import Prepared, Stages
 from vitrt.engine.window import Window
 from vitrt.engine.workers import default_workers
@@ -64,10 +60,7 @@ class Pipeline(Generic[K, I, R]):
         """
         workers = workers or default_workers()
         self.window = window = Window[K, I](
-            stages.prepare,
-            workers=workers,
-            most_items=ahead or 2 * workers,
-            most_bytes=ahead_bytes,
+            stages.prepare, workers=workers, most_items=ahead or 2 * workers, most_bytes=ahead_bytes
         )
         self._splitter: Splitter[I, R] = Splitter(
             stages,

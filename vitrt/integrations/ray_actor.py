@@ -72,7 +72,8 @@ class RayEncoder(EncoderActor):
         id_column: text or numbers; a column of the same name comes out.
         options: pool, layers, merged, on_error, workers and warmup mean what they mean to `vitrt
             encode`; the others say how a folder is written.
-        runtime, adapter, revision: as `VisionEncoder.from_pretrained` takes them.
+        runtime: device, dtype and the other choices of an encoder; None: the defaults.
+        adapter, revision: as `VisionEncoder.from_pretrained` takes them.
 
     Columns that come out, in the order of the rows that went in:
         grid_thw: int32 [3]. tokens: int32, merged ones.

@@ -86,8 +86,12 @@ class EncoderService:
         batch_wait_seconds: float = _WAIT_SECONDS,
         warmup: bool = True,
     ) -> None:
-        """`model`, `runtime`, `adapter` and `revision` as `VisionEncoder.from_pretrained` has them;
-        `warmup` records CUDA graphs before the replica counts as ready.
+        """Args:
+        model, adapter, revision: as `VisionEncoder.from_pretrained` takes them.
+        runtime: device, dtype and the other choices of one; None: the defaults.
+        max_image_bytes: of a request; a longer one is answered with 413.
+        batch_wait_seconds: how long a batch waits to be filled.
+        warmup: record CUDA graphs before the replica counts as ready.
         """
         runtime = runtime or RuntimeConfig()
         checkpoint = open_model(model, runtime, adapter, revision)

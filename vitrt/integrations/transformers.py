@@ -71,10 +71,7 @@ def accelerate(
     config = read_vision_config(original.config.to_dict())
     tower, weights = share_weights(config, loaded)
     runtime = RuntimeConfig(
-        device=str(device),
-        dtype=dtype_name(dtype),
-        attention=attention,
-        cuda_graphs=cuda_graphs,
+        device=str(device), dtype=dtype_name(dtype), attention=attention, cuda_graphs=cuda_graphs
     )
     place.put(VitrtVisual(original, Engine(tower, runtime), last_hidden_state))
     logger.info(

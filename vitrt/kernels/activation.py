@@ -46,9 +46,7 @@ def _swiglu_kernel(
     result = gate / (1.0 + tl.exp(-gate)) * up
     half_index = tl.arange(0, BLOCK // 2)
     tl.store(
-        out + start // 2 + half_index,
-        result.to(out.dtype.element_ty),
-        mask=half_index < left // 2,
+        out + start // 2 + half_index, result.to(out.dtype.element_ty), mask=half_index < left // 2
     )
 
 

@@ -107,9 +107,7 @@ class LazySoftmax(Softmax):  # type: ignore[misc]  # the package has no types
 
     @cute.jit
     def rescale_O(  # noqa: N802 (the package's name)
-        self,
-        acc_O: cute.Tensor,
-        row_scale: cute.Tensor,
+        self, acc_O: cute.Tensor, row_scale: cute.Tensor
     ) -> None:
         out = layout_utils.reshape_acc_to_mn(acc_O)
         rows = const_expr(cute.size(row_scale))

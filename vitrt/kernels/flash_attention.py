@@ -10,13 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vitrt.kernels.attention_block import (
-    attend,
-    softmax_scale,
-    split_head,
-    store_rows,
-    work_list,
-)
+from vitrt.kernels.attention_block import attend, softmax_scale, split_head, store_rows, work_list
 from vitrt.kernels.dispatch import ceil_div, dot_precision, jit, tl, use_triton
 from vitrt.kernels.persistent import is_hopper, processors, programs
 from vitrt.kernels.segments import TILE_ROWS, Segments

@@ -78,13 +78,7 @@ def linear_fp8(
     assert (out_scale is not None) == (kind in gemm_quack.TO_E4M3), kind
     if not x.is_cuda:
         result = linear_fp8_ref(
-            x,
-            weight,
-            scale,
-            bias,
-            activation=activation,
-            residual=residual,
-            out_scale=out_scale,
+            x, weight, scale, bias, activation=activation, residual=residual, out_scale=out_scale
         )
         return result if out is None else out.copy_(result)
     product = _product(kind, x, weight)

@@ -167,11 +167,7 @@ VARIANTS = (
 
 
 def _short_triton(
-    qkv: Tensor,
-    segments: Segments,
-    rotary: Rotary,
-    out: Tensor,
-    tiling: ShortTiling = VARIANTS[0],
+    qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor, tiling: ShortTiling = VARIANTS[0]
 ) -> Tensor:
     assert qkv.is_contiguous() and out.is_contiguous()
     _, _, heads, head_dim = qkv.shape

@@ -19,13 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitrt.kernels.attention_block import (
-    angles,
-    softmax_scale,
-    split_head,
-    split_pairs,
-    turn,
-)
+from vitrt.kernels.attention_block import angles, softmax_scale, split_head, split_pairs, turn
 from vitrt.kernels.dispatch import dot_precision, jit, tl, use_triton
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.persistent import is_hopper, programs
@@ -183,11 +177,7 @@ _ROOMY = WindowTiling(1, False, 4, 1, 2)  # for where 128 registers are too few
 
 
 def _window_triton(
-    qkv: Tensor,
-    segments: Segments,
-    rotary: Rotary,
-    out: Tensor,
-    tiling: WindowTiling | None = None,
+    qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor, tiling: WindowTiling | None = None
 ) -> Tensor:
     assert qkv.is_contiguous() and out.is_contiguous()
     assert segments.max_seqlen <= WINDOW, "longer segments are for flash_attention"

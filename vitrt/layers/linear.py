@@ -15,13 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitrt.kernels.gemm import (
-    Activation,
-    compile_product,
-    fuses_residual,
-    linear,
-    residual_shares,
-)
+from vitrt.kernels.gemm import Activation, compile_product, fuses_residual, linear, residual_shares
 from vitrt.kernels.gemm_fp8 import E4M3, linear_fp8
 from vitrt.kernels.gemm_fp8 import compile_product as compile_fp8
 from vitrt.kernels.to_e4m3 import to_e4m3

@@ -37,11 +37,7 @@ class Norm(nn.Module):
         return norm(x, weight, bias, EPS, out=out)
 
     def add_(
-        self,
-        residual: Tensor,
-        delta: Tensor,
-        delta_bias: Tensor | None,
-        out: Tensor | None = None,
+        self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
         """residual += delta + delta_bias in place; returns its norm [T, D], all in one pass.
 

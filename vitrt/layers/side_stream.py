@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -34,12 +33,7 @@ class SideStream:
     def __enter__(self) -> SideStream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let the current stream wait for all of it. After an error nobody reads what came out."""
         if self._read and kind is None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)

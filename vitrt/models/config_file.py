@@ -13,13 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from vitrt.config import ROPE_THETA, VisionConfig, is_integer, positive_integer
-from vitrt.models.families import (
-    VISION_SUFFIXES,
-    Family,
-    family_named,
-    find_family,
-    unsupported,
-)
+from vitrt.models.families import VISION_SUFFIXES, Family, family_named, find_family, unsupported
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ class FramePlan:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.positions, self.window_lengths, self.order, self.taps, self.tap_weights)
-        return sum(array.nbytes for array in arrays if array is not None)
+        own = (self.positions, self.window_lengths, self.order, self.taps, self.tap_weights)
+        return _nbytes(*own)
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,12 @@ class ForwardPlan:
 
     @cached_property
     def nbytes(self) -> int:
-        arrays = (self.positions, self.segments, self.tiles, self.windows, self.order, self.taps)
-        weights = 0 if self.tap_weights is None else self.tap_weights.nbytes
-        return sum(array.nbytes for array in arrays if array is not None) + weights
+        own = (self.positions, self.segments, self.tiles, self.windows, self.order, self.taps)
+        return _nbytes(*own, self.tap_weights)
+
+
+def _nbytes(*arrays: np.ndarray | None) -> int:
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def check_grids(grid_thw: Sequence[Sequence[int]], merge: int) -> tuple[Grid, ...]:

@@ -62,11 +62,7 @@ class ParallelContext:
 
     @classmethod
     def from_env(
-        cls,
-        tp: int = 1,
-        *,
-        all_reduce: AllReduce = "auto",
-        device: str = "auto",
+        cls, tp: int = 1, *, all_reduce: AllReduce = "auto", device: str = "auto"
     ) -> ParallelContext:
         """The context of a process that torchrun started; of a lone one without torchrun.
 

@@ -15,15 +15,7 @@ from itertools import islice
 from typing import TypeAlias
 
 from vitrt.messages import reason_of
-from vitrt.sources.folder import (
-    FileFilter,
-    id_from,
-    named,
-    shown,
-    unprintable,
-    walk,
-    would_be_met,
-)
+from vitrt.sources.folder import FileFilter, id_from, named, shown, unprintable, walk, would_be_met
 from vitrt.sources.list_file import PEEK, ListFile, check_id
 from vitrt.sources.location import is_url, local_path
 from vitrt.sources.options import SourceOptions
@@ -39,9 +31,7 @@ class Inputs:
     """The images behind the INPUT arguments, listed afresh by every iteration."""
 
     def __init__(
-        self,
-        arguments: Sequence[str | os.PathLike[str]],
-        options: SourceOptions | None = None,
+        self, arguments: Sequence[str | os.PathLike[str]], options: SourceOptions | None = None
     ) -> None:
         """InputError for an argument that cannot be listed, or for two that give equal ids."""
         options = options or SourceOptions()

@@ -13,13 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vitrt.messages import counted
-from vitrt.store.feature_shard import (
-    file_crc32,
-    kinds_of,
-    merge_size_of,
-    parse_layers,
-    read_header,
-)
+from vitrt.store.feature_shard import file_crc32, kinds_of, merge_size_of, parse_layers, read_header
 from vitrt.store.lock import running_job
 from vitrt.store.manifest import (
     SHARD_NAME,

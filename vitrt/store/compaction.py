@@ -14,14 +14,7 @@ from safetensors import safe_open
 
 from vitrt.store.durable import OutputError, discard, free_bytes, remove, write_file
 from vitrt.store.feature_shard import read_header, write_shard
-from vitrt.store.manifest import (
-    SHARD_NAME,
-    Entry,
-    entry_key,
-    iter_manifest,
-    manifests,
-    shard_name,
-)
+from vitrt.store.manifest import SHARD_NAME, Entry, entry_key, iter_manifest, manifests, shard_name
 from vitrt.store.shard_numbers import ShardNumbers, keep_numbers
 
 
