@@ -15,8 +15,8 @@ from vitrt.commands.console import (
     OK,
     Parser,
     let_go,
+    prepare_streams,
     set_up_logging,
-    stand_in_for_closed_streams,
 )
 from vitrt.version import __version__
 
@@ -25,11 +25,13 @@ logger = logging.getLogger("vitrt")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code."""
-    stand_in_for_closed_streams()
+    prepare_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser(arguments).parse_args(arguments)
     set_up_logging(verbose=args.verbose, as_json=getattr(args, "log_json", False))
     try:
+        # Left to torch, C code imports it, which takes an interrupt for a NumPy that is not there.
+        import_module("numpy")
         return int(args.run(args))
     except KeyboardInterrupt:
         logger.error("interrupted")
