@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -43,3 +45,9 @@ def test_features_are_shown_by_their_shapes() -> None:
     assert len(shown) < 300
     output = EncoderOutput(rows.bfloat16(), None, torch.tensor([[1, 4, 4]]))
     assert repr(output) == "EncoderOutput(embeddings=bfloat16 [4, 8], grid_thw=int64 [1, 3])"
+
+
+def test_names_of_any_bytes_are_one_line() -> None:
+    name = os.fsdecode(b"a\n\x1b[31mb\t\xff\xc2\x9b\\ \xc3\xa9.png")
+    assert shorten(name) == "a\\n\\x1b[31mb\\t\\xff\\x9b\\ é.png"
+    assert shorten("\ud800\u2028") == "\\ud800\\u2028"

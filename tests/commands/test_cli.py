@@ -547,6 +547,40 @@ def test_streams_that_fail_fail_no_run(
     assert check_folder(tmp_path / "out").problems == []
 
 
+def test_a_name_that_standard_output_cannot_encode(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
+) -> None:
+    """The work is done, so the exit code says so; and what was written can be read back."""
+    for encoding, name in (("utf-8:strict", b"out\xff"), ("ascii:strict", "aé".encode())):
+        output = tmp_path / os.fsdecode(name)
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        for command in (["encode", tiny_qwen3_vl, photos, "--output", output], ["check", output]):
+            done = subprocess.run(
+                [sys.executable, "-m", "vitrt", *map(os.fspath, command)],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                check=False,
+            )
+            assert done.returncode == 0, done
+            assert b"6 images" in done.stdout
+        assert set(FeatureStore(output)) == set(IDS)
+
+
+def test_what_a_file_is_named_does_not_reach_the_terminal_as_it_is(
+    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    name = "\x1b[2Jx\nerror: y.png"
+    (photos / name).write_text("no image")
+    for options in ([], ["--on-error", "fail"]):
+        output = tmp_path / f"out{len(options)}"
+        done = vitrt("encode", tiny_qwen3_vl, photos, "--output", output, *options)
+        assert "\x1b" not in done.err and "\\x1b[2Jx" in done.err
+        assert options or r"skipped: \x1b[2Jx\nerror: y.png: not an image" in done.err
+        (line,) = (output / "errors-00000.jsonl").read_text().splitlines()
+        assert json.loads(line)["id"] == name
+
+
 def test_a_broken_display_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(io.StringIO):
         def write(self, text: str) -> int:
@@ -581,6 +615,35 @@ def test_an_interrupt_before_the_run_ends_at_once() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert stop.requested and calls == ["stopped"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_while_numpy_is_imported_ends_the_command(tiny_qwen3_vl: Path) -> None:
+    """Imported from within torch it would be swallowed, and torch would know no arrays."""
+    program = """if True:
+        import runpy, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        class Finder:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name == "numpy.lib":
+                    sys.meta_path.remove(Finder)
+                    signal.raise_signal(signal.SIGINT)
+
+        sys.meta_path.insert(0, Finder)
+        sys.argv[0] = "vitrt"
+        runpy.run_module("vitrt", run_name="__main__")
+    """
+    for command in (["info", tiny_qwen3_vl], ["check", tiny_qwen3_vl]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, command)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 130, done
+        assert done.stderr == "error: interrupted\n" and done.stdout == ""
 
 
 def test_reporters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

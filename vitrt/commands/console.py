@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from vitrt.messages import one_line
 
 if TYPE_CHECKING:
     from vitrt.job.stop import Stop
@@ -66,16 +69,20 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stand_in_for_closed_streams() -> None:
-    """Put the null device where a standard stream was closed before the start.
+def prepare_streams() -> None:
+    """Have standard streams that take any text.
 
-    Otherwise a file that is opened later, a shard say, gets the number that messages go to.
+    Where one was closed before the start comes the null device: otherwise a file that is opened
+    later, a shard say, gets the number that messages go to. What standard output cannot encode, a
+    path of other bytes say, it shows as escapes: the command that prints it has done its work.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             null = os.fdopen(os.open(os.devnull, os.O_RDWR), mode, errors="backslashreplace")
             setattr(sys, name, null)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say_last(text: str) -> None:
@@ -123,6 +130,7 @@ class _Handler(logging.Handler):
                 write_json("log", {"level": record.levelname.lower(), "message": text})
             else:
                 prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+                text = "\n".join(map(one_line, text.split("\n")))
                 tqdm.write(prefix + text, file=sys.stderr)
         except OSError:
             pass  # nobody reads it
