@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vitrt.messages import counted
-from vitrt.store.feature_shard import file_crc32, kinds_of, merge_size_of, parse_layers, read_header
+from vitrt.store.feature_shard import (
+    file_crc32,
+    kinds_of,
+    merge_size_of,
+    open_shard,
+    parse_layers,
+    read_header,
+)
 from vitrt.store.lock import running_job
 from vitrt.store.manifest import (
     SHARD_NAME,
@@ -137,7 +144,7 @@ class _Check:
         path = self.folder / name
         try:
             header = read_header(path)
-            with safe_open(path, framework="pt") as shard:
+            with open_shard(path) as shard:
                 self._content(name, entries, header, shard)
             self._checksum(path, entries)
             self.result.bytes += path.stat().st_size

@@ -10,10 +10,8 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from safetensors import safe_open
-
 from vitrt.store.durable import OutputError, discard, free_bytes, remove, write_file
-from vitrt.store.feature_shard import read_header, write_shard
+from vitrt.store.feature_shard import open_shard, read_header, write_shard
 from vitrt.store.manifest import SHARD_NAME, Entry, entry_key, iter_manifest, manifests, shard_name
 from vitrt.store.shard_numbers import ShardNumbers, keep_numbers
 
@@ -133,7 +131,7 @@ def _copy_without(
 ) -> tuple[str, str]:
     """Copy a shard without its dead images; the name and checksum of the copy."""
     header = read_header(folder / name)
-    with safe_open(folder / name, framework="pt") as shard:
+    with open_shard(folder / name) as shard:
         kept = [
             (tensor, shard.get_tensor(tensor).contiguous())
             for tensor in header.tensors

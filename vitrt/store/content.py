@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from vitrt.features import ImageFeatures
 from vitrt.store.feature_shard import encode_shard, merge_size_of, parse_layers
 from vitrt.store.run_identity import layers_text
-from vitrt.tensor_file import LENGTH_BYTES, header_length, parse_header
+from vitrt.tensor_file import LENGTH_BYTES, TensorFileError, header_length, parse_header
 
 __all__ = ["from_bytes", "to_bytes"]
 
@@ -43,9 +44,14 @@ def from_bytes(content: bytes) -> ImageFeatures:
     length = header_length(content[:LENGTH_BYTES], name, len(content))
     text = content[LENGTH_BYTES : LENGTH_BYTES + length]
     metadata = parse_header(text, name, len(content)).metadata
-    tensors = load(content)
-    embeddings = tensors["pooled"][None] if "pooled" in tensors else tensors["embeddings"]
-    t, h, w = tensors["grid_thw"].tolist()
+    try:
+        tensors = load(content)
+        embeddings = tensors["pooled"][None] if "pooled" in tensors else tensors["embeddings"]
+        t, h, w = tensors["grid_thw"].tolist()
+    except SafetensorError as error:
+        raise TensorFileError(f"{name}: not as vitrt wrote them: {error}") from error
+    except KeyError as error:
+        raise TensorFileError(f"{name}: there is no tensor {error}") from error
     return ImageFeatures(
         embeddings,
         tensors.get("deepstack"),

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitrt import tensor_file
+from vitrt.messages import one_line
 from vitrt.store.durable import OutputError, discard, write_file
 from vitrt.tensor_file import DTYPE_NAMES, DTYPES, Header, TensorFileError, build_header
 
@@ -131,6 +134,21 @@ def read_header(path: Path) -> Header:
     if (size := path.stat().st_size) != end:
         raise TensorFileError(f"{path} holds {size} bytes where its header promises {end}")
     return header
+
+
+def open_shard(path: Path) -> Any:
+    """A shard mapped by safetensors, whose tensors are read when they are touched.
+
+    TensorFileError where it is cut short or not in the format, OSError where there is none.
+    """
+    try:
+        if one_line(str(path)) == str(path):
+            return safe_open(path, framework="pt")
+        # safetensors takes names in UTF-8 alone, so it is given the open file's.
+        with path.open("rb") as file:
+            return safe_open(f"/dev/fd/{file.fileno()}", framework="pt")
+    except SafetensorError as error:
+        raise TensorFileError(f"{path}: not as vitrt wrote it: {error}") from error
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -9,14 +9,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vitrt.features import ImageFeatures
 from vitrt.messages import counted
-from vitrt.store.feature_shard import merge_size_of, parse_layers, read_header
+from vitrt.store.feature_shard import merge_size_of, open_shard, parse_layers, read_header
 from vitrt.store.manifest import Entry, check_any, live_entries
+from vitrt.tensor_file import TensorFileError
 
 _OPEN_SHARDS = 64  # kept mapped
 
@@ -27,7 +28,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
     Tensors are views of memory-mapped shards: opened on first use, read when touched. Writing into
     one never reaches the file, but who reads the image again sees it. Of a run with `--pool mean`,
     `embeddings` is the one pooled row [1, out_hidden], so `pooled()` gives it back; `grid_thw` is
-    the image's.
+    the image's. A shard that was damaged since is a ValueError that names it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -59,20 +60,28 @@ class FeatureStore(Mapping[str, ImageFeatures]):
             return self._read(self._entries[image_id])
 
     def _read(self, entry: Entry) -> ImageFeatures:
-        image_id = entry.id
         shard, names = self._shard(entry.shard)
         metadata = self.metadata_of(entry.shard)
         merge_size = merge_size_of(metadata)
-        if f"{image_id}/pooled" in names:
-            row = shard.get_tensor(f"{image_id}/pooled")
+
+        def tensor(kind: str) -> Tensor | None:
+            name = f"{entry.id}/{kind}"
+            found: Tensor | None = shard.get_tensor(name) if name in names else None
+            return found
+
+        if (row := tensor("pooled")) is not None:
             return ImageFeatures(row[None], None, entry.grid_thw, merge_size, times=entry.times)
-        deepstack, hidden = f"{image_id}/deepstack", f"{image_id}/hidden"
+        if (embeddings := tensor("embeddings")) is None:
+            raise TensorFileError(
+                f"{self.folder / entry.shard} has no features of {entry.id!r}, which the manifest "
+                f"says it holds: vitrt check {self.folder} says what else is wrong"
+            )
         return ImageFeatures(
-            shard.get_tensor(f"{image_id}/embeddings"),
-            shard.get_tensor(deepstack) if deepstack in names else None,
+            embeddings,
+            tensor("deepstack"),
             entry.grid_thw,
             merge_size,
-            shard.get_tensor(hidden) if hidden in names else None,
+            tensor("hidden"),
             parse_layers(metadata),
             entry.times,
         )
@@ -98,8 +107,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
 
     def metadata_of(self, shard: str) -> dict[str, str]:
         """A shard's own metadata: format, model, dtype, pixel limits, version."""
-        metadata: dict[str, str] = self._shard(shard)[0].metadata()
-        return metadata
+        return self._shard(shard)[0].metadata() or {}
 
     def pooled_tables(self) -> Iterator[tuple[list[str], Tensor]]:
         """Each shard's ids and its table [images, out_hidden], float32, mapped as a whole.
@@ -171,7 +179,7 @@ class FeatureStore(Mapping[str, ImageFeatures]):
             if name in self._open:
                 self._open.move_to_end(name)
                 return self._open[name]
-            handle = safe_open(self.folder / name, framework="pt")
+            handle = open_shard(self.folder / name)
             self._open[name] = handle, frozenset(handle.keys())
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -179,11 +187,12 @@ class FeatureStore(Mapping[str, ImageFeatures]):
 
 
 def _table(path: Path) -> tuple[list[str], Tensor]:
-    size = path.stat().st_size
+    path.stat()  # FileNotFoundError
     header = read_header(path)
     spans = sorted(header.tensors.items(), key=lambda item: item[1].begin)
     if not all(name.endswith("/pooled") for name, _ in spans):
         raise ValueError(f"{path} holds whole features; tables come from vitrt encode --pool mean")
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    # Mapped privately. torch.from_file would do, but takes names in UTF-8 alone.
+    data = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
     table = data[header.data_start :].view(torch.float32).view(len(spans), -1)
     return [name.removesuffix("/pooled") for name, _ in spans], table
