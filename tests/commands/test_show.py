@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.commands import Vitrt, vitrt
+from tests.support.folders import file_size_limit, photo
 from vitrt import ImageFeatures, VisionEncoder
 from vitrt.cli import main
 from vitrt.commands.console import FAILED, OK
@@ -21,6 +23,8 @@ from vitrt.commands.feature_picture import (
     save_picture,
 )
 from vitrt.compare.sample_images import sample_image
+
+__all__ = ["vitrt"]  # a fixture
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 40), (30, 31, 12), (5, 2, 3)])
@@ -168,3 +172,17 @@ def test_show_takes_what_encode_takes(tiny_qwen2_5_vl: Path, tmp_path: Path):
     clip = np.stack([np.asarray(sample_image(112, 140, seed)) for seed in range(3)])
     with Image.open(save_picture(encoder, clip, tmp_path / "clip.png")) as picture:
         assert picture.width > 2 * SIDE or picture.height > SIDE
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(
+    tiny_qwen3_vl: Path, tmp_path: Path, vitrt: Vitrt
+) -> None:
+    picture = tmp_path / "out.png"
+    command = "show", tiny_qwen3_vl, photo(tmp_path / "a.png", 1), "--output", picture
+    assert vitrt(*command, "--device", "cpu").code == OK
+    before = picture.read_bytes()
+    with file_size_limit(100):
+        done = vitrt(*command, "--device", "cpu")
+    assert done.code == FAILED and f"cannot write {tmp_path}" in done.err
+    assert picture.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "out.png"]

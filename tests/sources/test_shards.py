@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -445,6 +446,17 @@ def test_rows_before_a_damaged_page_are_read_and_those_behind_it_say_so(tmp_path
             assert problem in str(error) and 105 <= row < 150
     assert read == 105 + 50  # the other row group is whole
     assert records[50].load() == bytes([50]) * 5000  # once more, from before
+
+
+def test_tables_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is no URL, and need not be UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    images = {"a.png": b"one", "b.png": b"two"}
+    write_parquet(images, tmp_path / "plain.parquet")
+    names = "file:x.parquet", "a:b.parquet", "%41#?.parquet", os.fsdecode(b"t\xff.parquet")
+    for name in names:
+        os.link("plain.parquet", name)
+        assert [record.load() for record in Inputs([name])] == [b"one", b"two"]
 
 
 @pytest.mark.parametrize(

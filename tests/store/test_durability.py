@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +21,7 @@ from tests.support.folders import (
     assert_same,
     encode,
     expected,
+    file_size_limit,
     photo,
     photos,
 )
@@ -228,15 +227,11 @@ def test_truncated_or_missing_shards_are_encoded_again(
 
 def test_file_size_limit(folder: Path, tmp_path: Path) -> None:
     """A real refusal by the system, from within: the shard does not fit, the message says so."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
-        with pytest.raises(OutputError, match="cannot write .*File too large"):
-            encode(folder, tmp_path / "out", shard_mib=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with (
+        file_size_limit(700),
+        pytest.raises(OutputError, match="cannot write .*File too large"),
+    ):
+        encode(folder, tmp_path / "out", shard_mib=1)
     assert check_folder(tmp_path / "out").problems == []
     encode(folder, tmp_path / "out")
     assert_holds(tmp_path / "out", expected(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from tests.support.commands import Vitrt, vitrt
-from tests.support.folders import IDENTITY, encode, expected, photo, photos
+from tests.support.folders import IDENTITY, encode, expected, file_size_limit, photo, photos
 from vitrt import FeatureStore
 from vitrt.store.check import check_folder
+from vitrt.store.durable import OutputError
 from vitrt.store.export import TableFormat, export_vectors
 
 __all__ = ["vitrt"]
@@ -94,7 +96,43 @@ def test_a_failed_export_leaves_what_was_there(
     with pytest.raises(FileNotFoundError):
         export_vectors(output, "parquet", overwrite=True)
     assert target.read_bytes() == before
-    assert not list(tmp_path.glob(".*tmp"))
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_table(output: Path, tmp_path: Path) -> None:
+    target, _ = export_vectors(output, "parquet")
+    before = target.read_bytes()
+    with file_size_limit(100), pytest.raises(OutputError, match=r"cannot write .*out\.parquet: "):
+        export_vectors(output, "parquet", overwrite=True)
+    assert target.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_runs_whose_names_begin_alike_are_exported_side_by_side(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, pid = os.replace, os.getpid()
+
+    def another_process_first(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", named)
+        monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+        export_vectors(output, "parquet", tmp_path / "run.2.parquet")
+        named(source, target)
+
+    monkeypatch.setattr(os, "replace", another_process_first)
+    export_vectors(output, "parquet", tmp_path / "run.1.parquet")
+    for number in (1, 2):
+        assert pq.read_table(tmp_path / f"run.{number}.parquet").num_rows == 7
+
+
+def test_a_path_is_no_url(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vitrt: Vitrt
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = vitrt("export", output, "--to", "parquet", "--output", "file:x.parquet")
+    assert done.code == 0 and pq.read_table(tmp_path / "file:x.parquet").num_rows == 7
+    done = vitrt("export", output, "--to", "parquet", "--output", "none/x.parquet")
+    assert done.code == 1 and "none/x.parquet lies in a folder that does not exist" in done.err
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

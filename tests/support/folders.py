@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import resource
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -90,6 +92,19 @@ def fake_features(image: PreparedImage) -> ImageFeatures:
 def pooled(features: ImageFeatures) -> ImageFeatures:
     row = features.pooled()[None]
     return ImageFeatures(row, None, features.grid_thw, features.merge_size)
+
+
+@contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    """The system refuses what makes a file larger, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def photo(path: Path, seed: int, height: int = 40, width: int = 70) -> Path:

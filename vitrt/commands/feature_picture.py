@@ -5,6 +5,7 @@ Shapes: N cells of a grid, D width of their features.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from vitrt.encoder import VisionEncoder
 from vitrt.features import ImageFeatures
 from vitrt.images.decode import name_of
 from vitrt.images.inputs import ImageInput
+from vitrt.store.durable import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def save_picture(
     components of their own.
 
     Raises ImageError for an image that cannot be used, ValueError for an `output` that is no PNG
-    or is the image.
+    or is the image, OutputError where it cannot be written: what was there stays.
     """
     path = check_output(output, image)
     prepared = encoder.processor.prepare(image)
@@ -54,7 +56,9 @@ def save_picture(
     resized = Image.fromarray(prepared.pixels[0])
     label = f"{Path(name_of(image)).name}: {resized.width} x {resized.height} pixels"
     panels = [Panel(label, resized), *panels_of(features, encoder.config.deepstack_visual_indexes)]
-    arrange(panels).save(path, format="PNG")
+    content = io.BytesIO()
+    arrange(panels).save(content, format="PNG")
+    write_file(path, [content.getbuffer()])
     return path
 
 

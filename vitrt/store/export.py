@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrt.store.durable import temporary_path
+from vitrt.store.durable import OutputError
 from vitrt.store.feature_store import FeatureStore
 
 TableFormat = Literal["parquet", "lance"]
@@ -29,6 +29,8 @@ def export_vectors(
     is_table = (target / "_versions").is_dir() if kind == "lance" else target.is_file()
     if target.exists() and not is_table:
         raise ValueError(f"{target} is no {kind} table: give another --output")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{target} lies in a folder that does not exist: give another --output")
     write = _writer(kind)
     batches = FeatureStore(folder).arrow_batches()
     first = next(batches)
@@ -40,12 +42,17 @@ def export_vectors(
             rows += batch.num_rows
             yield batch
 
-    temporary = temporary_path(target)
+    # Of this process alone: runs may be exported side by side, a.1 and a.2 among them.
+    temporary = target.with_name(f".{target.name}-{os.getpid()}.partial")
     try:
         write(temporary, first.schema, counted())
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:  # of a shard that is read
+            raise
+        raise OutputError("write", target, error) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -63,7 +70,10 @@ def _writer(kind: TableFormat) -> Any:
 
     def to_parquet(path: Path, schema: Any, batches: Iterator[Any]) -> None:
         # Neither dictionaries nor compression find anything in such numbers.
-        with pq.ParquetWriter(path, schema, use_dictionary=False, compression="none") as file:
+        with (
+            path.open("wb") as stream,  # of a path pyarrow might make a URL
+            pq.ParquetWriter(stream, schema, use_dictionary=False, compression="none") as file,
+        ):
             for batch in batches:
                 file.write_batch(batch)
 
