@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.support.folders import IDENTITY, assert_holds, encode, expected, photo, photos
 from vitrt import FeatureStore
-from vitrt.store import check
+from vitrt.store import feature_shard
 from vitrt.store.check import check_folder
 from vitrt.store.lock import FolderLock
 
@@ -220,9 +220,10 @@ def test_a_shard_that_safetensors_refuses(
             raise SafetensorError("InvalidOffset")
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr(check, "safe_open", refuse)
+    monkeypatch.setattr(feature_shard, "safe_open", refuse)
     result = check_folder(output)
-    assert result.problems == [f"6 images of {SHARD} are lost: InvalidOffset"]
+    problem = f"{output / SHARD}: not as vitrt wrote it: InvalidOffset"
+    assert result.problems == [f"6 images of {SHARD} are lost: {problem}"]
     assert result.images == 7 and result.shards == 1
 
 
