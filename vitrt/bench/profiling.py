@@ -30,6 +30,7 @@ GROUPS = (
 )
 GROUP_NAMES = (*dict.fromkeys(name for name, _ in GROUPS), "other", "idle")
 DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
+_FORWARDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +65,26 @@ def kernel_group(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, lowered)), "other")
 
 
-def profile_call(
-    call: Call, inputs: Sequence[Tensor], device: torch.device, forwards: int = 3
-) -> Profile:
+def profile_call(call: Call, inputs: Sequence[Tensor], device: torch.device) -> Profile:
     """Profile warm forwards, queued back to back. On a CPU: operators by their own time."""
     warm(call, inputs, device)
     on_device = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_device else [ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
-        for index in range(forwards):
+        for index in range(_FORWARDS):
             call(inputs[index % len(inputs)])
         synchronize(device)
     if on_device:
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(trace))
-            return summarise(_device_spans(trace), forwards)
+            return summarise(_device_spans(trace), _FORWARDS)
     # Laid end to end: self times of nested operators do not overlap.
     spans, clock = [], 0.0
     for average in profiler.key_averages():
         spans += [Span(average.key, clock, average.self_cpu_time_total, average.count)]
         clock += average.self_cpu_time_total
-    return summarise(spans, forwards)
+    return summarise(spans, _FORWARDS)
 
 
 def _device_spans(trace: Path) -> list[Span]:

@@ -84,13 +84,11 @@ def shrink(config: VisionConfig) -> VisionConfig:
     )
 
 
-def build_tower(
-    model: NamedModel, *, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> nn.Module:
+def build_tower(model: NamedModel, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """transformers' own tower with the model's weights."""
     tower = empty_tower(model.config, device=device, dtype=dtype)
     if model.checkpoint is None:
-        _randomise(tower, seed)
+        _randomise(tower)
     else:
         tower.load_state_dict(_read(model.checkpoint))
     return tower
@@ -149,9 +147,9 @@ def _read(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     return {name: tensor[...] for name, tensor in checkpoint.tower_tensors()}
 
 
-def _randomise(tower: nn.Module, seed: int) -> None:
+def _randomise(tower: nn.Module) -> None:
     """Activations near 1 and attention scores apart, so that the error of every layer shows."""
-    generator = torch.Generator(next(tower.parameters()).device).manual_seed(seed)
+    generator = torch.Generator(next(tower.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
             parameter.normal_(generator=generator)

@@ -24,7 +24,7 @@ K = TypeVar("K")  # what a result is known by
 I = TypeVar("I")  # noqa: E741  an item
 R = TypeVar("R")  # a result
 
-DEFAULT_AHEAD_BYTES = 1 << 30
+_AHEAD_BYTES = 1 << 30  # of pixels that wait to be batched, about
 _LOOK_AHEAD = 2  # budgets' worth of prepared images that batches are filled from out of order
 _MOST_IMAGES = 512  # of them: what each costs beside its pixels adds up where images are tiny
 _POLL = 0.002  # seconds between looks at the device
@@ -51,16 +51,18 @@ class Pipeline(Generic[K, I, R]):
         in_order: bool = True,
         full_batches: bool = True,
         ahead: int | None = None,
-        ahead_bytes: int = DEFAULT_AHEAD_BYTES,
     ) -> None:
         """`join` makes one result of those of a clip's runs of frames; None: results are features.
 
         `workers` threads prepare (None: as cores permit). At most `ahead` items (None: two a
-        worker) and about `ahead_bytes` of pixels wait to be batched.
+        worker) wait to be batched.
         """
         workers = workers or default_workers()
         self.window = window = Window[K, I](
-            stages.prepare, workers=workers, most_items=ahead or 2 * workers, most_bytes=ahead_bytes
+            stages.prepare,
+            workers=workers,
+            most_items=ahead or 2 * workers,
+            most_bytes=_AHEAD_BYTES,
         )
         self._splitter: Splitter[I, R] = Splitter(
             stages,

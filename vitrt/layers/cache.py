@@ -26,8 +26,6 @@ class ByteCache(Generic[K, V]):
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self.hits = 0
-        self.misses = 0
         self._values: OrderedDict[K, V] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -41,10 +39,8 @@ class ByteCache(Generic[K, V]):
         """The value of `key`, computed if it is not held, perhaps by two threads at once."""
         with self._lock:
             if key in self._values:
-                self.hits += 1
                 self._values.move_to_end(key)
                 return self._values[key]
-            self.misses += 1
         value = compute()
         with self._lock:
             if key not in self._values and value.nbytes <= self.max_bytes:
