@@ -158,7 +158,7 @@ def test_store_reads_all_ranks_from_several_threads(
         return safe_open(path, framework=framework)
 
     monkeypatch.setattr(FeatureStore, "_shard", arrive)
-    monkeypatch.setattr("vitrt.store.feature_store.safe_open", slow_open)
+    monkeypatch.setattr("vitrt.store.feature_shard.safe_open", slow_open)
 
     def read() -> None:
         for rank in range(3):
