@@ -27,8 +27,8 @@ from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.cli import main
 from vitrt.commands.console import FAILED, OK
 from vitrt.compare.errors import Errors, cosines
-from vitrt.compare.sample_images import SIZES, sample_image, sample_images
-from vitrt.compare.verify import choose_images, verify
+from vitrt.compare.sample_images import SIZES, choose_images, sample_image, sample_images
+from vitrt.compare.verify import verify
 from vitrt.compare.verify_table import Row, table_lines
 from vitrt.config import RuntimeConfig
 from vitrt.kernels.segments import Rotary, Segments

@@ -16,9 +16,10 @@ from tests.support.shards import write_parquet, write_tar
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
-from vitrt.job.encode import Alone, encode_folder
+from vitrt.job.encode import encode_folder
 from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress
+from vitrt.job.ranks import Alone
 from vitrt.job.stop import Stop
 from vitrt.parallel.watchdog import PeerFailedError
 from vitrt.sources.inputs import Inputs

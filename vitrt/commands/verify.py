@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 where an error is past its bound, else 0."""
-    from vitrt.compare.verify import choose_images, verify
+    from vitrt.compare.sample_images import choose_images
+    from vitrt.compare.verify import verify
     from vitrt.compare.verify_table import table_lines
 
     images = choose_images(args.inputs, args.most_images)

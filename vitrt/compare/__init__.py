@@ -1,3 +1,3 @@
 """transformers as the reference, and errors against it."""
 
-__all__ = ["errors", "reference", "verify", "verify_table"]
+__all__ = ["errors", "reference", "sample_images", "verify", "verify_table"]

@@ -1,12 +1,53 @@
-"""Images to measure with where the user gives none: photo-like, and the same on every machine."""
+"""Images to measure with: the user's, or photo-like ones that are the same on every machine."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from PIL import Image
 
+from vitrt.images.decode import decode
+from vitrt.messages import counted
+from vitrt.sources.folder import is_video_name
+from vitrt.sources.inputs import Inputs
+from vitrt.sources.record import Record
+
+logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 16  # of the user's, by default
 # (height, width): common ones, a strip, an upright one, an icon that has to be enlarged.
 SIZES = ((420, 560), (333, 500), (97, 640), (512, 300), (60, 45))
+
+
+def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | Image.Image]:
+    """The first `most` images of the inputs (None: MOST_IMAGES), or without inputs made-up ones.
+
+    Videos among them are passed over.
+
+    ValueError for inputs that hold no image.
+    """
+    if not inputs:
+        return list(sample_images())
+    most = MOST_IMAGES if most is None else most
+    if most < 1:
+        raise ValueError(f"most images must be at least 1, got {most}")
+    # transformers reads videos through what need not be installed here.
+    images = (record for record in Inputs(inputs) if not is_video_name(record.id))
+    sources = list(islice(images, most + 1))
+    if not sources:
+        raise ValueError(f"no image in {', '.join(inputs)}")
+    if len(sources) > most:
+        logger.info("taking the first %s", counted(most, "image"))
+    return [_loaded(source) for source in sources[:most]]
+
+
+def _loaded(record: Record) -> str | Image.Image:
+    """A file's path, or the image from inside another file."""
+    content = record.load()
+    return decode(content, record.id) if isinstance(content, bytes) else content
 
 
 def sample_images() -> list[Image.Image]:

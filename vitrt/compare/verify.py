@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import product
 
 import torch
 from PIL.Image import Image
@@ -24,7 +24,6 @@ from vitrt.attention import AutoBackend, resolve_attention, usable, window
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.compare.errors import Errors, Output, compare, cosines, full_precision, output_of
 from vitrt.compare.reference import NamedModel, build_tower
-from vitrt.compare.sample_images import sample_images
 from vitrt.compare.verify_table import Row, Verification
 from vitrt.config import RuntimeConfig
 from vitrt.encoder import VisionEncoder
@@ -32,17 +31,12 @@ from vitrt.engine.batch import PixelBatch
 from vitrt.engine.batcher import pack
 from vitrt.engine.device import check_precision, dtype_name, resolve_device, resolve_dtype
 from vitrt.engine.engine import Engine
-from vitrt.images.decode import decode, name_of
+from vitrt.images.decode import name_of
 from vitrt.images.levels import patches_reference
 from vitrt.images.prepared import Prepared
-from vitrt.messages import counted
-from vitrt.sources.folder import is_video_name
-from vitrt.sources.inputs import Inputs
-from vitrt.sources.record import Record
 
 logger = logging.getLogger(__name__)
 
-MOST_IMAGES = 16  # by default
 _RUNS = 3  # of a batch with graphs: the second one records, the third one replays
 
 
@@ -102,34 +96,6 @@ def verify(
                 _measure(result, encoder, batches, exact, peer, tokens)
                 del encoder
     return result
-
-
-def choose_images(inputs: Sequence[str], most: int | None = None) -> list[str | Image]:
-    """The first `most` images of the inputs (None: MOST_IMAGES), or without inputs made-up ones.
-
-    Videos among them are passed over.
-
-    ValueError for inputs that hold no image.
-    """
-    if not inputs:
-        return list(sample_images())
-    most = MOST_IMAGES if most is None else most
-    if most < 1:
-        raise ValueError(f"most images must be at least 1, got {most}")
-    # transformers reads videos through what need not be installed here.
-    images = (record for record in Inputs(inputs) if not is_video_name(record.id))
-    sources = list(islice(images, most + 1))
-    if not sources:
-        raise ValueError(f"no image in {', '.join(inputs)}")
-    if len(sources) > most:
-        logger.info("taking the first %s", counted(most, "image"))
-    return [_loaded(source) for source in sources[:most]]
-
-
-def _loaded(record: Record) -> str | Image:
-    """A file's path, or the image from inside another file."""
-    content = record.load()
-    return decode(content, record.id) if isinstance(content, bytes) else content
 
 
 def _dtypes(name: str, device: torch.device) -> list[torch.dtype]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vitrt.checkpoint.opened import Checkpoint
 from vitrt.config import RuntimeConfig
@@ -24,11 +24,11 @@ from vitrt.job.leader import follow, leading
 from vitrt.job.long_clips import LongClips
 from vitrt.job.options import EncodeOptions
 from vitrt.job.progress import Progress, Snapshot
+from vitrt.job.ranks import Alone, Ranks
 from vitrt.job.run import Outcome, encode_records, prepare_with
 from vitrt.job.stop import Stop
 from vitrt.messages import counted
 from vitrt.parallel.context import SINGLE, ParallelContext
-from vitrt.parallel.shared_parts import SharedParts
 from vitrt.sources.inputs import Inputs
 from vitrt.sources.record import Record
 from vitrt.store.compaction import compact
@@ -53,43 +53,6 @@ _SUMMED = (
     "images_per_second",
     "tokens_per_second",
 )
-
-
-class Ranks(Protocol):
-    """This process's part of a job that several ranks do."""
-
-    rank: int  # of those that write, from 0
-    size: int
-
-    @property
-    def parts(self) -> SharedParts | None:
-        """Parts of what is too long for one rank; None where nothing is divided."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in their order; returns when all have called this.
-
-        After an interrupt it may be what fewer of them gave.
-        """
-        ...
-
-    def share(self, items: Iterable[Any]) -> Iterable[Any]:
-        """The part of the items, JSON values, that falls to this rank; each goes to exactly one."""
-        ...
-
-
-class Alone:
-    """The only rank."""
-
-    rank = 0
-    size = 1
-    parts: SharedParts | None = None
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def share(self, items: Iterable[Any]) -> Iterable[Any]:
-        return items
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from vitrt.engine.workers import default_workers, usable_cores
 from vitrt.job.stop import Stop
 from vitrt.parallel.context import AllReduce, ParallelContext
+from vitrt.parallel.shared_parts import SharedParts
 from vitrt.parallel.shared_work import SharedWork
 from vitrt.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+
+class Ranks(Protocol):
+    """This process's part of a job that several ranks do."""
+
+    rank: int  # of those that write, from 0
+    size: int
+
+    @property
+    def parts(self) -> SharedParts | None:
+        """Parts of what is too long for one rank; None where nothing is divided."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order; returns when all have called this.
+
+        After an interrupt it may be what fewer of them gave.
+        """
+        ...
+
+    def share(self, items: Iterable[Any]) -> Iterable[Any]:
+        """The part of the items, JSON values, that falls to this rank; each goes to exactly one."""
+        ...
+
+
+class Alone:
+    """The only rank."""
+
+    rank = 0
+    size = 1
+    parts: SharedParts | None = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def share(self, items: Iterable[Any]) -> Iterable[Any]:
+        return items
 
 
 @dataclass(frozen=True, slots=True)
