@@ -71,7 +71,8 @@ def main() -> None:
                 encoder = VisionEncoder.from_pretrained(folder, device=device, parallel=parallel)
                 torch.save(run(encoder), Path(out) / f"{folder.name}-tp{tp}-{rank}{suffix}.pt")
                 del encoder
-                gc.collect()  # recorded graphs keep a communicator from closing
+                if device == "cuda":
+                    gc.collect()  # recorded graphs keep a communicator from closing
             print(f"rank {rank}: tp {tp} {method}{suffix} is done", flush=True)
             if device == "cpu":
                 parallel.close()  # and join again
