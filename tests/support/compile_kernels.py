@@ -1,8 +1,8 @@
-"""A program: compile the Triton kernels for one GPU architecture, and print what each takes.
+"""A program: compile the Triton kernels for GPU architectures, and print what each takes.
 
-`python -m tests.support.compile_kernels sm_86 main` prints JSON: case -> [[kernel, warps, bytes of
-shared memory, registers and bytes of stack of a thread], ...]. A process of its own, since in the
-tests' Triton interprets.
+`python -m tests.support.compile_kernels main sm_80 sm_86` prints JSON: architecture -> case ->
+[[kernel, warps, bytes of shared memory, registers and bytes of stack of a thread], ...]. A process
+of its own, since in the tests' Triton interprets.
 """
 
 from __future__ import annotations
@@ -187,17 +187,25 @@ def usage(binary: Binary) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(arch: str, which: str) -> None:
-    report = {}
+Report = dict[str, list[tuple[str, int, int, int, int]]]
+
+
+def compile_for(arch: str, cases: tuple[Case, ...]) -> Report:
+    report: Report = {}
     with compiling_for(CHIPS[arch]) as loaded:
-        for function, arguments in {"main": MAIN, "rest": REST}[which]:
+        for function, arguments in cases:
             first = len(loaded)
             function(*arguments)
             report[f"{function.__name__}{arguments}"] = [
-                [binary.name, binary.warps, binary.shared_memory, *usage(binary)]
+                (binary.name, binary.warps, binary.shared_memory, *usage(binary))
                 for binary in loaded[first:]
             ]
-    print(json.dumps(report))
+    return report
+
+
+def main(which: str, *archs: str) -> None:
+    cases = {"main": MAIN, "rest": REST}[which]
+    print(json.dumps({arch: compile_for(arch, cases) for arch in archs}))
 
 
 if __name__ == "__main__":
