@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.interpreter import interpreted
+from tests.support.interpreter import interpreted, rows_alike
 from tests.support.products import expected, problem, relative_error, tolerance
 from vitrt.kernels import gemm, gemm_triton
 from vitrt.kernels.gemm_table import KINDS, Choice, Kind, Product, Table, Tile
+
+__all__ = ["rows_alike"]  # a fixture
 
 
 @interpreted
@@ -43,7 +45,7 @@ def test_in_place_and_with_strides():
 
 @interpreted
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_bits_among_any_others(kind: Kind):
+def test_a_row_is_the_same_bits_among_any_others(kind: Kind, rows_alike: None):
     x, weight, bias, residual = problem(kind, 90, 80, 72)
     whole = gemm_triton.product(kind, x, weight, bias, residual)
     for first, last in ((0, 1), (31, 33), (17, 90), (64, 65)):

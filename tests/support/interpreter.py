@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,3 +33,18 @@ def _repair_loop_bounds() -> None:
 
 if HAVE_TRITON:
     _repair_loop_bounds()
+
+
+@pytest.fixture
+def rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products add up every row of a tile in one order, as a GPU does.
+
+    The interpreter's go through BLAS, which on some CPUs adds up a row by its place in the tile.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        product = np.einsum("mk,kn->mn", a.data, b.data, dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
