@@ -199,7 +199,7 @@ def test_an_adapter_can_be_trained_on_features(pair):
     ids=lambda value: value if isinstance(value, str) else f"{value.get('depth', 'all')} blocks",
 )
 def test_full_size_tower_on_a_photo(name: str, vision: dict[str, Any], tmp_path: Path):
-    """Released widths, random weights, one 560 x 560 photograph through the whole path."""
+    """Released widths, random weights, one 364 x 280 photograph through the whole path."""
     from PIL import Image
     from skimage import data
 
@@ -207,7 +207,7 @@ def test_full_size_tower_on_a_photo(name: str, vision: dict[str, Any], tmp_path:
 
     folder = full_size_checkpoint(name, tmp_path / name, **vision)
     encoder = VisionEncoder.from_pretrained(folder, device="cpu", dtype="float32")
-    photo = Image.fromarray(data.astronaut()).resize((560, 560))
+    photo = Image.fromarray(data.astronaut()).resize((364, 280))
     features = encoder.encode([photo])[0]
     prepared = encoder.processor.prepare(photo)
     table = encoder.table.cpu().numpy()

@@ -142,13 +142,13 @@ def full_size_checkpoint(
     seed: int = 0,
     **vision: Any,
 ) -> Path:
-    """The tower of configs/`name` (say "qwen3-vl-8b") beside a tiny language model.
+    """The tower of configs/`name` (say "qwen3-vl-8b") beside one layer of a language model.
 
     `vision` overrides its vision_config: depth=4 with matching layer lists gives a thin slice.
     """
     released = json.loads((CONFIGS / name / "config.json").read_text())
     preprocessor = json.loads((CONFIGS / name / "preprocessor_config.json").read_text())
-    config = _config(released["model_type"], {**family_of(released)[1], **vision})
+    config = _config(released["model_type"], {**family_of(released)[1], **vision}, text_layers=1)
     _save(config, preprocessor, folder, dtype, shards, seed)
     if (video := CONFIGS / name / "video_preprocessor_config.json").is_file():
         shutil.copy(video, folder)
@@ -194,14 +194,14 @@ def needs_transformers(family: str) -> None:
         raise unittest.SkipTest(f"transformers {transformers.__version__} has no {family}")
 
 
-def _config(family: str, vision: dict[str, Any]) -> Any:
+def _config(family: str, vision: dict[str, Any], text_layers: int = 8) -> Any:
     needs_transformers(family)
     width = vision["hidden_size" if family == "qwen2_vl" else "out_hidden_size"]
     text = {
         "vocab_size": 512,
         "hidden_size": width,
         "intermediate_size": 2048,  # so that one shard of three holds nothing but language model
-        "num_hidden_layers": 8,
+        "num_hidden_layers": text_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
