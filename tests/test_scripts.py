@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import run_script
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def run(script: str, *arguments: object) -> str:
-    done = start(script, *arguments)
+    """As a user runs it: what it prints."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -45,18 +44,19 @@ def test_what_programs_import_exists(folder: str) -> None:
 def test_the_demo_needs_no_test_package(tmp_path: Path) -> None:
     """It is installed with the extra `demo`, which brings none of them."""
     blocked = ["pytest", "hypothesis", "sentence_transformers", "ray", "pyarrow", "pandas"]
-    for script, arguments in (
-        ("make_checkpoint.py", [tmp_path / "checkpoint"]),
-        ("demo.py", ["photos", tmp_path / "photos"]),
-    ):
-        program = f"""
+    commands = [
+        ("make_checkpoint.py", str(tmp_path / "checkpoint")),
+        ("demo.py", "photos", str(tmp_path / "photos")),
+    ]
+    program = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({blocked}))
-sys.argv = {[script, *map(str, arguments)]}
-runpy.run_path({str(ROOT / "scripts" / script)!r}, run_name="__main__")
+for name, *arguments in {commands}:
+    sys.argv = [name, *arguments]
+    runpy.run_path({str(ROOT / "scripts")!r} + "/" + name, run_name="__main__")
 """
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert any((tmp_path / "checkpoint").glob("*.safetensors"))
     assert any((tmp_path / "photos").iterdir())
 
@@ -66,9 +66,8 @@ def test_damaged_images(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     assert "300 damaged images: " in run("stress/damaged_images.py", "--images", 300, *where)
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
-    run("stress/memory.py", "--images", 1000, 10_000, "--folder", tmp_path)
+    assert run_script("stress/memory.py", "--images", 1000, 10_000, "--folder", tmp_path) == 0
 
 
 def test_video_rate(tiny_qwen3_vl: Path) -> None:
@@ -80,11 +79,11 @@ def test_video_rate(tiny_qwen3_vl: Path) -> None:
 TINY = ("--tiny", "--models", "qwen3-vl-8b", "--workloads", "1x64,mixed16", "--seconds", 0.01)
 
 
-def test_two_checkouts_take_turns(tmp_path: Path) -> None:
+def test_two_checkouts_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "both.json"
     options = (*TINY, "--pairs", 2, "--rounds", 3, "--json", file)
-    out = run("bench/old_new.py", ROOT, *options)
-    assert out.count("bit-equal") == 2
+    assert run_script("bench/old_new.py", ROOT, *options) == 0
+    assert capsys.readouterr().out.count("bit-equal") == 2
     for row in json.loads(file.read_text())["rows"]:
         for side in ("old", "new"):
             assert len(row["figures"][side]["wall_ms"]) == 6
@@ -92,9 +91,11 @@ def test_two_checkouts_take_turns(tmp_path: Path) -> None:
         assert row["ratios"]["rate_ms"] > 0
 
 
-def test_a_checkout_that_cannot_run_is_named(tmp_path: Path) -> None:
+def test_a_checkout_that_cannot_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "vitrt").mkdir()
     (tmp_path / "vitrt" / "__init__.py").write_text("__version__ = '0'\n")
-    done = start("bench/old_new.py", tmp_path, *TINY)
-    assert done.returncode == 1
-    assert "failed: old: AttributeError" in done.stderr and "VisionEncoder" in done.stderr
+    assert run_script("bench/old_new.py", tmp_path, *TINY) == 1
+    said = capsys.readouterr().err
+    assert "failed: old: AttributeError" in said and "VisionEncoder" in said

@@ -209,7 +209,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -228,7 +228,7 @@ def main() -> int:
         "--output", type=Path, help="where features go (default: a temporary folder)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as work:
         rates = measure(args, Path(work))
     cores = usable_cores()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,14 +24,22 @@ from tests.support.checkpoints import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.10
+# The process says its peak itself: what the system counts for a child begins with its parent's.
+RUN = """
+import sys
+from vitrt.cli import main
+code = main(sys.argv[1:])
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+sys.exit(code)
+"""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs=2, default=(2_000, 200_000))
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's")
     parser.add_argument("--pool", choices=("none", "mean"), default="none")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         checkpoint = tiny_checkpoint(
@@ -58,17 +67,13 @@ def main() -> int:
 
 def _peak(checkpoint: Path, photos: Path, output: Path, pool: str) -> float:
     """The largest resident set of a run, in MiB."""
-    command = [sys.executable, "-m", "vitrt", "encode", str(checkpoint), str(photos)]
+    command = [sys.executable, "-c", RUN, "encode", str(checkpoint), str(photos)]
     command += ["--output", str(output), "--device", "cpu", "--pool", pool]
-    child = os.fork()
-    if child == 0:
-        os.chdir(ROOT)
-        os.environ["OMP_NUM_THREADS"] = "1"
-        os.execv(command[0], command)
-    _, status, usage = os.wait4(child, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
         raise SystemExit("vitrt encode failed")
-    return usage.ru_maxrss / 1024
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def _photos(folder: Path, count: int) -> Path:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import signal
-import subprocess
 import sys
 import types
 from itertools import pairwise
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from tests.support.bench_run import bench
 from tests.support.checkpoints import reference_tower
+from tests.support.scripts import run_script
 from vitrt import cli
 from vitrt.bench import transformers_peers
 from vitrt.bench.ablate import ablate, native_rope_
@@ -388,15 +387,6 @@ def test_bad_arguments_are_named(arguments: tuple[str, ...]) -> None:
         bench(*arguments)
 
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def compare_script(*arguments: str | Path) -> int:
-    """scripts/compare.py, in this process."""
-    main = runpy.run_path(str(SCRIPTS / "compare.py"))["main"]
-    return main(list(map(str, arguments)))
-
-
 def encode(model: Path, images: Path, output: Path, *options: str) -> Path:
     command = ["encode", str(model), str(images), "--output", str(output), "--device", "cpu"]
     assert cli.main([*command, *options]) == 0
@@ -419,7 +409,7 @@ def test_compare_holds_stored_features_against_transformers(
     """A path of its own from file to features: transformers' processor and tower."""
     features = encode(tiny_qwen3_vl, photos, tmp_path / "features")
     capsys.readouterr()
-    assert compare_script(features, "--model", tiny_qwen3_vl, "--images", photos) == 0
+    assert run_script("compare.py", features, "--model", tiny_qwen3_vl, "--images", photos) == 0
     text = capsys.readouterr().out
     assert "within the bound of 1e-05" in text
     rows = {line.rsplit(maxsplit=4)[0] for line in text.splitlines()[1:-1]}
@@ -431,21 +421,18 @@ def test_compare_sees_another_dtype_and_a_missing_image(
 ) -> None:
     exact = encode(tiny_qwen3_vl, photos, tmp_path / "exact")
     rounded = encode(tiny_qwen3_vl, photos, tmp_path / "rounded", "--dtype", "bfloat16")
-    assert compare_script(rounded, exact) == 1
+    assert run_script("compare.py", rounded, exact) == 1
     assert "OVER the bound" in capsys.readouterr().out
-    assert compare_script(rounded, exact, "--bound", "0.05") == 0
+    assert run_script("compare.py", rounded, exact, "--bound", "0.05") == 0
     part = encode(tiny_qwen3_vl, photos / "0.png", tmp_path / "part")
-    assert compare_script(part, exact, "--bound", "0.05") == 1
+    assert run_script("compare.py", part, exact, "--bound", "0.05") == 1
     assert "1 images only in the reference: 1.png" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_end_to_end_rates_are_measured_on_every_image(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
-    options = ("--tiny", "--images", "12", "--size", "140x90", "--workers", "2", "--json", file)
-    command = [sys.executable, str(SCRIPTS / "bench" / "end_to_end.py"), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ("--tiny", "--images", 12, "--size", "140x90", "--workers", 2, "--json", file)
+    assert run_script("bench/end_to_end.py", *options) == 0
     rates = json.loads(file.read_text())
     assert min(rates["decode"], rates["device"], rates["end_to_end"]) > rates["whole"] > 0
     assert rates["of_device"] == pytest.approx(rates["end_to_end"] / rates["device"])
