@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.commands import Vitrt, vitrt  # noqa: F401
 from tests.support.ranks import run_ranks, start_ranks, wait_for
 from tests.support.shards import write_parquet, write_tar
 from vitrt import FeatureStore, VisionEncoder
@@ -68,7 +69,10 @@ def assert_whole(output: Path, model: Path, photos: Path) -> None:
 
 
 def test_killed_rank_ends_the_job_and_another_world_completes_it(
-    tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
+    tiny_qwen3_vl: Path,
+    photos: Path,
+    tmp_path: Path,
+    vitrt: Vitrt,  # noqa: F811
 ):
     """kill -9 of a data-parallel rank; then tensor parallel; then alone."""
     output = tmp_path / "features"
@@ -84,8 +88,8 @@ def test_killed_rank_ends_the_job_and_another_world_completes_it(
     assert code == 0, text
     assert_whole(output, tiny_qwen3_vl, photos)
 
-    code, text = encode(3, tiny_qwen3_vl, photos, output)
-    assert code == 0 and f"{IMAGES} were there already" in text
+    done = vitrt(*command(tiny_qwen3_vl, photos, output)[2:])
+    assert done.code == 0 and f"{IMAGES} were there already" in done.out + done.err
     assert_whole(output, tiny_qwen3_vl, photos)
 
 
@@ -204,9 +208,18 @@ def test_the_folder_is_free_again_where_ranks_do_not_meet(
             assert caught.tb is not None  # whose frames hold whatever was left to them
 
 
-def test_ranks_that_cannot_be_arranged(tiny_qwen3_vl: Path, photos: Path, tmp_path: Path):
-    code, text = encode(2, tiny_qwen3_vl, photos, tmp_path / "none", "--tp", "3")
-    assert code == 1 and "tp = 3 does not divide the 2 ranks" in text
+def test_ranks_that_cannot_be_arranged(
+    tiny_qwen3_vl: Path,
+    photos: Path,
+    tmp_path: Path,
+    vitrt: Vitrt,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each rank finds it out by itself, before any of them meet."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    done = vitrt(*command(tiny_qwen3_vl, photos, tmp_path / "none")[2:], "--tp", "3")
+    assert done.code == 1 and "tp = 3 does not divide the 2 ranks" in done.err
     assert not (tmp_path / "none").exists()
 
 
