@@ -156,6 +156,7 @@ def test_a_process_that_is_killed_resumes(hub: FakeHub, tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while hub.shard_bytes() < 500_000:
         assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
     process.kill()
     process.wait()
     partial = next(home.glob("assets/vitrt/**/*.partial")).stat().st_size
