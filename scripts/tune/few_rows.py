@@ -134,12 +134,12 @@ def candidates(m: int, n: int, processors: int) -> list[SplitTile]:
     """Shapes worth a try: shares of K that give every processor a program or two."""
     tiles = next((tried for rows, tried in _TILES if m <= rows), _TILES[-1][1])
     found = []
-    for m_tile, n_tile, turned, warps in tiles:
+    for m_tile, n_tile, transposed, warps in tiles:
         programs = ceil_div(n, n_tile) * ceil_div(m, m_tile)
         shares = [s for s in (1, 2, 3, 4, 6, 8) if 0.7 <= programs * s / processors <= 2.3]
         for share in shares or [1]:
             found += [
-                SplitTile(m_tile, n_tile, k_tile, turned, share, warps, stages)
+                SplitTile(m_tile, n_tile, k_tile, transposed, share, warps, stages)
                 for k_tile, stages in ((64, 4), (128, 3))
             ]
     return found

@@ -110,7 +110,7 @@ def test_what_runs_beside_the_blocks_may_be_late(folder: Path):
     )
     patches = torch.randn(plan.num_patches, encoder.config.patch_dim)
     late = LateStream()
-    got = runner.forward(patches, views, runner.attention, beside=cast("SideStream", late))
+    got = runner.forward(patches, views, runner.attention, side_stream=cast("SideStream", late))
     want = runner.forward(patches, views, runner.attention)
     assert torch.equal(got.embeddings, want.embeddings)
     if want.deepstack is None:
@@ -124,9 +124,9 @@ def test_what_runs_beside_the_blocks_may_be_late(folder: Path):
 def test_only_whole_graphs_of_one_rank_have_work_beside(
     runner: GraphRunner, monkeypatch: pytest.MonkeyPatch, capturable: bool, tp_size: int
 ):
-    """What ends a graph in its middle, or sums over ranks, has nothing beside it."""
-    beside = LateStream()
-    monkeypatch.setattr(FakePool, "beside", beside)
+    """What ends a graph in its middle, or sums over ranks, has no side stream."""
+    side_stream = LateStream()
+    monkeypatch.setattr(FakePool, "side_stream", side_stream)
     monkeypatch.setattr(type(runner.attention.full), "capturable", capturable)
     runner.parallel = replace(runner.parallel, tp_size=tp_size)
     monkeypatch.setattr(ParallelContext, "agree_max", lambda self, value: value)
@@ -139,7 +139,7 @@ def test_only_whole_graphs_of_one_rank_have_work_beside(
 
     monkeypatch.setattr(runner, "forward", watched)
     runner.warmup([64])
-    assert given and set(given) == {beside if capturable and tp_size == 1 else None}
+    assert given and set(given) == {side_stream if capturable and tp_size == 1 else None}
 
 
 def test_a_plan_that_does_not_fit_is_refused(folder: Path):

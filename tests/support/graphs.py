@@ -13,7 +13,7 @@ class FakePool:
     """Replays by running the forward."""
 
     nbytes = 10
-    beside = None
+    side_stream = None
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None: ...
 

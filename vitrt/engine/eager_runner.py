@@ -110,10 +110,15 @@ class EagerRunner:
         plan: DevicePlan,
         attention: AttentionChoice,
         request: Request = TOKENS,
-        beside: SideStream | None = None,
+        side_stream: SideStream | None = None,
     ) -> TowerOutput:
         # Not inference mode: adapters are trained on what comes out.
-        with torch.no_grad(), beside or nullcontext():
+        with torch.no_grad(), side_stream or nullcontext():
             return self.tower(
-                patches, plan, attention, request.layers, merged=request.merged, beside=beside
+                patches,
+                plan,
+                attention,
+                request.layers,
+                merged=request.merged,
+                side_stream=side_stream,
             )

@@ -27,8 +27,8 @@ class GraphPool:
         self.handle: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.nbytes = 0  # of the pool; graphs' own bytes come on top
-        self.beside = SideStream(device)
-        for stream in (self.stream, self.beside.stream):
+        self.side_stream = SideStream(device)
+        for stream in (self.stream, self.side_stream.stream):
             with torch.cuda.stream(stream):
                 # Each stream has workspaces of the matrix library, made at its first products. Made
                 # while a graph is recorded, they would lie in its pool.

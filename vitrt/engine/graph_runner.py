@@ -136,12 +136,12 @@ class GraphRunner(EagerRunner):
         choice = attention.choice
         # A split ends a graph, and with it what is beside; ranks sum in one order.
         whole_graph = choice.full.capturable and choice.window.capturable
-        beside = pool.beside if whole_graph and self.parallel.tp_size == 1 else None
+        side_stream = pool.side_stream if whole_graph and self.parallel.tp_size == 1 else None
 
         def forward(choice: AttentionChoice) -> TowerOutput:
             # Views of its own: what is computed from them once would else not be recorded.
             views = view_plan(buffer, layout, plan, padded=True)
-            return self.forward(patches, views, choice, key.request, beside)
+            return self.forward(patches, views, choice, key.request, side_stream)
 
         taken = self._try_to_record(pool, forward, choice, key.bucket)
         if taken is None:

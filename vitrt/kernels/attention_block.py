@@ -70,10 +70,10 @@ def angles(table, row, column, frequency, live, QUARTER: tl.constexpr):
 
 
 @jit()
-def turn(value, partner, cos, signed_sin):
-    """Dims that turn with `partner`: the lower of a pair subtracts, the upper adds."""
-    turned = value.to(tl.float32) * cos + partner.to(tl.float32) * signed_sin
-    return turned.to(value.dtype)
+def rotate(value, partner, cos, signed_sin):
+    """Dims that rotate with `partner`: the lower of a pair subtracts, the upper adds."""
+    rotated = value.to(tl.float32) * cos + partner.to(tl.float32) * signed_sin
+    return rotated.to(value.dtype)
 
 
 @jit()

@@ -60,7 +60,7 @@ class SplitTile(NamedTuple):
     m: int
     n: int
     k: int
-    turned: bool  # t: the weight is the left operand
+    transposed: bool  # t: the weight is the left operand
     shares: int  # of K
     warps: int
     stages: int
@@ -72,12 +72,12 @@ class SplitTile(NamedTuple):
             raise ValueError(
                 f"tile {text!r}: expected the form 64x64x128/8w4s3 or 64x64x128t/8w4s3"
             )
-        m, n, k, turned, shares, warps, stages = match.groups()
-        return cls(int(m), int(n), int(k), bool(turned), int(shares), int(warps), int(stages))
+        m, n, k, transposed, shares, warps, stages = match.groups()
+        return cls(int(m), int(n), int(k), bool(transposed), int(shares), int(warps), int(stages))
 
     def __str__(self) -> str:
-        turned = "t" if self.turned else ""
-        tiles = f"{self.m}x{self.n}x{self.k}{turned}"
+        transposed = "t" if self.transposed else ""
+        tiles = f"{self.m}x{self.n}x{self.k}{transposed}"
         return f"{tiles}/{self.shares}w{self.warps}s{self.stages}"
 
 

@@ -2,7 +2,7 @@
 
 Shapes: T patches, H heads, Dh head size.
 
-Halves are paired as in NeoX: dimension i with i + Dh/2, turned by frequency i of Dh/2. The first
+Halves are paired as in NeoX: dimension i with i + Dh/2, rotated by frequency i of Dh/2. The first
 Dh/4 frequencies follow the patch's row, the rest its column.
 """
 
@@ -97,7 +97,7 @@ def _rope_triton(qkv: Tensor, rotary: Rotary, block_h: int = 16, spread: int = 2
     )  # fmt: skip
 
 
-# Rows turned at once on the CPU: the q and k of 128 patches (1.2 MB at 16 heads of 72) and their
+# Rows rotated at once on the CPU: the q and k of 128 patches (1.2 MB at 16 heads of 72) and their
 # temporaries stay in a core's second-level cache between the passes.
 _CPU_ROWS = 128
 
@@ -111,13 +111,13 @@ def rope_ref(qkv: Tensor, rotary: Rotary) -> None:
         cos = rotary.cos[position].view(-1, 1, 1, half)
         sin = rotary.sin[position].view(-1, 1, 1, half)
         block = qkv[rows, :2]
-        turned = block.float()  # the same memory where qkv is float32
-        low, high = turned[..., :half], turned[..., half:]
+        rotated = block.float()  # the same memory where qkv is float32
+        low, high = rotated[..., :half], rotated[..., half:]
         low_sin = low * sin
         low.mul_(cos).addcmul_(high, sin, value=-1.0)
         high.mul_(cos).add_(low_sin)
-        if turned.dtype != qkv.dtype:
-            block.copy_(turned)
+        if rotated.dtype != qkv.dtype:
+            block.copy_(rotated)
     if rotary.valid is not None:
         qkv[int(rotary.valid) :] = 0
 

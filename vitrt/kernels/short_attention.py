@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vitrt.kernels.attention_block import (
     angles,
+    rotate,
     softmax_scale,
     split_head,
     split_pairs,
-    turn,
     work_list,
 )
 from vitrt.kernels.dispatch import dot_precision, jit, tl, use_triton
@@ -46,8 +46,8 @@ def _rotated(
     high = tl.load(at + rows * STRIDE + pair + HALF, mask=live, other=0.0)
     c = angles(cos, row, column, pair, live, QUARTER)
     s = angles(sin, row, column, pair, live, QUARTER)
-    first = turn(low, high, c, -s)
-    second = turn(high, low, c, s)
+    first = rotate(low, high, c, -s)
+    second = rotate(high, low, c, s)
     rest = first
     if B:
         index = tl.arange(0, B)[None, :]
@@ -60,7 +60,7 @@ def _rotated(
         partner = tl.load(other, mask=live, other=0.0)
         c = angles(cos, row, column, frequency, live, QUARTER)
         s = angles(sin, row, column, frequency, live, QUARTER)
-        rest = turn(value, partner, c, tl.where(upper, s, -s))
+        rest = rotate(value, partner, c, tl.where(upper, s, -s))
     return first, second, rest
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitrt.kernels.attention_block import angles, softmax_scale, split_head, split_pairs, turn
+from vitrt.kernels.attention_block import angles, rotate, softmax_scale, split_head, split_pairs
 from vitrt.kernels.dispatch import dot_precision, jit, tl, use_triton
 from vitrt.kernels.flash_attention import flash_attention_ref
 from vitrt.kernels.persistent import is_hopper, programs
@@ -105,22 +105,22 @@ def _window_kernel(
             if not KEEP:
                 pair_cos = angles(cos, row, column, pair, live, QUARTER)
                 pair_sin = angles(sin, row, column, pair, live, QUARTER)
-            q_first = turn(q_low, q_high, pair_cos, -pair_sin)
-            q_second = turn(q_high, q_low, pair_cos, pair_sin)
+            q_first = rotate(q_low, q_high, pair_cos, -pair_sin)
+            q_second = rotate(q_high, q_low, pair_cos, pair_sin)
             # The selects are always true. Triton would rather move the raw values, cos and sin into
-            # the layout of an operand and turn them there, with the angles in registers twice; a
+            # the layout of an operand and rotate them there, with the angles in registers twice; a
             # select stops it. For k it costs nothing on Hopper, whose products read k from shared
             # memory; elsewhere it takes 255 registers and a spill down to 180.
             q_first = tl.where(pair < D, q_first, 0.0)
             q_second = tl.where(pair < D, q_second, 0.0)
-            k_first = turn(k_low, k_high, pair_cos, -pair_sin)
-            k_second = turn(k_high, k_low, pair_cos, pair_sin)
+            k_first = rotate(k_low, k_high, pair_cos, -pair_sin)
+            k_second = rotate(k_high, k_low, pair_cos, pair_sin)
             k_first = tl.where(pair < D, k_first, 0.0)
             k_second = tl.where(pair < D, k_second, 0.0)
             if B:
-                q_rest = turn(q_rest, q_partner, rest_cos, rest_sin)
+                q_rest = rotate(q_rest, q_partner, rest_cos, rest_sin)
                 q_rest = tl.where(rest < D, q_rest, 0.0)
-                k_rest = turn(k_rest, k_partner, rest_cos, rest_sin)
+                k_rest = rotate(k_rest, k_partner, rest_cos, rest_sin)
                 k_rest = tl.where(rest < D, k_rest, 0.0)
             scores = tl.dot(q_first, tl.trans(k_first), input_precision=PRECISION)
             scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision=PRECISION)
@@ -201,9 +201,9 @@ def _window_triton(
 
 def window_attention_ref(qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor) -> Tensor:
     """RoPE in float32, rounded once, then attention within each window in float32, rounded once."""
-    turned = qkv.clone()
-    rope_ref(turned, rotary)
-    return flash_attention_ref(turned, segments, out)
+    rotated = qkv.clone()
+    rope_ref(rotated, rotary)
+    return flash_attention_ref(rotated, segments, out)
 
 
 def window_attention(qkv: Tensor, segments: Segments, rotary: Rotary, out: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class Qwen3VLVisionTower(VisionTower):
         levels, tokens = len(self.deepstack_mergers), len(patches) // self.config.merge_unit
         return patches.new_empty(levels, tokens, self.config.out_hidden_size) if levels else None
 
-    def tap_(
-        self, index: int, residual: Tensor, deepstack: Tensor, beside: SideStream | None
+    def write_deepstack_(
+        self, index: int, residual: Tensor, deepstack: Tensor, side_stream: SideStream | None
     ) -> None:
         if index not in self.config.deepstack_visual_indexes:
             return
@@ -72,10 +72,10 @@ class Qwen3VLVisionTower(VisionTower):
         merger = self.deepstack_merger(level)
         merge = partial(merger, out=deepstack[level])
         normed = merger.normed(residual)  # before the next block adds to it
-        if beside is None:
+        if side_stream is None:
             merge(normed)
         else:
-            beside.run(merge, normed)
+            side_stream.run(merge, normed)
 
     def weight_targets(self) -> Iterator[WeightTarget]:
         yield from super().weight_targets()

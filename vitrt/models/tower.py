@@ -94,11 +94,11 @@ class VisionTower(RotaryPosMixin, nn.Module):
         """Add learned positions to the embedded patches [T, D], float32, in place."""
 
     def new_deepstack(self, patches: Tensor) -> Tensor | None:
-        """Memory for what `tap_` writes, [L, M, O]; None for a tower that taps no layer."""
+        """Memory for the deepstack levels [L, M, O]; None for a tower that has none."""
         return None
 
-    def tap_(
-        self, index: int, residual: Tensor, deepstack: Tensor, beside: SideStream | None
+    def write_deepstack_(
+        self, index: int, residual: Tensor, deepstack: Tensor, side_stream: SideStream | None
     ) -> None:
         """Write the deepstack level that is taken after layer `index`, if one is."""
 
@@ -134,13 +134,13 @@ class VisionTower(RotaryPosMixin, nn.Module):
         keep_hidden: Sequence[int] = (),
         *,
         merged: bool = True,
-        beside: SideStream | None = None,
+        side_stream: SideStream | None = None,
     ) -> TowerOutput:
         """The output for `patches` [T, P] in the plan's order.
 
         `keep_hidden` asks for the hidden states after those layers; without `merged` they are all
-        that comes out, and the last one ends the forward. What no block waits for goes `beside`,
-        inside whose `with` block this is called.
+        that comes out, and the last one ends the forward. What no block waits for runs on
+        `side_stream`, inside whose `with` block this is called.
         """
         rotary = self.rotary(plan.positions, plan.valid, plan.largest_position)
         deepstack = self.new_deepstack(patches) if merged else None
@@ -156,7 +156,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
             block, next_norm = self.block(index), self.norm_behind(index)
             normed = block(residual, normed, rotary, segments, backend, next_norm)
             if deepstack is not None:
-                self.tap_(index, residual, deepstack, beside)
+                self.write_deepstack_(index, residual, deepstack, side_stream)
             if index in keep_hidden:
                 hidden[index] = residual.to(patches.dtype, copy=True)
         kept = tuple(hidden[index] for index in keep_hidden)

@@ -46,7 +46,7 @@ def drop_lines(
     Entries in `doubled` keep their first line. Manifests in `unreadable` have lines that are no
     entries, which go as well.
     """
-    worn: set[str] = set()
+    partly_dead: set[str] = set()
     seen: set[int] = set()
 
     def keep(entry: Entry) -> Entry | None:
@@ -58,7 +58,7 @@ def drop_lines(
         return entry
 
     if not (dead or doubled or broken or unreadable):
-        return worn
+        return partly_dead
     for path in manifests(folder):
         changes = path in unreadable
         for entry in iter_manifest(path):
@@ -67,21 +67,21 @@ def drop_lines(
                 changes = True
             elif key in dead:
                 changes = True
-                worn.add(entry.shard)
+                partly_dead.add(entry.shard)
         if changes:
             rewrite_manifest(path, keep)
-    return worn
+    return partly_dead
 
 
-def strip(folder: Path, worn: Collection[str], dead: Collection[int]) -> None:
+def strip(folder: Path, partly_dead: Collection[str], dead: Collection[int]) -> None:
     """Replace shards by copies without the dead, as many at a time as half the free space takes."""
-    if not worn:
+    if not partly_dead:
         return
     listed = _listed(folder)
-    for name in set(worn) - listed:
+    for name in set(partly_dead) - listed:
         remove(folder / name)  # nothing of it is left; that makes room
     numbers = ShardNumbers(folder)
-    pending = sorted(listed.intersection(worn), reverse=True)
+    pending = sorted(listed.intersection(partly_dead), reverse=True)
     while pending:
         room = free_bytes(folder) // 2
         moved: dict[str, tuple[str, str]] = {}

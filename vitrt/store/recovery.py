@@ -77,7 +77,7 @@ def recover(folder: Path, *, keep_errors: bool = False) -> None:
     for path, damage in scan.damage.items():
         if damage.torn:
             truncate(path, damage.whole)
-    worn = scan.worn | drop_lines(
+    partly_dead = scan.partly_dead | drop_lines(
         folder,
         scan.dead,
         doubled=scan.doubled,
@@ -88,7 +88,7 @@ def recover(folder: Path, *, keep_errors: bool = False) -> None:
         remove(folder / name)
     try:
         if scan.dead:
-            strip(folder, worn, scan.dead)
+            strip(folder, partly_dead, scan.dead)
             forget_replaced(folder)
     except OutputError as error:
         if error.errno not in FULL:

@@ -24,7 +24,7 @@ class FolderScan:
         self.listed: set[str] = set()  # shards
         self.broken: dict[str, str] = {}  # shard -> why none of its images can be read
         self.dead: set[int] = set()  # entries to remove, by `entry_key`
-        self.worn: set[str] = set()  # shards that hold tensors of these
+        self.partly_dead: set[str] = set()  # shards that hold tensors of these
         self.doubled: set[int] = set()  # entries listed more than once, of which the first stays
         self.incomplete = 0  # images that lack a tensor
         self._folder = folder
@@ -37,7 +37,7 @@ class FolderScan:
                 self._shard(name, list(group))
         for name, ids in self._unlisted.items():
             self.dead.update(entry_key(image_id, name) for image_id in ids)
-            self.worn.update([name] if ids else [])
+            self.partly_dead.update([name] if ids else [])
         self._find_doubles()
 
     def _shard(self, name: str, entries: list[Entry]) -> None:
@@ -61,7 +61,7 @@ class FolderScan:
             if held.get(entry.id) != wanted:
                 self.incomplete += 1
                 self.dead.add(entry_key(entry.id, name))
-                self.worn.add(name)
+                self.partly_dead.add(name)
                 continue
             self._ids.append(hash(entry.id))
             if entry.replaces is not None:
@@ -83,4 +83,4 @@ class FolderScan:
                     self.doubled.add(key)
                 else:
                     self.dead.add(key)
-                    self.worn.add(entry.shard)
+                    self.partly_dead.add(entry.shard)
