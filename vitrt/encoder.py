@@ -195,21 +195,23 @@ class VisionEncoder:
     ) -> list[ImageFeatures]:
         """Features of every image, in input order.
 
-        An image is a path, a PIL image, the bytes of an image file, or a uint8 array [H, W, 3]; an
-        array [F, H, W, 3] in the list is a clip. It may also be a file: or data: URL, an open file,
-        datasets' {"bytes", "path"}, or a uint8 tensor, whose axes `vitrt.Pixels` names. The
-        features of one batch are views of one tensor on the encoder's device: `clone()` those that
-        are kept or saved without the others. Raises ImageError (a ValueError) naming the first
-        image that cannot be used, or DeviceMemoryError (another) naming one that alone exceeds the
-        device's memory.
+        Those of one batch are views of one tensor on the encoder's device: `clone()` what is kept
+        or saved without the others.
 
         Args:
+            images: paths, file: and data: URLs, PIL images, the bytes of image files, open files,
+                uint8 arrays [H, W, 3], or [F, H, W, 3] for a clip, datasets' {"bytes", "path"}, and
+                uint8 tensors, whose axes `vitrt.Pixels` names.
             layers: also give the hidden states after these layers, counted from 0 or, as -1, from
-                the last: [layers, t, h, w, hidden_size], patches in raster order. ValueError for
-                one that the tower does not have. Only those of the last layer, if alone, go through
-                CUDA graphs.
+                the last: [layers, t, h, w, hidden_size], patches in raster order. Only those of the
+                last layer, if alone, go through CUDA graphs.
             merged: False gives the hidden states alone: embeddings are [0, out_hidden], deepstack
                 is None, and no layer past the last one asked for runs.
+
+        Raises:
+            ImageError: naming the first image that cannot be used. A ValueError.
+            DeviceMemoryError: naming an image that alone exceeds the device's memory. Another.
+            ValueError: a layer that the tower does not have; what is no list of images.
 
         With data-parallel ranks every rank gives the same images, encodes its share of their frames
         and gets all features, but not hidden states; see vitrt/engine/shares.py.
@@ -262,14 +264,16 @@ class VisionEncoder:
         merged: bool = True,
         on_error: Literal["raise", "yield"] = "raise",
     ) -> Iterator[ImageFeatures] | Iterator[ImageFeatures | ImageError]:
-        """`encode` in bounded memory: `workers` threads decode a window ahead of the device.
+        """`encode` in bounded memory: threads decode a window of the images ahead of the device.
 
-        Features that are kept as they are, or a part of them, hold the tensors of their whole batch
-        in memory: keep their `clone()`.
+        Features that are kept hold their whole batch in memory: keep their `clone()`.
 
-        What an image raises comes after the features of all before it and ends the stream; with
-        `on_error="yield"` its ImageError comes in its place, and the stream goes on. What the
-        iterable itself raises always ends it.
+        Args:
+            images, layers, merged: as in `encode`; the images may come one by one.
+            workers: threads that decode; None: as cores permit.
+            on_error: what an image raises comes after the features of all before it. "raise" ends
+                the stream with it; "yield" gives the ImageError in the image's place and goes on.
+                What the iterable itself raises always ends the stream.
         """
         check_images(images)
         if on_error not in ("raise", "yield"):
@@ -290,7 +294,7 @@ class VisionEncoder:
         self, images: Sequence[Prepared], *, layers: Iterable[int] = (), merged: bool = True
     ) -> list[ImageFeatures]:
         """Features of images that `processor.prepare` made ready, as one batch."""
-        return self.run_prepared(images, Request.of(layers, merged=merged, depth=self.config.depth))
+        return self.run_prepared(images, self._request(layers, merged))
 
     def run_prepared(self, images: Sequence[Prepared], request: Request) -> list[ImageFeatures]:
         """`encode_prepared` for a request."""

@@ -70,18 +70,15 @@ class WriteBehind:
         """Batches not yet taken up."""
         return self._queue.qsize()
 
-    def put(self, message: Encoded | Skipped) -> None:
-        """Wait for room, then queue. Raises what the writer raised."""
-        self._put(message)
-
     def finish(self) -> None:
         """Write everything, the shard in hand as well, and return when it is durable."""
-        self._put(None)
+        self.put(None)
         self._thread.join()
         if self._failure is not None:
             raise self._failure
 
-    def _put(self, message: Message) -> None:
+    def put(self, message: Message) -> None:
+        """Wait for room, then queue. Raises what the writer raised."""
         while True:
             if self._failure is not None:
                 raise self._failure
