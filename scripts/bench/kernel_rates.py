@@ -146,7 +146,7 @@ def swiglu_work(width: int) -> Callable[[int, torch.device, torch.dtype], Work]:
 
 
 def gelu_work(
-    width: int, kind: activation.Activation, share: int = 1
+    width: int, kind: activation.GeluKind, share: int = 1
 ) -> Callable[[int, torch.device, torch.dtype], Work]:
     def make(tokens: int, device: torch.device, dtype: torch.dtype) -> Work:
         x = torch.randn(max(tokens // share, 1), width, device=device).to(dtype)

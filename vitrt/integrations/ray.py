@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray.data
 
-from vitrt.integrations.ray_actor import Batch, EncoderActor, RayEncoder
+from vitrt.integrations.ray_actor import EncoderActor, RayEncoder, RowBatch
 from vitrt.integrations.ray_parquet import encode_parquet
 from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments, two_at_a_time
 from vitrt.job.encode import open_output
@@ -99,7 +99,7 @@ class _FolderEncoder(EncoderActor):
         # and it would wait for the first images of both, and then for the disk.
         self._turn = Lock()
 
-    def __call__(self, batch: Batch) -> pa.Table:
+    def __call__(self, batch: RowBatch) -> pa.Table:
         writer = self._take_writer()
         progress = Progress()
         with FolderLock(self._folder, writer.rank):  # another job finds the folder busy

@@ -23,7 +23,7 @@ from vitrt.sources.record import Record
 from vitrt.store.content import to_bytes
 from vitrt.store.writer import tokens_of
 
-Batch = Mapping[str, np.ndarray]
+RowBatch = Mapping[str, np.ndarray]
 Result = tuple[int, "OnHost | Exception"]
 
 _TABLE_BYTES = 32 << 20  # of features in one piece of a batch's rows
@@ -46,14 +46,14 @@ class EncoderActor:
         self._options = options or EncodeOptions()
         self._columns = id_column, image_column
         runtime = runtime or RuntimeConfig()
-        checkpoint = open_model(model, runtime, adapter, revision)
+        checkpoint = open_run_model(model, runtime, adapter, revision)
         limit_memory()
         encoder = load_encoder(checkpoint, runtime, self._options)
         stages, processor = stages_of(encoder, self._options), encoder.processor
         self._merge_size = processor.merge_size
         self._stages = stages.preparing(prepare_with(processor.prepare))
 
-    def _records(self, batch: Batch) -> Iterator[Record]:
+    def _records(self, batch: RowBatch) -> Iterator[Record]:
         for column in self._columns:
             if column not in batch:
                 raise ValueError(f"the rows have no column {column!r}, but {', '.join(batch)}")
@@ -82,7 +82,7 @@ class RayEncoder(EncoderActor):
         error: why the image was skipped, else null; the others are null then.
     """
 
-    def __call__(self, batch: Batch) -> Iterator[pa.Table]:
+    def __call__(self, batch: RowBatch) -> Iterator[pa.Table]:
         """Equal batches give equal pieces, which Ray asks of a batch that it runs again."""
         ids = self.ids(batch)
         to_host = ToHost(self._stages)
@@ -101,7 +101,7 @@ class RayEncoder(EncoderActor):
         if rows:
             yield self._table(rows)
 
-    def ids(self, batch: Batch) -> list[Any]:
+    def ids(self, batch: RowBatch) -> list[Any]:
         """The ids of the rows, as their column has them."""
         name = self._columns[0]
         return batch[name].tolist() if name in batch else []
@@ -153,7 +153,7 @@ def _nbytes(row: Mapping[str, Any]) -> int:
     return row["vector"].nbytes if "vector" in row else len(row["features"])
 
 
-def open_model(
+def open_run_model(
     model: str | os.PathLike[str],
     runtime: RuntimeConfig,
     adapter: str | os.PathLike[str] | None,

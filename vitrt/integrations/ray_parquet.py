@@ -15,7 +15,7 @@ import ray
 import ray.data
 from pyarrow import fs
 
-from vitrt.integrations.ray_actor import Batch, RayEncoder
+from vitrt.integrations.ray_actor import RayEncoder, RowBatch
 from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments
 from vitrt.store.run_identity import RunIdentity
 
@@ -66,7 +66,7 @@ class _ParquetEncoder(RayEncoder):
         self._done = frozenset(() if done is None else ray.get(done).to_pylist())
         self._metadata = identity.metadata()
 
-    def __call__(self, batch: Batch) -> Iterator[pa.Table]:
+    def __call__(self, batch: RowBatch) -> Iterator[pa.Table]:
         ids = self.ids(batch)
         left = [place for place, image_id in enumerate(ids) if image_id not in self._done]
         for table in super().__call__({name: column[left] for name, column in batch.items()}):

@@ -12,7 +12,7 @@ import torch
 
 from vitrt.config import RuntimeConfig
 from vitrt.engine.device import dtype_name, resolve_dtype
-from vitrt.integrations.ray_actor import EncoderActor, open_model
+from vitrt.integrations.ray_actor import EncoderActor, open_run_model
 from vitrt.job.identity import run_identity
 from vitrt.job.options import EncodeOptions
 
@@ -67,7 +67,7 @@ class DatasetRun:
         """ValueError about the model."""
         self.options, self.id_column = options or EncodeOptions(), id_column
         runtime, num_gpus = _settled(runtime or RuntimeConfig(), num_gpus)
-        checkpoint = open_model(model, runtime, adapter, revision)
+        checkpoint = open_run_model(model, runtime, adapter, revision)
         self.identity = run_identity(checkpoint, replace(runtime, device="cpu"), self.options)
         self._dataset = dataset
         self._of_actor: dict[str, Any] = {

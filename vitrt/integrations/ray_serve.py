@@ -30,7 +30,7 @@ from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures
 from vitrt.images.inputs import ImageError
 from vitrt.images.prepared import Prepared
-from vitrt.integrations.ray_actor import limit_memory, open_model
+from vitrt.integrations.ray_actor import limit_memory, open_run_model
 from vitrt.messages import counted
 from vitrt.store.content import to_bytes
 
@@ -94,7 +94,7 @@ class EncoderService:
         warmup: record CUDA graphs before the replica counts as ready.
         """
         runtime = runtime or RuntimeConfig()
-        checkpoint = open_model(model, runtime, adapter, revision)
+        checkpoint = open_run_model(model, runtime, adapter, revision)
         limit_memory()
         self._encoder = VisionEncoder.from_checkpoint(checkpoint, runtime)
         if warmup:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitrt.kernels.dispatch import ceil_div, jit, tl, use_triton
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+GeluKind = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 # Four warps whose lanes hold one 16-byte load of bf16 each.
 _BLOCK = 1024
@@ -81,7 +81,7 @@ def _swiglu_triton(
 
 
 def _bias_act_triton(
-    x: Tensor, bias: Tensor | None, kind: Activation, out: Tensor | None = None, **tiling: int
+    x: Tensor, bias: Tensor | None, kind: GeluKind, out: Tensor | None = None, **tiling: int
 ) -> Tensor:
     out = torch.empty_like(x) if out is None else out
     return _launch(_bias_act_kernel, x, bias, out, kind, **tiling)
@@ -92,7 +92,7 @@ def _launch(
     x: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    *kind: Activation,
+    *kind: GeluKind,
     block: int = _BLOCK,
     warps: int = _WARPS,
 ) -> Tensor:
@@ -114,7 +114,7 @@ def swiglu_ref(gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.silu(gate, inplace=True).mul_(values[..., 1::2]).to(gate_up.dtype)
 
 
-def bias_act_ref(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
+def bias_act_ref(x: Tensor, bias: Tensor | None, kind: GeluKind) -> Tensor:
     """The activation as the kernel does it: float32 inside, one rounding."""
     values = x.float() if bias is None else x.float() + bias.float()
     if kind == "quick_gelu":
@@ -131,14 +131,14 @@ def swiglu(gate_up: Tensor, bias: Tensor | None = None, *, out: Tensor | None = 
 
 
 def bias_act(
-    x: Tensor, bias: Tensor | None, kind: Activation, *, out: Tensor | None = None
+    x: Tensor, bias: Tensor | None, kind: GeluKind, *, out: Tensor | None = None
 ) -> Tensor:
     """GELU of x [T, N] + bias [N]: exact (erf), by tanh, or "quick", x * sigmoid(1.702 x).
 
     Returns [T, N], in `out` (may be x).
     """
-    if kind not in get_args(Activation):
-        raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Activation))}")
+    if kind not in get_args(GeluKind):
+        raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(GeluKind))}")
     if use_triton(x):
         return _bias_act_triton(x, bias, kind, out)
     result = bias_act_ref(x, bias, kind)
