@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from vitrt import VisionEncoder
 from vitrt.bench.timing import synchronize
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint
+from vitrt.cores import usable_cores
 from vitrt.engine.batcher import pack
-from vitrt.engine.workers import usable_cores
 from vitrt.images.prepared import PreparedImage
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vitrt import FeatureStore
 from vitrt.compare.reference import build_tower, find_model, save_checkpoint
-from vitrt.engine.workers import usable_cores
+from vitrt.cores import usable_cores
 from vitrt.integrations.ray import RayEncoder, encode_dataset, two_at_a_time
 from vitrt.job.options import EncodeOptions
 

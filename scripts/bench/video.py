@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vitrt import VisionEncoder
-from vitrt.engine.workers import usable_cores
+from vitrt.cores import usable_cores
 from vitrt.images.prepared import PreparedImage
 
 

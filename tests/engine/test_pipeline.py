@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.support.folders import FakeEncoder, assert_same, fake_features, pooled
+from vitrt.cores import default_workers
 from vitrt.engine import memory
 from vitrt.engine.feature_stream import features_of, stream_features
 from vitrt.engine.memory import memory_lacking, page_locked
@@ -24,7 +25,6 @@ from vitrt.engine.pipeline import Pipeline, take_batch
 from vitrt.engine.splitting import DeviceMemoryError, HostMemoryError
 from vitrt.engine.stages import Stages
 from vitrt.engine.window import Window
-from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures, join_pooled
 from vitrt.images.prepared import PreparedImage
 

@@ -23,8 +23,8 @@ PATIENCE = 30  # seconds until a test gives up
 
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> Cores:
-    """Eight, all free."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    """Four, all free."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     cores = Cores()
     monkeypatch.setattr("vitrt.images.video.CORES", cores)
     return cores
@@ -87,7 +87,7 @@ def test_the_child_of_a_fork_waits_for_no_thread_of_its_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(write_video(tmp_path / "a.mp4", 4))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     with CORES.turn(-2), CORES.turn(-1):
         child = os.fork()
         if not child:

@@ -380,11 +380,11 @@ def test_clips_that_are_decoded_at_once_share_the_cores(
     videos = [VideoFile(str(path), "a") for _ in range(5)]
     for video in videos:
         video.read([0], lambda _, frame: None)
-    assert [video._threads for video in videos] == [12, 6, 4, 3, 3]
+    assert [video._threads for video in videos] == [16, 12, 8, 6, 5]
     for video in videos:
         video._close()
     videos[0].read([0], lambda _, frame: None)
-    assert videos[0]._threads == 12
+    assert videos[0]._threads == 16
 
 
 def test_stamps_that_a_decoder_does_not_give_are_not_trusted(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from vitrt.cores import default_workers
 from vitrt.engine.splitting import Deliver, Splitter, StoppedError
 from vitrt.engine.stages import Prepared, Stages
 from vitrt.engine.window import Window
-from vitrt.engine.workers import default_workers
 
 K = TypeVar("K")  # what a result is known by
 I = TypeVar("I")  # noqa: E741  an item

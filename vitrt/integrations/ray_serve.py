@@ -24,9 +24,9 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
 from vitrt.config import RuntimeConfig
+from vitrt.cores import default_workers
 from vitrt.encoder import VisionEncoder
 from vitrt.engine.feature_stream import stream_features
-from vitrt.engine.workers import default_workers
 from vitrt.features import ImageFeatures
 from vitrt.images.inputs import ImageError
 from vitrt.images.prepared import Prepared

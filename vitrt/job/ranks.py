@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vitrt.engine.workers import default_workers, usable_cores
+from vitrt.cores import default_workers, usable_cores
 from vitrt.job.stop import Stop
 from vitrt.parallel.context import AllReduce, ParallelContext
 from vitrt.parallel.shared_parts import SharedParts
@@ -113,4 +113,4 @@ def open_job(tp: int, *, device: str, stop: Stop, all_reduce: AllReduce = "auto"
 def _share_of_cores(tp: int) -> int:
     """Decoding threads of one of the ranks on this host that decode."""
     decoding = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // tp, 1)
-    return default_workers(usable_cores() // decoding)
+    return default_workers(usable_cores(decoding))

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from vitrt.cores import default_workers
 from vitrt.engine.pipeline import Pipeline
 from vitrt.engine.stages import Prepared, Stages
-from vitrt.engine.workers import default_workers
 from vitrt.images.inputs import ImageError
 from vitrt.job.listing import Listing
 from vitrt.job.long_clips import ClipPart, LongClips

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from vitrt.cores import usable_cores
 from vitrt.kernels import gemm_quack
 from vitrt.kernels.disk_cache import keep_kernels
 from vitrt.kernels.gemm_table import Kind, Tile
@@ -60,7 +61,7 @@ def products_in_processes() -> Iterator[None]:
     from quack.cache import CompilePending, pool_scope
 
     # Each of them imports CUTLASS, for most of a gigabyte and longer than it compiles.
-    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    workers = min(usable_cores(), _MOST_WORKERS)
     os.environ.setdefault("QUACK_COMPILE_WORKERS", str(workers))
     compile_one = gemm_quack.compiled
     pending: list[tuple[Kind, Tile, torch.dtype, torch.device]] = []
