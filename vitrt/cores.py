@@ -49,9 +49,9 @@ def _limits() -> Iterator[int]:
             if quota != "max":
                 yield max(-(-int(quota) // int(period)), 1)
     with suppress(OSError, ValueError):
-        version_1 = _LIMITS / "cpu"
-        quota, period = (
-            int((version_1 / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        microseconds, whole = (
+            int((_LIMITS / "cpu" / f"cpu.cfs_{name}_us").read_text())
+            for name in ("quota", "period")
         )
-        if quota > 0:
-            yield max(-(-quota // period), 1)
+        if microseconds > 0:
+            yield max(-(-microseconds // whole), 1)
