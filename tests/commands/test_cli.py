@@ -428,10 +428,10 @@ def many(tmp_path: Path) -> Path:
 def running(
     tiny_qwen3_vl: Path, many: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run whose first shard was just written; a parameter is one more option of it."""
+    """A run whose first shard was just written; a parameter is further options of it."""
     command = [sys.executable, "-m", "vitrt", "encode", str(tiny_qwen3_vl), str(many)]
     command += ["--output", str(tmp_path / "out"), "--shard-mib", "0.2", "--workers", "1"]
-    command += [request.param] if hasattr(request, "param") else []
+    command += getattr(request, "param", ())
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -445,14 +445,21 @@ def running(
     process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "running", "advice"),
+    [
+        (signal.SIGINT, (), "interrupted, the same command carries on"),
+        (signal.SIGTERM, ("--overwrite",), "interrupted, run it without --overwrite to carry on"),
+    ],
+    indirect=["running"],
+)
 def test_an_interrupt_finishes_the_shard_in_hand(
-    number: int, running: subprocess.Popen[str], many: Path, tmp_path: Path
+    number: int, running: subprocess.Popen[str], advice: str, many: Path, tmp_path: Path
 ) -> None:
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
-    assert "finishing the shard in hand" in err and "the same command carries on" in out
+    assert "finishing the shard in hand" in err and advice in out
     store = FeatureStore(tmp_path / "out")
     encoded = re.match(r"(\d+) images", out)
     assert encoded is not None and len(store) == int(encoded[1]) < 1500
@@ -460,7 +467,7 @@ def test_an_interrupt_finishes_the_shard_in_hand(
     assert result.problems == []
 
 
-@pytest.mark.parametrize("running", ["--log-json"], indirect=True)
+@pytest.mark.parametrize("running", [("--log-json",)], indirect=True)
 def test_an_interrupt_is_logged_as_json(running: subprocess.Popen[str]) -> None:
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
@@ -472,14 +479,6 @@ def test_an_interrupt_is_logged_as_json(running: subprocess.Popen[str]) -> None:
     end = events[-1]
     assert end["event"] == "end" and end["exit_code"] == 130
     assert not end["all_listed"] and end["seconds_left"] is None
-
-
-@pytest.mark.parametrize("running", ["--overwrite"], indirect=True)
-def test_an_interrupt_with_overwrite_says_how_to_carry_on(running: subprocess.Popen[str]) -> None:
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert running.returncode == 130, err
-    assert "interrupted, run it without --overwrite to carry on" in out
 
 
 def test_an_interrupt_that_comes_twice_is_one(

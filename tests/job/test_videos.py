@@ -84,8 +84,18 @@ def test_ranks_share_one_long_clip(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     Image.new("RGB", (90, 60), "red").save(folder / "still.png")
     limits = ["--fps", "25"]
     for bound in ("--video-min-pixels", "--video-max-pixels"):
-        limits += [bound, str(96 * 560 * 560)]  # 90 MB: more than a worker decodes whole
-    code, said = run_ranks(2, *command(tiny_qwen3_vl, folder, tmp_path / "two"), *limits, "-v")
+        limits += [bound, str(96 * 192 * 192)]  # 11 MB
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from vitrt.cli import main\n"
+        "from vitrt.images import prepared, processor\n"
+        "processor.MAX_WHOLE_BYTES = 10 << 20\n"  # that a worker decodes whole
+        "prepared.MAX_HELD_BYTES = processor.MAX_HELD_BYTES = 4 << 20\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = command(tiny_qwen3_vl, folder, tmp_path / "two")[2:]
+    code, said = run_ranks(2, str(program), *arguments, *limits, "-v")
     assert code == 0, said
     assert "of long.mp4 for another rank" in said
     assert encode(tiny_qwen3_vl, folder, tmp_path / "one", *limits) == 0

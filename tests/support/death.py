@@ -1,6 +1,6 @@
 """Dies at each file operation of a run in turn, resumes, and compares: see test_durability.
 
-    python -m tests.support.death before|after|half FOLDER
+    python -m tests.support.death FOLDER
 
 Runs in a process of its own, because it forks.
 """
@@ -61,23 +61,23 @@ def run_to_death(folder: Path, output: Path, call: int, mode: str) -> bool:
     return code == 9
 
 
-def main(mode: str, where: Path) -> None:
+def main(where: Path) -> None:
     torch.set_num_threads(1)
     folder = photos(where / "in", 5)
     wanted = expected(folder)
-    call = 0
-    while run_to_death(folder, where / str(call), call, mode):
-        output = where / str(call)
-        if list(output.glob("manifest-*")):
-            store = FeatureStore(output)
-            for name in store:
-                assert_same(store[name], wanted[name])
-        run_to_death(folder, output, call // 2, mode)  # and once more on the way back
-        encode(folder, output)
-        assert_holds(output, wanted)
-        call += 1
-    print(f"death {mode} {call} calls survived")
+    for mode in ("before", "after", "half"):
+        call = 0
+        while run_to_death(folder, output := where / mode / str(call), call, mode):
+            if list(output.glob("manifest-*")):
+                store = FeatureStore(output)
+                for name in store:
+                    assert_same(store[name], wanted[name])
+            run_to_death(folder, output, call // 2, mode)  # and once more on the way back
+            encode(folder, output)
+            assert_holds(output, wanted)
+            call += 1
+        print(f"death {mode} {call} calls survived")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
