@@ -50,7 +50,7 @@ def run_video_processors(
 
 @cache
 def _process() -> subprocess.Popen[str]:
-    """One for all tests here, since its imports take longer than what they ask; it ends with them."""
+    """One for all tests here: its imports take longer than what they ask. It ends with them."""
     command = [sys.executable, __file__]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
