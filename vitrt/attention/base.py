@@ -19,7 +19,7 @@ from vitrt.kernels.segments import Rotary, Segments
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """How a backend wants to go about one batch, in its own terms: nobody else reads the arrays.
+    """How a backend wants to process one batch, in its own terms: nobody else reads the arrays.
 
     They travel to the device inside the packed plan and come back in `Segments.schedule`, so that a
     recorded graph serves every batch whose schedule has the same key.

@@ -86,7 +86,7 @@ def rows_in_whole_tiles(
 
 
 def tail_list(lengths: Sequence[int], whole: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The rows behind the `whole` [S]: int32 [R, 3], (query row, segment start, segment end)."""
+    """The rows after the `whole` [S]: int32 [R, 3], (query row, segment start, segment end)."""
     ends = np.cumsum(lengths)
     entries = [
         (first, end - length, end)

@@ -120,7 +120,7 @@ def _auto_full(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
         if rule.takes_all:
             break
     while len(table) > 1 and table[-2][1].name == table[-1][1].name:
-        del table[-2]  # what comes behind takes those batches, too
+        del table[-2]  # the rule after it takes those batches, too
     return AutoBackend(table) if len(table) > 1 else table[0][1]
 
 

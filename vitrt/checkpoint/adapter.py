@@ -43,7 +43,7 @@ _UNSUPPORTED = (
     *("target_parameters", "arrow_config", "kasa_config", "monteclora_config"),
 )
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base alone
-# The parts of a pair as an adapter names them behind a module, and what they are parts of.
+# The parts of a pair, as an adapter names them after the module, and the tensor that they change.
 _PARTS = {
     "lora_A.weight": "weight",
     "lora_B.weight": "weight",

@@ -17,7 +17,7 @@ _LINE = re.compile(rb"(\d+) ([0-9a-f]{32})\n")
 
 
 class PartialFile:
-    """Opens `path` for writing, behind what it verifiably holds already."""
+    """Opens `path` to write on after what it verifiably holds already."""
 
     def __init__(self, path: Path) -> None:
         journal = path.with_name(f"{path.name}.journal")

@@ -62,7 +62,7 @@ def taken_for(folder: Path) -> str:
 
 
 def prefixes(names: Iterable[str], own: Iterable[str]) -> dict[str, list[str]]:
-    """What stands before a tower's `own` names in `names`, and the own names found behind it."""
+    """Prefix -> those of a tower's `own` names that `names` have after it."""
     wanted = set(own)
     parts = {f".{name.split('.')[0]}." for name in wanted}
     found: dict[str, list[str]] = defaultdict(list)

@@ -194,7 +194,7 @@ class Pipeline(Generic[K, I, R]):
 
 class _Pace:
     """Decides when a batch goes: when it is full, or once the device has fewer than two batches
-    left, the one that it runs and one behind it.
+    left, the one that it runs and the one after it.
     """
 
     def __init__(self, device: torch.device, *, full_batches: bool) -> None:

@@ -57,8 +57,8 @@ class StaticInputs:
         return patches, buffer
 
     def take_turns(self, stream: torch.cuda.Stream) -> None:
-        """Let `stream` wait for the one of the caller before: the runner's lock is let go when a
-        replay is launched, not when it has read the static inputs.
+        """Let `stream` wait for the last caller's: the runner's lock is released when a replay is
+        launched, not when it has read the static inputs.
         """
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)

@@ -219,7 +219,7 @@ def first_bytes(content: str | io.BytesIO) -> bytes:
 
 
 def _data(text: str) -> bytes:
-    """The content of a `data:` URL behind its scheme: [type][;parameter]*[;base64],content."""
+    """The content of a `data:` URL, after the scheme: [type][;parameter]*[;base64],content."""
     head, comma, body = text.partition(",")
     if not comma:
         raise ValueError("a data: URL has a comma before its content")
@@ -233,7 +233,7 @@ def _data(text: str) -> bytes:
 
 
 def _local_path(text: str) -> str:
-    """The path of a `file:` URL behind its scheme: /path, //localhost/path or ///path."""
+    """The path of a `file:` URL, after the scheme: /path, //localhost/path or ///path."""
     host, path = "", text
     if text.startswith("//"):
         host, slash, rest = text[2:].partition("/")

@@ -73,7 +73,7 @@ class _WithVitrtTower:
 
 
 class VllmTower(EngineTower):
-    """The tower behind the interface of vLLM's."""
+    """The tower under the interface of vLLM's own."""
 
     def __init__(self, config: VisionConfig, input_norm: nn.Module | None, **options: Any) -> None:
         super().__init__(config, **options)

@@ -18,7 +18,7 @@ class Listing:
         window: Window[Record, Record],
         then: Callable[[int], Iterable[Record]] = lambda listed: (),
     ) -> None:
-        """`then` gives what comes behind so many records, and may wait for it."""
+        """`then`, given how many records there were, gives what comes after them; it may wait."""
         self.listed = 0  # images found so far
         self.all_listed = False  # it came to its end: not where it was stopped, or failed
         self._records = records

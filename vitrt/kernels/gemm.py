@@ -106,7 +106,7 @@ def fuses_residual(x: Tensor, weight: Tensor, *, fixed: bool = False) -> bool:
 
 
 def residual_shares(x: Tensor, weight: Tensor, *, fixed: bool = False) -> Tensor | None:
-    """float32 [S, M, N], which the norm behind a residual adds up; None where that does not pay.
+    """float32 [S, M, N], which the norm after a residual adds up; None where that does not pay.
 
     x [M, K], rows contiguous. Its sum over S is x W^T. Never for `fixed` ones: the number of shares
     goes by M.

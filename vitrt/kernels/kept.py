@@ -94,7 +94,7 @@ def load(family: str, key: str) -> tuple[Function, Description] | None:
 
 
 def _description(content: bytes) -> Description:
-    """What a file says behind its library; ValueError for one that is not whole."""
+    """The description in a file, after the library; ValueError for a file that is not whole."""
     body, digest = content[:-_DIGEST], content[-_DIGEST:]
     if len(body) < _LENGTH or hashlib.sha256(body).digest() != digest:
         raise ValueError(f"{len(content)} bytes that do not match their checksum")

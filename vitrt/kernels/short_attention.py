@@ -1,6 +1,6 @@
 """Attention over short segments, RoPE included, for forwards that wait for launches.
 
-A small image's attention takes a few microseconds, and every kernel in front of it as many again:
+A small image's attention takes a few microseconds, and every kernel before it as many again:
 RoPE, and FlashAttention-3's planning of what there is to do. This one rotates q and k on the way.
 Each program turns all keys of its segment anew, so it is for segments of few tiles; window
 attention has a kernel that keeps a whole window at hand (window_attention.py).

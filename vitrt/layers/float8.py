@@ -6,8 +6,8 @@ Its elements are therefore at most sqrt(D), and its product with a weight's row 
 times the length of that row (Cauchy and Schwarz). Such a bound is some 8 times the largest value
 that comes; e4m3 keeps its full precision over 14 binades, so 3 of them are no loss.
 
-From `FEWEST_ROWS` rows on, a norm that feeds such a layer gives e4m3, as the epilogue in front of
-fc2 does; what attention and SwiGLU leave in bfloat16 is cast. Below, everything stays as it was.
+From `FEWEST_ROWS` rows on, a norm that feeds such a layer gives e4m3, as the epilogue before fc2
+does; what attention and SwiGLU leave in bfloat16 is cast. With fewer rows nothing changes.
 """
 
 from __future__ import annotations

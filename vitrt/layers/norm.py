@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, alone or behind the residual add they follow.
+"""RMSNorm and LayerNorm, alone or fused with the residual add before them.
 
 Shapes: T patches, D width.
 """
@@ -19,7 +19,7 @@ EPS = 1e-6  # every norm of all families
 
 
 class Norm(nn.Module):
-    """A norm over the last dimension, statistics in float32, alone or behind a residual add."""
+    """A norm over the last dimension, statistics in float32, alone or after a residual add."""
 
     has_bias: ClassVar[bool]
     float8: Float8Norm | None = None  # gives e4m3 for many rows

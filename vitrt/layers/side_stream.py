@@ -20,7 +20,7 @@ class SideStream:
         self._read: list[Tensor] = []
 
     def run(self, work: Callable[[Tensor], object], x: Tensor) -> None:
-        """Start `work(x)` behind what the current stream was given so far.
+        """Start `work(x)` after what the current stream was given so far.
 
         `x` is kept, and must not be overwritten, until the `with` block ends. What `work` writes is
         memory of its own or lives longer than the block.

@@ -19,7 +19,7 @@ from vitrt.layers.weights import WeightTarget
 
 
 class VisionBlock(nn.Module):
-    """norm1, attention, residual; norm2, MLP, residual. A norm rides behind the add it follows."""
+    """norm1, attention, residual; norm2, MLP, residual. An add and the norm after it are one."""
 
     def __init__(self, norm1: Norm, attn: VisionAttention, norm2: Norm, mlp: MLP) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class VisionBlock(nn.Module):
         The hidden states are float32 whatever the products run in: rounding them after each of two
         adds a layer is most of the error of a tower in bfloat16.
         """
-        # Nobody reads a norm again behind the product it goes into: its memory takes attention's
+        # A norm is not read again after the product that it goes into: its memory takes attention's
         # result and the norms that follow. (Functions for CPUs would only copy theirs into it.)
         spare = normed if normed.is_cuda else None
         attended = self.attn(normed, rotary, segments, backend, spare)

@@ -153,7 +153,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
             if self.in_windows(index):
                 assert plan.window is not None
                 segments, backend = plan.window, attention.window
-            block, next_norm = self.block(index), self.norm_behind(index)
+            block, next_norm = self.block(index), self.norm_after(index)
             normed = block(residual, normed, rotary, segments, backend, next_norm)
             if deepstack is not None:
                 self.write_deepstack_(index, residual, deepstack, side_stream)
@@ -171,7 +171,7 @@ class VisionTower(RotaryPosMixin, nn.Module):
     def block(self, index: int) -> VisionBlock:
         return cast(VisionBlock, self.blocks[index])
 
-    def norm_behind(self, index: int) -> Norm:
+    def norm_after(self, index: int) -> Norm:
         """The norm that follows layer `index`: the next block's, or the merger's."""
         last = index + 1 == self.config.depth
         return self.merger_norm if last else self.block(index + 1).norm1

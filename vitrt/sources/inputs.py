@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Inputs:
-    """The images behind the INPUT arguments, listed afresh by every iteration."""
+    """The images that the INPUT arguments stand for, listed afresh by every iteration."""
 
     def __init__(
         self, arguments: Sequence[str | os.PathLike[str]], options: SourceOptions | None = None

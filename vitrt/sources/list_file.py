@@ -143,7 +143,7 @@ def _record(line: tuple[str, str]) -> Record:
 def _without_dots(path: str) -> str:
     """An absolute path without "." and "..", that names the same file.
 
-    The ".." behind a link leaves the folder that it leads to: os.path.normpath takes the link out.
+    A ".." after a link leaves the folder that it leads to, where os.path.normpath drops the link.
     """
     if os.pardir not in path:
         return os.path.normpath(path)

@@ -16,7 +16,7 @@ from vitrt.messages import one_line
 from vitrt.sources.location import is_url, open_location
 
 _BATCH_ROWS = 64
-_KEPT_BATCHES = 16  # behind the newest, for threads that are late
+_KEPT_BATCHES = 16  # before the newest, for threads that are late
 _KEPT_SINGLE = 64  # where a batch is one row
 _OPEN_RUNS = 4
 _PAGE_BYTES = 1 << 20  # read at once: a row group may be the whole file

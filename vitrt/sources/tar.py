@@ -1,6 +1,6 @@
 """The images in a tar, as WebDataset has them: `shard.tar/key`.
 
-A key is a member's name up to the first dot behind its last slash. Where a sample, which is a run
+A key is a member's name up to the first dot after its last slash. Where a sample, which is a run
 of members with one key, has several images, each has its extension, too: `shard.tar/key.left.png`.
 """
 
@@ -106,7 +106,7 @@ def _members(
 
 
 def _next(archive: tarfile.TarFile, file: BinaryIO) -> _Member | None:
-    """The next member that is no folder, and `archive.offset` behind it; None at the end."""
+    """The next member that is no folder, moving `archive.offset` past it; None at the end."""
     while True:
         offset = archive.offset
         if (member := _plain(file, offset)) is not None:

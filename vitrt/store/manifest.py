@@ -133,16 +133,16 @@ class Damage:
     """The lines of a manifest that are no entries.
 
     A power cut can leave a last line without its end, or zeros where lines should be: torn ones,
-    behind every line that was flushed. Lines amid the entries have another cause.
+    after every line that was flushed. Lines amid the entries have another cause.
     """
 
     whole: int = 0  # bytes up to the end of the last entry
-    torn: int = 0  # lines behind it
+    torn: int = 0  # lines after it
     amid: int = 0  # lines before it
 
 
 def iter_manifest(path: Path, damage: Damage | None = None) -> Iterator[Entry]:
-    """Every entry; `damage` is told of the lines that are none."""
+    """Every entry; lines that are none are counted in `damage`."""
     damage = damage or Damage()
     place = 0
     with path.open("rb") as file:

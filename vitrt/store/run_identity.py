@@ -38,7 +38,7 @@ class RunIdentity:
         return {"format": FORMAT, **values, "vitrt_version": __version__}
 
     def differences(self, metadata: Mapping[str, str]) -> list[str]:
-        """One text for each thing in which the run behind `metadata` was another."""
+        """One text for each thing in which the run that wrote `metadata` was another."""
         mine = self.metadata()
         # A shard that does not name a setting is older than it.
         theirs = {f.name: str(f.default) for f in fields(self) if f.default is not MISSING}
