@@ -113,7 +113,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A view of a larger tensor as its own copy; another one as it is."""
+    """The tensor, copied where it is a view of a larger one."""
     return _copied(tensor) if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 

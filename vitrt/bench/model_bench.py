@@ -172,7 +172,7 @@ class ModelBench:
 
     @contextlib.contextmanager
     def _surviving(self, row: Row, name: str) -> Iterator[None]:
-        """What breaks is a finding of its own and must not cost the others their figures."""
+        """Record in `row` what fails inside the block, so that the others keep their figures."""
         try:
             yield
         except UnavailableError as error:

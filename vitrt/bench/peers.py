@@ -47,7 +47,7 @@ def build_peer(name: str, subject: Subject) -> Contender:
 
 
 def _fp8(subject: Subject) -> Vitrt:
-    """vitrt itself in its other precision, beside vitrt as it was asked for."""
+    """vitrt in fp8, as a peer of vitrt in the precision asked for."""
     if subject.runtime.precision == "fp8":
         raise UnavailableError("vitrt runs in fp8 already")
     runtime = replace(subject.runtime, precision="fp8")

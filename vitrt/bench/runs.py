@@ -45,7 +45,7 @@ def run_bench(config: BenchConfig, progress: Callable[[str], None]) -> BenchResu
 
 
 def _settled(config: BenchConfig, device: torch.device) -> BenchConfig:
-    """What was left open depends on the device."""
+    """The choices that were left open, made for the device."""
     cuda = device.type == "cuda"
     peers = PEER_NAMES if cuda else ("sdpa",)
     return replace(

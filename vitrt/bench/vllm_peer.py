@@ -90,7 +90,7 @@ def _run(model: Any, rows: list[list[int]], pixels: Tensor) -> Tensor:
 
 
 class Recorded:
-    """Recorded at the first call, so that one that cannot be is a failure of that setting."""
+    """A CUDA graph, recorded at its first call, so that a failure is that of this setting."""
 
     def __init__(self, model: Any, rows: list[list[int]], pixels: Tensor) -> None:
         self.arguments = model, rows, pixels
@@ -185,7 +185,7 @@ def _build(
 
 
 def _set_up_operators(runtime: Any) -> None:
-    """What a worker of vLLM does before it builds a model: which operators are whose."""
+    """Choose operators' implementations, as a worker of vLLM does before it builds a model."""
     try:
         from vllm import ir
     except ImportError:
@@ -195,7 +195,7 @@ def _set_up_operators(runtime: Any) -> None:
 
 
 def _set_up_ranks() -> None:
-    """One rank, alone: its layers ask for their group."""
+    """Make a group of one rank, which vLLM's layers ask for."""
     global _is_set_up
     if _is_set_up:
         return

@@ -122,7 +122,7 @@ class AdaptedTensor:
 
 
 def _fit(shape: tuple[int, ...], parts: Mapping[str, TensorInfo]) -> bool:
-    """Whether a change is of a tensor of this shape."""
+    """Whether a change fits a tensor of this shape."""
     sizes = {name: info.shape for name, info in parts.items()}
     if "lora_B.bias" in sizes:
         return sizes["lora_B.bias"] == shape
@@ -185,7 +185,7 @@ def read_adapter(name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]])
 
 
 def _target(key: str) -> tuple[str, str]:
-    """The name of the tensor that one of an adapter is for, and which part of its change it is."""
+    """The tensor that a tensor of an adapter changes, and which part of the change it is."""
     key = key.removeprefix("base_model.model.")
     if found := _PART.fullmatch(key):
         return f"{found[1]}.{_PARTS[found[2]]}", found[2]

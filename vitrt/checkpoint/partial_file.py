@@ -52,7 +52,7 @@ class PartialFile:
         self._journal.flush()
 
     def finish(self, target: Path) -> None:
-        """Give the file its name, its bytes on the disk before."""
+        """Flush the file to the disk, then give it its name."""
         os.fsync(self._file.fileno())
         self._path.rename(target)
         self._journal_path.unlink()

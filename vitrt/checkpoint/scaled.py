@@ -41,7 +41,7 @@ DEFAULT_BLOCK = (128, 128)
 def check_storage(
     tensors: Mapping[str, TensorInfo], quantization: Mapping[str, Any], where: str
 ) -> None:
-    """Refuse a tower stored in any other way, by the name of the scheme and its first tensor."""
+    """CheckpointError for a tower stored in another way, naming the scheme and a tensor of it."""
     wrong = [
         f"{info.full_name} ({info.dtype})"
         for name, info in sorted(tensors.items())

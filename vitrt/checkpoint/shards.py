@@ -56,7 +56,7 @@ def tensors_of(header: Header, file: Path) -> dict[str, TensorInfo]:
 
 
 class LazyTensor(Protocol):
-    """A tensor that indexing makes just a part of."""
+    """A tensor of which indexing reads, or computes, only a part."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -68,7 +68,7 @@ class LazyTensor(Protocol):
 
     @property
     def info(self) -> TensorInfo:
-        """What it is made of, or most of it."""
+        """The stored tensor that it is, or is mostly made of."""
         ...
 
     def __getitem__(self, index: Any) -> Tensor: ...

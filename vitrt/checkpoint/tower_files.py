@@ -40,7 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def taken_for(folder: Path) -> str:
-    """What a folder without a config may be, and what would do instead; for a message."""
+    """What a folder without a config seems to be, and what to give instead; for a message."""
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         return (

@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outside_compiler(function: F) -> F:
-    """`function`, which a compiled caller breaks its graph at and calls as it is.
+    """Mark `function` so that a compiled caller breaks its graph there, and calls it as it is.
 
     Inside are tuned kernels, caches and locks, and shapes new at every grid. This is what
     `torch.compiler.disable` does; that however puts a call around every call, and imports the

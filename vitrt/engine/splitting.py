@@ -31,7 +31,7 @@ class DeviceMemoryError(ValueError):
 
 
 class StoppedError(RuntimeError):
-    """The work was to end, amid a clip."""
+    """The work was stopped between two runs of a clip's frames."""
 
 
 class HostMemoryError(ValueError):
@@ -90,7 +90,7 @@ class Splitter(Generic[I, R]):
                 parts[:0] = [part[:half], part[half:]]
 
     def _parts(self, images: Sequence[Prepared]) -> list[list[Prepared]]:
-        """What goes together: what is lazy alone, the others as the budget permits."""
+        """Batches under the budget; what is lazy goes alone."""
         parts: list[list[Prepared]] = []
         for lazy, together in groupby(images, key=lambda image: image.is_lazy):
             group = list(together)

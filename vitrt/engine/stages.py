@@ -42,7 +42,7 @@ class Prepared(Protocol):
         ...
 
     def runs(self) -> Generator[Prepared]:
-        """All of it, of what is lazy in runs of frames that are decoded, the next one ahead.
+        """All of it; what is lazy in decoded runs of frames, of which the next is decoded ahead.
 
         Raises a ValueError where one cannot be. To be closed where it is not read to its end.
         """

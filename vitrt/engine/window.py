@@ -97,7 +97,7 @@ class Window(Generic[K, I]):
         return bool(self._items) and self._items[0][1].done()
 
     def wait(self, timeout: float = _IDLE) -> None:
-        """Until the next item is ready, for at most so long, or a fifth of a second."""
+        """Wait until the next item is ready, for at most `timeout` and a fifth of a second."""
         timeout = min(timeout, _IDLE)
         if self._items:
             wait([self._items[0][1]], timeout)

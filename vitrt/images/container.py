@@ -137,7 +137,7 @@ def open_container(content: str | io.BytesIO) -> Any:
 
 @contextmanager
 def explaining(name: str, what: str = "cannot be read as a video") -> Iterator[None]:
-    """What FFmpeg, or this file, finds wrong as the one error of an input."""
+    """Turn whatever FFmpeg, or this file, raises inside the block into an ImageError."""
     try:
         yield
     except ImageError:

@@ -124,7 +124,7 @@ def decode(image: str | os.PathLike[str] | bytes | Image.Image, name: str) -> Im
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever Pillow raises inside as an ImageError."""
+    """Turn whatever Pillow raises inside the block into an ImageError."""
     try:
         yield
     except ImageError:

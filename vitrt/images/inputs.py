@@ -105,7 +105,7 @@ def is_file(image: object) -> bool:
 
 
 def plain_input(image: object, name: str) -> PlainInput:
-    """A path, URL, file content, PIL image or array, of whatever an image was given as.
+    """Whatever an image was given as, brought to a path, URL, content, PIL image or array.
 
     Raises:
         ImageError: it is nothing of that, or cannot be had.

@@ -36,7 +36,7 @@ _REFERENCES = 8  # frames that a decoder keeps beside one for each of its thread
 
 
 def open_video(image: PlainInput, name: str, arrival: int | None = None) -> VideoFile | None:
-    """None where it is no video. Raises ImageError where it is one that cannot be read."""
+    """The video in a file; None where it is none. ImageError where it cannot be read."""
     if isinstance(image, Image.Image | np.ndarray):
         return None
     content = content_of(image)

@@ -133,7 +133,7 @@ class _FolderEncoder(EncoderActor):
 
 
 def _claim_rank(folder: Path) -> int:
-    """One that nobody ever wrote as: a dead actor's manifest may end within a line."""
+    """A rank that no actor has had: the manifest of a dead one may end within a line."""
     for rank in count(1):
         with suppress(FileExistsError):
             (folder / manifest_name(rank)).open("xb").close()

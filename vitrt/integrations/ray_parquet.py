@@ -93,7 +93,7 @@ class _Files:
         return sorted(info.path for info in found if info.path.endswith(".parquet"))
 
     def remove(self) -> None:
-        """ValueError, before anything is removed, where a file is of something else."""
+        """Remove all of them; ValueError, before any is removed, where one is of another origin."""
         paths = self._list()
         for path in paths:
             with suppress(pa.ArrowInvalid), pq.ParquetFile(path, filesystem=self.system) as file:
@@ -142,7 +142,7 @@ class _Files:
 
 
 def _metadata(path: str, schema: pa.Schema) -> dict[str, str]:
-    """What says which run a file is of."""
+    """The metadata of a file, which name its run. ValueError for one of another origin."""
     metadata = {
         key.decode(errors="replace"): value.decode(errors="replace")
         for key, value in (schema.metadata or {}).items()

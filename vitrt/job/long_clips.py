@@ -112,7 +112,7 @@ class LongClips:
             return None
 
     def finished(self, record: Record) -> None:
-        """A record has its features, or its error."""
+        """Note that a record has its features, or its error."""
         self._finished += 1
         self._end(id(record))
 

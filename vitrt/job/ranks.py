@@ -58,7 +58,7 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """This process's part."""
+    """What this process is in a job."""
 
     parallel: ParallelContext
     shared: SharedWork | None  # None: alone, or a rank that only follows its leader

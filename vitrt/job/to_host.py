@@ -31,7 +31,7 @@ class Transfer:
     on_device: list[ImageFeatures] | None = None  # kept until it was copied
 
     def wait(self) -> None:
-        """Until the features are there."""
+        """Wait until the features are there."""
         if self.events is not None:
             started, ended, copied = self.events
             copied.synchronize()
@@ -61,7 +61,7 @@ class OnHost:
         return [transfer for _, transfer in self.parts]
 
     def wait(self) -> ImageFeatures:
-        """The features, once they are there."""
+        """Wait for the features, and return them."""
         for transfer in self.transfers:
             transfer.wait()
         return self.join([features for features, _ in self.parts])

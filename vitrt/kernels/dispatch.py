@@ -41,7 +41,7 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def dot_precision(operand: Tensor) -> str:
-    """`input_precision` of tl.dot: no TF32 for float32; it says nothing of 16 bits."""
+    """`input_precision` of tl.dot: no TF32 for float32; of no effect for 16 bits."""
     return "ieee" if operand.dtype == torch.float32 else "tf32"
 
 

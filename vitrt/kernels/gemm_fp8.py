@@ -121,7 +121,7 @@ def compile_product(
 
 
 def _measured(kind: Kind, weight: Tensor) -> tuple[Table | None, Product]:
-    """The table of the weight's device, and what it has the product under."""
+    """The table of the weight's device, and the product as tables name it."""
     device, (n, k) = weight.device, weight.shape
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     return table_for(name, capability), Product(kind, n, k, "e4m3")

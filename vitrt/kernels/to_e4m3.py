@@ -36,5 +36,5 @@ def to_e4m3_ref(x: Tensor, scale: float) -> Tensor:
 
 
 def to_e4m3(x: Tensor, scale: float) -> Tensor:
-    """x [M, K] times `scale` in e4m3, of its own memory. What leaves the range saturates."""
+    """x [M, K] times `scale` in e4m3, in new memory. What leaves the range saturates."""
     return _cast_triton(x, scale) if use_triton(x) else to_e4m3_ref(x, scale)

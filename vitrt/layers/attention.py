@@ -21,7 +21,7 @@ from vitrt.parallel.context import ParallelContext
 
 
 class VisionAttention(nn.Module):
-    """Attention within the given segments; what the segments mean is the plan's affair."""
+    """Attention within the given segments; the plan knows what they mean."""
 
     def __init__(self, config: VisionConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class VisionAttention(nn.Module):
 
 
 class SeparateQKVAttention(VisionAttention):
-    """The same attention of checkpoints that hold q, k and v apart."""
+    """The attention of towers whose checkpoints hold q, k and v apart."""
 
     def weight_targets(self, prefix: str) -> Iterator[WeightTarget]:
         yield from self.qkv.separate_targets(prefix)

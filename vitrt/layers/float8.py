@@ -53,7 +53,7 @@ class Float8Norm:
         return cls(weight.float() * scale, shift * scale, scale)
 
     def empty_like(self, x: Tensor) -> Tensor:
-        """Where the norm of x [T, D] goes."""
+        """Memory for the norm of x [T, D]."""
         return torch.empty_like(x, dtype=E4M3)
 
 
@@ -71,7 +71,7 @@ class Float8Weight:
     def of(
         cls, weight: Tensor, bias: Tensor | None, scale: float, out_scale: float | None = None
     ) -> Float8Weight:
-        """`scale` is that of the operand x, `out_scale` that of the result."""
+        """From weight [N, K] and bias [N]; `scale` is that of x, `out_scale` that of the result."""
         quantised, row_scale = quantise_weight(weight)
         shift = torch.zeros_like(row_scale) if bias is None else bias.float()
         out = None if out_scale is None else torch.full_like(row_scale, out_scale)

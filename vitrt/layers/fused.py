@@ -38,7 +38,7 @@ class FusedQKVLinear(Linear):
             yield partly(prefix + name, target, shape, self._heads_into(target))
 
     def separate_targets(self, prefix: str) -> Iterator[WeightTarget]:
-        """The same from checkpoints that hold q, k and v apart."""
+        """The targets of checkpoints that hold q, k and v apart."""
         for index, projection in enumerate("qkv"):
             for name, target in self.tensors():
                 block = target.view(3, -1, *target.shape[1:])[index]

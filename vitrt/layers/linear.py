@@ -100,7 +100,7 @@ class Linear(nn.Module):
             compile_fp8(self.float8.weight, activation=self.activation)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The layer's own, by the names that checkpoints have for them."""
+        """Weight and bias, by their names in a checkpoint."""
         yield "weight", self.weight
         if self.bias is not None:
             yield "bias", self.bias
@@ -134,7 +134,7 @@ class ColumnParallelLinear(Linear):
 
 
 def rows_into(target: Tensor, rows: slice) -> Callable[[TensorSlice], None]:
-    """What fills `target` with these rows of a tensor, and what is left of it with zeros."""
+    """A function that fills `target` with these rows of a tensor, and its rest with zeros."""
 
     def store(source: TensorSlice) -> None:
         count = rows.stop - rows.start
@@ -181,7 +181,7 @@ class RowParallelLinear(Linear):
         return self.parallel.all_reduce(product)
 
     def start(self, x: Tensor, out: Tensor) -> dist.Work:
-        """Start to sum, without the bias, into `out` [T, N], beside what is launched next."""
+        """Start the sum over ranks, without the bias, into `out` [T, N]; wait before reading it."""
         linear(x, self.weight, None, out=out)
         return self.parallel.start_all_reduce(out)
 

@@ -54,7 +54,7 @@ class VisionBlock(nn.Module):
         return self.mlp.add_norm_(residual, normed, next_norm, spare)
 
     def _in_halves(self, residual: Tensor, attended: Tensor, next_norm: Norm) -> Tensor:
-        """The block from its output product on, in two halves of the rows, which do not meet there.
+        """The block from attention's output product on, in two halves of the rows.
 
         One half is computed while the other is summed over the ranks.
         """

@@ -69,7 +69,7 @@ class Shards:
                 yield Record(id_from(prefix), location, problem=problem)
 
     def path_of(self, image_id: str) -> str | None:
-        """The shard that ids like this one are of."""
+        """The shard whose images have ids like this one."""
         prefix = image_id
         while "/" in prefix:
             prefix = prefix.rpartition("/")[0]

@@ -151,13 +151,13 @@ def _plain(file: BinaryIO, offset: int) -> _Member | None:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits; None for other ways of writing it."""
+    """A number in octal digits; None where it is written in another way."""
     digits = field.strip(b" \0")
     return int(digits, 8) if digits.isdigit() else None
 
 
 def _check_end(location: str, file: BinaryIO, offset: int) -> None:
-    """What is no header ends an archive for tarfile, as the blocks of zeros at its end do."""
+    """ReadError where no blocks of zeros end the archive: tarfile stops at any damaged header."""
     file.seek(offset)
     rest = file.read(_BLOCK)
     if rest.strip(b"\0"):

@@ -57,7 +57,7 @@ class SourceImage(Protocol):
 
     @property
     def path(self) -> str:
-        """For messages."""
+        """What messages call it."""
         ...
 
     @property

@@ -106,7 +106,7 @@ class FeatureWriter:
             append(self._errors, b"", flush=True)
 
     def wait(self) -> None:
-        """Until nothing is being written, whatever came of it."""
+        """Wait until nothing is being written, successfully or not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
