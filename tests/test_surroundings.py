@@ -179,6 +179,9 @@ def test_odd_grids_and_values_are_named(folder: Path):
             encoder(values, grid)
     with pytest.raises(ValueError, match=r"ndarray.*must be a tensor"):
         encoder(values.numpy(), [(1, 4, 4)])
+    huge = torch.tensor([[1, 2**20, 2**20]])  # a plan of so many patches would fill the memory
+    with pytest.raises(ValueError, match=rf"shape \(16, .*grid_thw holds {2**40} patches"):
+        encoder(values, huge)
 
 
 def test_a_clip_over_the_budget_goes_in_several_forwards(folder: Path):

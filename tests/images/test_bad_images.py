@@ -264,6 +264,12 @@ def test_bad_array(array: np.ndarray) -> None:
         PROCESSOR.prepare(array, name="frame 7")
 
 
+def test_a_matrix_is_an_array() -> None:
+    grey = np.arange(1600, dtype=np.uint8).reshape(40, 40)
+    found = PROCESSOR.prepare(np.matrix(grey)).pixels
+    np.testing.assert_array_equal(found, PROCESSOR.prepare(grey).pixels)
+
+
 def test_hints_say_what_would_be_right() -> None:
     assert_refused(np.zeros((40, 40, 3), np.float32), "array", "scale it to 0..255 and cast it")
     assert_refused(np.zeros((40, 40, 4), np.uint8), "array", "array[..., :3]")
@@ -297,6 +303,15 @@ def test_tensors_whose_layout_is_not_known() -> None:
         with pytest.raises(ValueError, match=said):
             Pixels(values, layout)
     assert_refused(Pixels(torch.zeros(3, 40, 40), "chw"), "Pixels", "float32 in the shape [40, 40")
+
+
+def test_tensors_that_are_not_in_memory() -> None:
+    uint8 = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    for tensor, reason in ((uint8.to("meta"), "no data"), (uint8.to_sparse(), "Sparse")):
+        for image in (tensor, Pixels(tensor, "chw")):
+            assert_refused(image, "uint8 in the shape [3, 40, 40]; expected uint8 in mem", reason)
+    floats = torch.zeros(3, 40, 40, dtype=torch.bfloat16)  # of which NumPy knows nothing
+    assert_refused(Pixels(floats, "chw"), "bfloat16 in the shape [3, 40, 40]", "expected uint8")
 
 
 def test_rows_and_files_that_hold_no_image(tmp_path: Path) -> None:

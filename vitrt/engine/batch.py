@@ -69,6 +69,17 @@ class PixelValues:
         self.grids: Sequence[Sequence[int]] = (
             grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
         )
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Before a plan is made: it takes memory for each patch that the grids claim."""
+        try:
+            patches = sum(int(t) * int(h) * int(w) for t, h, w in self.grids)
+        except (TypeError, ValueError):
+            return  # no grids, as whoever makes the plan will say
+        shape = tuple(self.pixel_values.shape)
+        if shape and patches > shape[0]:
+            raise ValueError(f"pixel_values has shape {shape}; grid_thw holds {patches} patches")
 
     def send(self, plan: ForwardPlan, config: VisionConfig, uploader: PixelUploader) -> None:
         values, wanted = self.pixel_values, (plan.num_patches, config.patch_dim)

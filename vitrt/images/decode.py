@@ -50,7 +50,7 @@ _ARRAYS = "uint8 in the shape [H, W, 3], [H, W], [H, W, 1], or [F, H, W, 3] for 
 def name_of(image: object) -> str:
     """What error messages call an image that has no other name."""
     if isinstance(image, str | os.PathLike):
-        return shorten(os.fsdecode(image))
+        return shorten(os.fsdecode(image)) or "''"
     if isinstance(image, Image.Image):
         origin = shorten(os.fsdecode(getattr(image, "filename", "") or "PIL image"))
         return f"{origin} ({image.mode}, {image.width} x {image.height})"
@@ -94,6 +94,7 @@ def check_array(array: np.ndarray, name: str) -> np.ndarray:
         )
     if array.dtype != np.uint8:
         raise ImageError(f"{found}; expected {_ARRAYS}: scale it to 0..255 and cast it")
+    array = np.asarray(array)  # a matrix has two axes, whatever is asked of it
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim not in (3, 4) or array.shape[-1] not in ((1, 3) if array.ndim == 3 else (3,)):

@@ -115,9 +115,9 @@ def plain_input(image: object, name: str) -> PlainInput:
     if isinstance(image, BYTES):
         return bytes(image)
     if isinstance(image, Pixels):
-        return image.to_array()
+        return _read_pixels(image, name)
     if is_tensor(image):
-        return _tensor_pixels(image, name).to_array()
+        return _read_pixels(_tensor_pixels(image, name), name)
     if isinstance(image, Mapping):
         return _of_row(image, name)
     if is_file(image):
@@ -126,6 +126,17 @@ def plain_input(image: object, name: str) -> PlainInput:
         f"{name}: expected a path, the bytes of an image file, a PIL image, an array, a uint8 "
         'tensor, an open file, or {"bytes": ..., "path": ...} of datasets'
     )
+
+
+def _read_pixels(pixels: Pixels, name: str) -> np.ndarray:
+    try:
+        return pixels.to_array()
+    except (TypeError, RuntimeError) as error:  # a sparse tensor, or one of device "meta"
+        values = pixels.values
+        raise ImageError(
+            f"{name}: {values.dtype} in the shape {list(values.shape)}; expected uint8 in memory: "
+            f"{shorten(reason_of(error))}"
+        ) from error
 
 
 def _tensor_pixels(tensor: Any, name: str) -> Pixels:
