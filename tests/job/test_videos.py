@@ -65,9 +65,17 @@ def test_other_frames_are_another_run(
     output = tmp_path / "out"
     assert encode(tiny_qwen3_vl, inputs, output, "--fps", "5", "--max-frames", "8") == 0
     assert FeatureStore(output)["sub/clip.mp4"].grid_thw[0] == 4
-    for other in (["--fps", "2"], ["--num-frames", "8"], ["--video-max-pixels", "40000"]):
+    for other, said in (
+        (["--fps", "2"], "video is fps=5.0, max_frames=8 there and fps=2.0, max_frames=768 now. "),
+        (
+            ["--num-frames", "8", "--max-frames", "8"],
+            "video is fps=5.0, num_frames=None there and ",
+        ),
+        (["--fps", "5", "--max-frames", "8", "--frames", "all"], "video is first of animations "),
+    ):
         assert encode(tiny_qwen3_vl, inputs, output, *other) == 1
-    assert "video is " in capsys.readouterr().err
+        assert said in capsys.readouterr().err
+    assert encode(tiny_qwen3_vl, inputs, output, "--video-max-pixels", "40000") == 1
     assert encode(tiny_qwen3_vl, inputs, tmp_path / "x", "--fps", "2", "--num-frames", "8") == 1
     assert "exclude each other" in capsys.readouterr().err
 

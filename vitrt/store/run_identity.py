@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 
@@ -44,7 +45,7 @@ class RunIdentity:
         theirs = {f.name: str(f.default) for f in fields(self) if f.default is not MISSING}
         theirs |= metadata
         found = [
-            f"{name} is {theirs[name]} there and {mine[name]} now"
+            "{} is {} there and {} now".format(name, *_apart(theirs[name], mine[name]))
             for name in self.shared()
             if name != "weights" and name in theirs and theirs[name] != mine[name]
             # A folder that says nothing of videos holds none.
@@ -59,6 +60,17 @@ class RunIdentity:
                 else f"model is {metadata.get('model')} there and {self.model} now",
             )
         return found
+
+
+def _apart(theirs: str, mine: str) -> tuple[str, str]:
+    """Of two lists of as many settings, those that differ: there are a dozen of videos."""
+    lists = [re.split(", (?=[a-z])", text) for text in (theirs, mine)]  # a name is before each
+    if len(lists[0]) != len(lists[1]):
+        return theirs, mine
+    there, now = zip(
+        *(pair for pair in zip(*lists, strict=True) if pair[0] != pair[1]), strict=True
+    )
+    return ", ".join(there), ", ".join(now)
 
 
 def layers_text(layers: Sequence[int]) -> str:
