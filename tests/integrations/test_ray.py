@@ -133,6 +133,23 @@ def test_every_image_once_though_an_actor_dies(
     assert again == DatasetSummary(images=0, tokens=0, skipped=0, resumed=2000)
 
 
+def test_rows_of_one_id_are_told_each_time(
+    tiny_qwen3_vl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(9)
+    rows[8]["id"] = rows[4]["id"] = rows[0]["id"]
+    rows[7]["image"] = b"no image"
+    for encoded, resumed in ((8, 0), (2, 6)):
+        caplog.clear()
+        summary = encode_dataset(ray.data.from_items(rows), tiny_qwen3_vl, tmp_path, batch_size=4)
+        assert (summary.images, summary.resumed) == (encoded, resumed)
+        assert (summary.skipped, summary.doubled) == (1, 2)
+        assert "1 id of several rows: 0000.png: 3 rows have this id" in caplog.text
+        lines = [line for file in tmp_path.glob("errors-*") for line in file.open()]
+        assert sorted(json.loads(line)["id"] for line in lines) == ["0000.png", "0007.png"]
+        assert len(FeatureStore(tmp_path)) == 6 and check_folder(tmp_path).problems == []
+
+
 def test_rows_of_features_as_parquet(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
     rows = rows_of(40)
     rows[7]["image"], rows[8]["image"] = b"broken", None

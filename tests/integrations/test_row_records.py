@@ -59,6 +59,12 @@ def test_the_state_of_a_path_is_the_files(tmp_path: Path) -> None:
         ("a", {"bytes": None, "path": 5}, "a: expected a path"),
         ("a", {"bytes": 7, "path": None}, "bytes is a int"),
         ("a", "/no/such/file", "/no/such/file|No such file"),
+        ("a", "x\0.png", "a: cannot be read as an image: embedded null byte"),
+        (
+            "a",
+            {"bytes": None, "path": "\ud800.png"},
+            "a: cannot be read as an image: 'utf",
+        ),
     ],
 )
 def test_what_is_no_image_has_an_error(image_id: Any, image: Any, words: str) -> None:

@@ -11,14 +11,18 @@ Imported by those who use Ray, and by nothing else in the package.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
+from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 
@@ -29,11 +33,15 @@ from vitrt.job.encode import open_output
 from vitrt.job.progress import Progress
 from vitrt.job.run import encode_records
 from vitrt.job.stop import Stop
+from vitrt.messages import counted
+from vitrt.sources.folder import shown
+from vitrt.sources.record import Record
 from vitrt.store.compaction import compact
 from vitrt.store.content import from_bytes
+from vitrt.store.durable import append
 from vitrt.store.encoded_index import EncodedIndex
 from vitrt.store.lock import FolderLock
-from vitrt.store.manifest import manifest_name
+from vitrt.store.manifest import error_line, errors_name, live_entries, manifest_name
 from vitrt.store.recovery import recover
 from vitrt.store.run_identity import RunIdentity
 from vitrt.store.writer import FeatureWriter
@@ -51,7 +59,9 @@ __all__ = [
     "two_at_a_time",
 ]
 
-_COUNTS = tuple(field.name for field in fields(DatasetSummary))
+_COUNTS = tuple(field.name for field in fields(DatasetSummary) if field.name != "doubled")
+
+logger = logging.getLogger(__name__)
 
 
 def encode_dataset(
@@ -64,7 +74,8 @@ def encode_dataset(
 
     A batch of rows is done when its features are on the disk, in shards of its own. One whose actor
     died is run again; in the end every image is there once. An image is taken as encoded by its id
-    and size, and, where it is a path, its mtime.
+    and size, and, where it is a path, its mtime. Of rows with one id one stays, which is logged,
+    counted and named in errors-00000.jsonl.
 
     Args:
         output: a folder that all nodes share, of a file system with locks.
@@ -78,13 +89,40 @@ def encode_dataset(
     folder = Path(output).resolve()
     dropped: list[tuple[str, str]] = []
     totals = dict.fromkeys(_COUNTS, 0)
+    hashes: list[np.ndarray] = []
     with open_output(folder, run.identity, overwrite=run.options.overwrite):
         for call in run.rows_of(_FolderEncoder, folder=folder).iter_rows():
             dropped += [tuple(pair) for pair in call["dropped"]]
             totals = {name: total + int(call[name]) for name, total in totals.items()}
+            hashes.append(np.array(call["ids"], dtype=np.int64))
         recover(folder, keep_errors=True)  # after actors that died, and batches that ran twice
         compact(folder, dropped)
-    return DatasetSummary(**totals)
+        doubled = _say_doubled(folder, hashes)
+    return DatasetSummary(**totals, doubled=doubled)
+
+
+def _id_hash(image_id: str) -> int:
+    """What the driver keeps of an id: eight bytes, of each row."""
+    return int.from_bytes(blake2b(image_id.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _say_doubled(folder: Path, hashes: list[np.ndarray]) -> int:
+    """Log and list the ids in the folder that several rows had; how many rows too many."""
+    found, times = np.unique(np.concatenate([*hashes, np.zeros(0, np.int64)]), return_counts=True)
+    doubled = dict(zip(found[times > 1].tolist(), times[times > 1].tolist(), strict=True))
+    if not doubled:
+        return 0
+    names = {entry.id: doubled.get(_id_hash(entry.id)) for entry in live_entries(folder)}
+    said = {
+        name: f"{shown(name)}: {rows} rows have this id, and one was kept"
+        for name, rows in names.items()
+        if rows is not None
+    }
+    lines = [error_line(name, "ValueError", message) for name, message in said.items()]
+    append(folder / errors_name(0), b"".join(lines), flush=True)
+    few = "; ".join(list(said.values())[:5])
+    logger.warning("%s of several rows: %s", counted(len(doubled), "id"), few)
+    return sum(doubled.values()) - len(doubled)
 
 
 class _FolderEncoder(EncoderActor):
@@ -100,12 +138,19 @@ class _FolderEncoder(EncoderActor):
         self._turn = Lock()
 
     def __call__(self, batch: RowBatch) -> pa.Table:
+        hashes: list[int] = []
+
+        def records() -> Iterator[Record]:
+            for record in self._records(batch):
+                hashes.append(_id_hash(record.id))
+                yield record
+
         writer = self._take_writer()
         progress = Progress()
         with FolderLock(self._folder, writer.rank):  # another job finds the folder busy
             outcome = encode_records(
                 self._stages,
-                self._records(batch),
+                records(),
                 writer,
                 self._encoded,
                 progress=progress,
@@ -118,7 +163,8 @@ class _FolderEncoder(EncoderActor):
         state = progress.snapshot()
         counts = [pa.array([getattr(state, name)]) for name in _COUNTS]
         pairs = pa.array([list(map(list, outcome.dropped))], pa.list_(pa.list_(pa.string())))
-        return pa.table([*counts, pairs], [*_COUNTS, "dropped"])
+        ids = pa.array([hashes], pa.list_(pa.int64()))
+        return pa.table([*counts, pairs, ids], [*_COUNTS, "dropped", "ids"])
 
     def _take_writer(self) -> FeatureWriter:
         with suppress(IndexError):

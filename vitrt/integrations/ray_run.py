@@ -43,6 +43,7 @@ class DatasetSummary:
     tokens: int = 0  # merged ones
     skipped: int = 0  # named in errors-*.jsonl of a folder, in the column `error` of rows
     resumed: int = 0  # that were there before
+    doubled: int = 0  # rows of a folder whose id another row has: its features are those of one
 
 
 class DatasetRun:

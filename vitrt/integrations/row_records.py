@@ -51,6 +51,6 @@ def _of_path(name: str, path: str) -> Record:
         return Record(name, path, place=("url", path))
     try:
         status = os.stat(path)
-    except OSError:  # preparing it says what is wrong
+    except (OSError, ValueError):  # as of a NUL byte; preparing it says what is wrong
         return Record(name, path)
     return Record(name, path, status.st_size, status.st_mtime)
