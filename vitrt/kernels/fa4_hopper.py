@@ -1,8 +1,8 @@
 """Parts of our own in FlashAttention-4's Hopper kernel: a lazy maximum, and persistent blocks.
 
-The package compiles its kernel with another softmax and, for persistent blocks, another scheduler
-and another way to write the output; its own forward stays as it is. On an H200 that is 2% to 14%
-faster at head sizes of 72 and 80 (scripts/results/README.md).
+Copies of the package's module of that kernel have another softmax and, for persistent blocks,
+another scheduler and another way to write the output; its own stays as it is. On an H200 that is 2%
+to 14% faster at head sizes of 72 and 80 (scripts/results/README.md).
 
 Importing this imports flash-attn-4 and CUTLASS, which takes seconds: only attention/fa4.py does.
 
@@ -12,19 +12,19 @@ Legend: R rows a thread holds, N keys of a block, Dh head size.
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
-from unittest import mock
 from warnings import catch_warnings, filterwarnings
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from flash_attn.cute import flash_fwd_sm90, interface, utils
 from flash_attn.cute.cache_utils import get_jit_cache
-from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.softmax import Softmax
 from flash_attn.cute.tile_scheduler import SingleTileVarlenScheduler
 from quack import layout_utils
@@ -35,7 +35,7 @@ from vitrt.kernels.dispatch import NotCompiledError
 # in bfloat16 and float16 exponentials lose nothing by it, and sums are in float32.
 _HEADROOM = 8.0
 
-_compiling = threading.Lock()  # what is replaced meanwhile is the package's own
+_compiling = threading.Lock()  # the compiler does not say that two threads may use it at once
 
 
 @cute.jit
@@ -138,17 +138,21 @@ def persistent_scheduler(processors: int) -> type[SingleTileVarlenScheduler]:
     return Persistent
 
 
-class DirectOutput(FlashAttentionForwardSm90):  # type: ignore[misc]
-    """Writes the output from registers.
+class DirectOutput:
+    """Writes the output from registers; to be mixed into the package's kernel.
 
-    The package's kernel passes it through the memory where Q lies, into which a persistent block
-    already loads its next Q.
+    That passes it through the memory where Q lies, into which a persistent block already loads its
+    next Q.
     """
+
+    dtype: Any
+    tile_m: int
+    tile_hdimv: int
 
     use_tma_O = property(lambda self: False, lambda self, value: None)  # noqa: N815
 
     def __init__(self, dtype: Any, head_dim: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(dtype, head_dim, *args, **kwargs)
+        super().__init__(dtype, head_dim, *args, **kwargs)  # type: ignore[call-arg]
         self.head_size = head_dim  # without padding
 
     @cute.jit
@@ -190,17 +194,27 @@ class DirectOutput(FlashAttentionForwardSm90):  # type: ignore[misc]
                         cute.autovec_copy(pair, words)
 
 
-class _Cute:
-    """CuTe as the package's forward sees it: it compiles with our parts in place."""
+def _with_parts(name: str, **parts: Any) -> ModuleType:
+    """A copy of the package's module of the kernel, in which our parts stand in for its own."""
+    spec = spec_from_file_location(f"{flash_fwd_sm90.__name__}_{name}", flash_fwd_sm90.__file__)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the compiler looks its text up
+    spec.loader.exec_module(module)
+    for part, ours in parts.items():
+        getattr(module, part)  # AttributeError for a release that has no such part
+        setattr(module, part, ours)
+    return module
 
-    def __init__(self, parts: dict[str, Any]) -> None:
-        self._parts = parts
+
+class _Cute:
+    """CuTe as the package's forward sees it, but for what a failed compilation raises."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cute, name)
 
     def compile(self, *args: Any, **kwargs: Any) -> Any:
-        with _compiling, mock.patch.multiple(flash_fwd_sm90, **self._parts), catch_warnings():
+        with _compiling, catch_warnings():
             # The package passes it itself, empty.
             filterwarnings("ignore", message="Argument aux_data")
             try:
@@ -215,20 +229,21 @@ def forward(*, persistent: bool, processors: int) -> Callable[..., Any]:
     `persistent` hands tiles out in a fixed order, to as many blocks as there are `processors`.
     NotCompiledError from a first call whose kernel does not compile.
     """
+    kind = f"persistent-{processors}" if persistent else "lazy"
     parts: dict[str, Any] = {"Softmax": LazySoftmax}
     if persistent:
         parts["SingleTileVarlenScheduler"] = persistent_scheduler(processors)
-    theirs = interface._flash_attn_fwd
-    scope = {**theirs.__globals__, "cute": _Cute(parts)}
+    kernel = _with_parts(kind.replace("-", "_"), **parts).FlashAttentionForwardSm90
     if persistent:
-        scope["FlashAttentionForwardSm90"] = DirectOutput
+        kernel = type("DirectOutput", (DirectOutput, kernel), {})
+    theirs = interface._flash_attn_fwd
+    scope = {**theirs.__globals__, "cute": _Cute(), "FlashAttentionForwardSm90": kernel}
     ours = FunctionType(
         theirs.__code__, scope, theirs.__name__, theirs.__defaults__, theirs.__closure__
     )
     ours.__kwdefaults__ = theirs.__kwdefaults__
     # The package's key holds its own text; ours, and what is compiled into a kernel, are in a name.
     text = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    kind = f"persistent-{processors}" if persistent else "lazy"
     vars(ours)["compile_cache"] = get_jit_cache(f"fwd-vitrt-{text}-{kind}")
     scope["_flash_attn_fwd"] = ours
     return ours
