@@ -82,17 +82,7 @@ def encode_records(
     """
     outcome = Outcome()
     behind = WriteBehind(writer, progress, encoded.shard_of_id, stop.request, clips)
-    stages = clips.stages(stages) if clips else stages
-    workers = workers or default_workers()
-    to_host = ToHost(stages)
-    pipeline: Pipeline[Record, Record, OnHost] = Pipeline(
-        stages,
-        to_host,
-        join=to_host.join,
-        workers=workers,
-        in_order=False,
-        ahead=max(_AHEAD_PER_WORKER * workers, _MIN_AHEAD),
-    )
+    pipeline = _pipeline(clips.stages(stages) if clips else stages, workers or default_workers())
     # Not the pipeline: `stop` and `progress` outlive the encoder, and NCCL cannot be left while
     # there are recorded graphs.
     window = pipeline.window
@@ -124,6 +114,18 @@ def encode_records(
                     clips.close()
     outcome.interrupted = stop.requested
     return outcome
+
+
+def _pipeline(stages: Stages[Record], workers: int) -> Pipeline[Record, Record, OnHost]:
+    to_host = ToHost(stages)
+    return Pipeline(
+        stages,
+        to_host,
+        join=to_host.join,
+        workers=workers,
+        in_order=False,
+        ahead=max(_AHEAD_PER_WORKER * workers, _MIN_AHEAD),
+    )
 
 
 def prepare_with(
