@@ -65,7 +65,7 @@ class VisionEncoder:
     def __reduce__(self) -> tuple[Any, ...]:
         return VisionEncoder, (self.engine, self.preprocessor, self.name)
 
-    # What the engine says of itself
+    # Properties of the engine
 
     @property
     def tower(self) -> VisionTower:
@@ -356,7 +356,7 @@ class VisionEncoder:
         hidden = output.hidden[0] if return_hidden else None
         return EncoderOutput(output.embeddings, output.deepstack, grids, hidden)
 
-    # What runs how
+    # Warm-up and statistics
 
     def warmup(self, buckets: Sequence[int] | None = None) -> None:
         """Record CUDA graphs now instead of during requests, of all buckets or of `buckets`.

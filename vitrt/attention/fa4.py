@@ -112,7 +112,7 @@ class FlashAttention4:
         if not self._hopper:
             return None
         kind = "lazy" if self._own else "package"
-        if persistent:  # for so many blocks it was compiled
+        if persistent:  # it was compiled for so many blocks
             kind = f"persistent-{self._processors}"
         return fa4_kept.variant_of(qkv, segments, kind, used is not None)
 
@@ -167,7 +167,7 @@ def _forwards(own: bool, processors: int) -> tuple[Callable[..., Any], Callable[
                 fa4_hopper.forward(persistent=False, processors=processors),
                 fa4_hopper.forward(persistent=True, processors=processors),
             )
-        except (ImportError, AttributeError) as error:  # of another CUTLASS or quack
+        except (ImportError, AttributeError) as error:  # with another CUTLASS or quack
             logger.warning("FlashAttention-4 runs without our parts, which do not fit: %s", error)
     from flash_attn.cute import interface
 

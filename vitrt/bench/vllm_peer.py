@@ -139,7 +139,7 @@ def build_settings(
     try:
         importlib.import_module("vllm")
         module = importlib.import_module(f"vllm.model_executor.models.{config.model_type}")
-    except Exception as error:  # of its many binary parts, whatever they raise
+    except Exception as error:  # whatever its binary parts raise
         raise UnavailableError(f"vLLM cannot be imported: {error}".splitlines()[0]) from error
     classes = [
         value
@@ -189,7 +189,7 @@ def _set_up_operators(runtime: Any) -> None:
     try:
         from vllm import ir
     except ImportError:
-        return  # before it had them
+        return  # an older vLLM
     runtime.kernel_config.ir_op_priority.set_default()
     ir.set_default_torch_wrap(runtime.compilation_config.ir_enable_torch_wrap)
 

@@ -54,7 +54,7 @@ def _argument(hint: Any, default: object) -> dict[str, Any]:
     """How argparse reads a value of the type `hint`."""
     kinds = _members(hint)
     if bool in kinds:
-        # One that is off is only ever switched on.
+        # A flag that is off by default needs no --no-.
         return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     if get_origin(kinds[0]) is tuple:
         numbers = get_args(kinds[0])[0] is int

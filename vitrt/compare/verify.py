@@ -209,7 +209,7 @@ def _backends(result: Verification, encoder: VisionEncoder) -> list[str]:
     for name, reason in usable(device, dtype, head_dim, window_patches):
         if reason is not None:
             dtypes = result.unusable.setdefault((name, reason), [])
-            dtypes += [dtype] if dtype not in dtypes else []  # fp8 comes by again
+            dtypes += [dtype] if dtype not in dtypes else []  # seen once more for fp8
         elif name != window.SPEC.name:  # a part of "auto"
             names.append(name)
     choice = resolve_attention(

@@ -225,7 +225,7 @@ class Engine:
         lacking = None
         if self.device.type != "cuda":
             lacking = f"a CUDA device, and this encoder is on {self.device}"
-        elif not HAVE_TRITON:  # without it some functions ask the device for a number
+        elif not HAVE_TRITON:  # the functions in its place read numbers back from the device
             lacking = "Triton, which is not installed"
         if wanted is True and lacking is not None:
             raise ValueError(f"cuda_graphs=True needs {lacking}")

@@ -134,7 +134,7 @@ class GraphRunner(EagerRunner):
         layout = key.layout(plan, attention)
         patches, buffer = self._load(key.bucket, plan, layout, attention, batch)
         choice = attention.choice
-        # A split ends a graph, and with it what is beside; ranks sum in one order.
+        # A split ends a graph and what runs beside it, and ranks must sum in one order.
         whole_graph = choice.full.capturable and choice.window.capturable
         side_stream = pool.side_stream if whole_graph and self.parallel.tp_size == 1 else None
 

@@ -139,7 +139,7 @@ class Splitter(Generic[I, R]):
         )
         self.budget = lowered
         if self._stages.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the failed batch was given in other sizes
+            torch.cuda.empty_cache()  # blocks that the failed batch left in other sizes
 
     def _explained(self, error: Exception, image: Prepared, lacking: str | None) -> Exception:
         if lacking is None:

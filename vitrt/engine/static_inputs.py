@@ -48,7 +48,7 @@ class StaticInputs:
         patches, buffer = self.of(bucket)
         if self._device.type == "cuda":
             self.take_turns(torch.cuda.current_stream(self._device))
-        if packed is not self._loaded:  # nobody writes to either: a grid that returns is there
+        if packed is not self._loaded:  # neither is written to: a grid that comes again is there
             buffer[: packed.numel()].copy_(packed, non_blocking=True)
             self._loaded = packed
         if batch is not None:

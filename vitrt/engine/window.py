@@ -120,8 +120,8 @@ class Window(Generic[K, I]):
 
     def _prepare_in_turn(self, item: I, number: int) -> Prepared:
         with self._changed:
-            # In order: threads wake in none, and what is begun first is wanted first. The item that
-            # is to be taken next is always let in, however large.
+            # In order of submission, since threads wake in any and what came first is wanted first.
+            # The item that is to be taken next is always let in, however large.
             while not self.stopped and (
                 number != self._begun or (self._bytes >= self._most_bytes and number != self._taken)
             ):

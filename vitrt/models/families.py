@@ -23,7 +23,7 @@ class Family:
     name: str  # what VisionConfig.model_type is
     tower: type[VisionTower]
     reference: str  # its class in transformers.models.NAME.modeling_NAME
-    # What a vision_config holds and, where it leaves a key out, means: transformers has written
+    # The keys of a vision_config, and what one that is left out means: transformers has written
     # files that hold only what differs from its own defaults, so these are part of the format.
     defaults: Mapping[str, Any]
     prefix: str  # of the tower's weights as released

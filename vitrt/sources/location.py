@@ -135,7 +135,7 @@ def _parse_time(text: str) -> float | datetime | None:
         return float(text)
     with suppress(ValueError):
         return datetime.fromisoformat(text.replace("Z", "+00:00"))
-    with suppress(ValueError, TypeError):  # the latter of older Pythons
+    with suppress(ValueError, TypeError):  # older Pythons raise a TypeError
         return parsedate_to_datetime(text)
     return None
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 30  # of an image, which is in memory as a whole while it is decoded
 _BLOCK = tarfile.BLOCKSIZE
-_TELLING = (b" path=", b" size=", b"sparse")  # of a member: what changes where and what it is
+_TELLING = (b" path=", b" size=", b"sparse")  # pax keys that change a member's name, size or kind
 
 
 @dataclass(frozen=True, slots=True)

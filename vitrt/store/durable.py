@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vitrt.messages import reason_of
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OutputError: there is no room
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the errno of an OutputError for a full disk
 
 _WRITE_BYTES = 64 << 20  # of one call: some systems refuse or cut short 2 GiB and more
 
