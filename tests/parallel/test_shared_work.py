@@ -123,6 +123,16 @@ def test_interrupted_ranks_stop():
     assert not errors and sum(map(len, drawn)) < 1000
 
 
+def test_what_ranks_tell_is_their_last_word_and_nobody_waits() -> None:
+    store = HashStore()
+    ranks = [
+        SharedWork(store, rank, 3, check=lambda: None, leaving=lambda: False) for rank in range(3)
+    ]
+    assert ranks[1].tell({"done": 1}) == [{"done": 1}]
+    assert ranks[0].tell("a") == ["a", {"done": 1}]
+    assert ranks[1].tell({"done": 2}) == ["a", {"done": 2}]
+
+
 def test_gather_waits_and_gives_up_after_an_interrupt(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     waits: list[float] = []

@@ -113,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
             if options.workers is None:
                 options = replace(options, workers=job.workers)
             style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
-            with ProgressDisplay(progress, style):
+            shared = job.shared
+            told = (shared.tell, shared.size) if shared else ()
+            with ProgressDisplay(progress, style, *told):
                 summary = encode_folder(
                     open_model(args),
                     runtime,

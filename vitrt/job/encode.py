@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,6 @@ from vitrt.store.writer import FeatureWriter
 
 logger = logging.getLogger(__name__)
 
-_SUMMED = (
-    "listed",
-    "resumed",
-    "images",
-    "replaced",
-    "tokens",
-    "skipped",
-    "images_per_second",
-    "tokens_per_second",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -64,10 +53,9 @@ class Summary:
 
     @classmethod
     def of(cls, reports: Sequence[Mapping[str, Any]]) -> Summary:
-        """The sum of what each rank did, this one's report first."""
-        state = Snapshot(**reports[0]["state"])
-        totals = {name: sum(report["state"][name] for report in reports) for name in _SUMMED}
-        return cls(replace(state, **totals), any(report["interrupted"] for report in reports))
+        """What all ranks did that reported, the first one's report first."""
+        state = Snapshot.total([report["state"] for report in reports], len(reports))
+        return cls(state, any(report["interrupted"] for report in reports))
 
 
 def encode_folder(
@@ -113,6 +101,7 @@ def encode_folder(
             "dropped": outcome.dropped,
         }
         _log_statistics(encoder.stats())
+        ranks.tell(report["state"])
         reports = ranks.gather(report)
         if ranks.rank == 0 and len(reports) == ranks.size:
             _clean_up(output, reports)

@@ -7,9 +7,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 Style = Literal["auto", "bar", "lines", "json", "none"]
 _BAR_SECONDS = 0.5
 _LINE_SECONDS = 5.0
+_TELL_SECONDS = 1.0  # from one word of a rank to the one that speaks for all, to the next
+_SUMMED = ("listed", "resumed", "images", "replaced", "tokens", "skipped", "images_per_second",
+           "tokens_per_second", "decoded_waiting", "batches_waiting")  # fmt: skip
+
+Told = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,20 @@ class Snapshot:
     decoded_waiting: int  # images between decoding and the device
     batches_waiting: int  # batches between the device and the disk
     seconds_left: float | None  # None while the folder is still being listed
+
+    @classmethod
+    def total(cls, states: Sequence[Mapping[str, Any]], ranks: int) -> Snapshot:
+        """Of all `ranks`, by what those said that have said anything, the first of them first."""
+        first = cls(**states[0])
+        sums = {name: sum(state[name] for state in states) for name in _SUMMED}
+        all_listed = len(states) == ranks and all(state["all_listed"] for state in states)
+        worked = sums["images"] + sums["skipped"]
+        waiting = sums["listed"] - sums["resumed"] - worked
+        left = _seconds_left(waiting, worked, first.seconds) if all_listed else None
+        busy = sum(state["busy_share"] for state in states) / len(states)
+        return replace(
+            first, **sums, all_listed=all_listed, busy_share=round(busy, 4), seconds_left=left
+        )
 
     def text(self) -> str:
         """One line for people."""
@@ -91,9 +110,7 @@ class Progress:
         with self._lock:
             seconds = max(time.perf_counter() - self.started, 1e-9)
             worked = self._images + self._skipped
-            left = None
-            if all_listed and (worked or not listed):
-                left = max(listed - worked, 0) * seconds / max(worked, 1)
+            left = _seconds_left(listed - worked, worked, seconds) if all_listed else None
             return Snapshot(
                 seconds=round(seconds, 3),
                 listed=listed + self._resumed,
@@ -108,21 +125,34 @@ class Progress:
                 busy_share=round(min(self._busy / seconds, 1.0), 4),
                 decoded_waiting=decoded,
                 batches_waiting=batches,
-                seconds_left=None if left is None else round(left, 1),
+                seconds_left=left,
             )
+
+
+def _seconds_left(waiting: int, worked: int, seconds: float) -> float | None:
+    """None where nothing says how long an image takes."""
+    if waiting > 0 and not worked:
+        return None
+    return round(max(waiting, 0) * seconds / max(worked, 1), 1)
 
 
 class ProgressDisplay:
     """Shows a Progress from a thread of its own while a run lasts. A context manager.
 
-    Nothing that is wrong with standard error ends the run.
+    Of several `ranks` each is to have one: they tell each other how far they are by `tell`, and
+    those whose style is not "none" show all together. Nothing that is wrong with standard error,
+    or with telling, ends the run.
     """
 
-    def __init__(self, progress: Progress, style: Style = "auto") -> None:
+    def __init__(
+        self, progress: Progress, style: Style = "auto", tell: Told | None = None, ranks: int = 1
+    ) -> None:
         if style == "auto":
             style = "bar" if sys.stderr is not None and sys.stderr.isatty() else "lines"
         self._progress = progress
         self._style = style
+        self._tell = tell
+        self._ranks = ranks
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vitrt-progress", daemon=True)
         self._bar: tqdm[None] | None = None
@@ -135,26 +165,42 @@ class ProgressDisplay:
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}%|{bar}| {desc}",
             )
-        if self._style != "none":
+        if self._has_thread:
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
-        if self._style != "none":
+        if self._has_thread:
             self._thread.join()
             if self._progress.snapshot().listed:
                 self._show()
         if self._bar is not None:
             self._bar.close()
 
+    @property
+    def _has_thread(self) -> bool:
+        return self._style != "none" or self._tell is not None
+
     def _run(self) -> None:
-        interval = _BAR_SECONDS if self._style == "bar" else _LINE_SECONDS
+        interval = {"bar": _BAR_SECONDS, "none": _TELL_SECONDS}.get(self._style, _LINE_SECONDS)
         while not self._ended.wait(interval):
             self._show()
 
+    def _snapshot(self) -> Snapshot:
+        own = self._progress.snapshot()
+        if self._tell is None:
+            return own
+        try:
+            return Snapshot.total(self._tell(asdict(own)), self._ranks)
+        except Exception:  # of a network; that a rank is gone, its watchdog says
+            logger.debug("other ranks are not heard of", exc_info=True)
+            return own
+
     def _show(self) -> None:
-        snapshot = self._progress.snapshot()
+        snapshot = self._snapshot()
+        if self._style == "none":
+            return
         if self._bar is not None:
             self._bar.total = snapshot.listed or None
             self._bar.n = snapshot.images + snapshot.skipped + snapshot.resumed

@@ -37,6 +37,10 @@ class Ranks(Protocol):
         """
         ...
 
+    def tell(self, value: Any) -> list[Any]:
+        """Let the others know a value, without waiting; what each told last, where it told any."""
+        ...
+
     def share(self, items: Iterable[Any]) -> Iterable[Any]:
         """The part of the items, JSON values, that falls to this rank; each goes to exactly one."""
         ...
@@ -50,6 +54,9 @@ class Alone:
     parts: SharedParts | None = None
 
     def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def tell(self, value: Any) -> list[Any]:
         return [value]
 
     def share(self, items: Iterable[Any]) -> Iterable[Any]:

@@ -69,6 +69,15 @@ class SharedWork:
             time.sleep(_POLL_SECONDS)
         return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]
 
+    def tell(self, value: Any) -> list[Any]:
+        """Give the others a JSON value in place of this rank's last, and wait for nobody.
+
+        Returns what each rank told last, of those that told anything.
+        """
+        keys = [f"told/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]
+
     # Sharing
 
     def share(self, items: Iterable[Any]) -> Iterator[Any]:
