@@ -14,6 +14,7 @@ from vitrt.commands.console import (
     INTERRUPTED,
     OK,
     Parser,
+    held_interrupts,
     let_go,
     prepare_streams,
     set_up_logging,
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser(arguments).parse_args(arguments)
     set_up_logging(verbose=args.verbose, as_json=getattr(args, "log_json", False))
     try:
-        # Left to torch, C code imports it, which takes an interrupt for a NumPy that is not there.
-        import_module("numpy")
+        with held_interrupts():  # a third of a second
+            import_module("numpy")
         return int(args.run(args))
     except KeyboardInterrupt:
         logger.error("interrupted")

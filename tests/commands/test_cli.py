@@ -616,8 +616,11 @@ def test_an_interrupt_before_the_run_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_interrupt_while_numpy_is_imported_ends_the_command(tiny_qwen3_vl: Path) -> None:
-    """Imported from within torch it would be swallowed, and torch would know no arrays."""
+@pytest.mark.parametrize("module", ["numpy.lib", "datetime"])
+def test_an_interrupt_while_numpy_is_imported_ends_the_command(
+    module: str, tiny_qwen3_vl: Path
+) -> None:
+    """C code of torch's imports the first of them, and of NumPy's the other, without it."""
     program = """if True:
         import runpy, signal, sys
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -625,14 +628,13 @@ def test_an_interrupt_while_numpy_is_imported_ends_the_command(tiny_qwen3_vl: Pa
         class Finder:
             @staticmethod
             def find_spec(name, path=None, target=None):
-                if name == "numpy.lib":
+                if name == "MODULE":
                     sys.meta_path.remove(Finder)
                     signal.raise_signal(signal.SIGINT)
 
         sys.meta_path.insert(0, Finder)
-        sys.argv[0] = "vitrt"
         runpy.run_module("vitrt", run_name="__main__")
-    """
+    """.replace("MODULE", module)
     for command in (["info", tiny_qwen3_vl], ["check", tiny_qwen3_vl]):
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, command)],

@@ -8,9 +8,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from vitrt.messages import one_line
@@ -67,6 +69,27 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """A Ctrl-C that comes inside is handled behind it.
+
+    For imports of NumPy, whose C code, and torch's that imports it, takes an interrupt for a module
+    that is not there: it would be lost, or end in an ImportError.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # it is ignored, or comes to another thread
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
 
 
 def prepare_streams() -> None:
