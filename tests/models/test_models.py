@@ -151,6 +151,7 @@ def test_same_grids_again_do_no_index_arithmetic(pair, monkeypatch: pytest.Monke
     monkeypatch.setattr(vitrt.models.tower, "build_plan", forbidden)
     monkeypatch.setattr(vitrt.engine.eager_runner, "pack_plan", forbidden)
     monkeypatch.setattr(type(encoder.tower), "plan_frame", forbidden)
+    monkeypatch.setattr(type(encoder.tower), "rotary_position_ids", forbidden)
     second = encoder(pixel_values, grids)
     assert torch.equal(first.embeddings, second.embeddings)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from vitrt.layers.mlp import SwiGLU
 from vitrt.layers.norm import RMSNorm
-from vitrt.layers.rotary import position_ids
 from vitrt.models.plan import FramePlan, window_order
 from vitrt.models.tower import VisionTower
 
@@ -26,6 +25,6 @@ class Qwen25VLVisionTower(VisionTower):
         merge, unit = self.config.spatial_merge_size, self.config.merge_unit
         assert self.config.window_cells is not None
         order, lengths = window_order(h // merge, w // merge, self.config.window_cells)
-        positions = position_ids(h, w, merge)
+        positions = self.rotary_position_ids(h, w, merge)
         positions = positions.reshape(-1, unit, 2)[order].reshape(-1, 2)
         return FramePlan(positions, lengths * unit, order, None, None)

@@ -19,7 +19,6 @@ from vitrt.config import VisionConfig
 from vitrt.kernels.pos_embed import add_position_embedding_
 from vitrt.layers.merger import DeepstackMerger
 from vitrt.layers.mlp import GeluTanhMLP
-from vitrt.layers.rotary import position_ids
 from vitrt.layers.side_stream import SideStream
 from vitrt.layers.weights import WeightTarget, whole
 from vitrt.models.packed_plan import DevicePlan
@@ -52,7 +51,7 @@ class Qwen3VLVisionTower(VisionTower):
         return cast(DeepstackMerger, self.deepstack_mergers[level])
 
     def plan_frame(self, h: int, w: int) -> FramePlan:
-        positions = position_ids(h, w, self.config.spatial_merge_size)
+        positions = self.rotary_position_ids(h, w, self.config.spatial_merge_size)
         taps, weights = position_taps(positions, h, w, self.table_side)
         return FramePlan(positions, None, None, taps, weights)
 

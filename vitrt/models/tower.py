@@ -23,7 +23,7 @@ from vitrt.layers.merger import PatchMerger
 from vitrt.layers.mlp import MLP
 from vitrt.layers.norm import LayerNorm, Norm, RMSNorm
 from vitrt.layers.patch import PatchEmbed
-from vitrt.layers.rotary import RotaryTables, position_ids
+from vitrt.layers.rotary import RotaryPosMixin
 from vitrt.layers.side_stream import SideStream
 from vitrt.layers.weights import WeightTarget
 from vitrt.models.block import VisionBlock
@@ -45,7 +45,7 @@ class TowerOutput:
     hidden: tuple[Tensor, ...] = ()
 
 
-class VisionTower(nn.Module):
+class VisionTower(RotaryPosMixin, nn.Module):
     """A tower: `plan` on the host, `forward` on the device.
 
     A family's tower says what its blocks and its merger are made of, and overrides the hooks where
@@ -62,7 +62,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, parallel: ParallelContext = SINGLE) -> None:
         super().__init__()
         self.config = config
-        self.rotary = RotaryTables(config.head_dim)
+        self.init_rotary(config.head_dim)
         self.frames: ByteCache[tuple[int, int], FramePlan] = ByteCache(_FRAME_CACHE_BYTES)
         self.plans: ByteCache[tuple[Grid, ...], ForwardPlan] = ByteCache(_PLAN_CACHE_BYTES)
         width = config.hidden_size
@@ -83,7 +83,7 @@ class VisionTower(nn.Module):
 
     def plan_frame(self, h: int, w: int) -> FramePlan:
         """The plan of one frame of h x w patches."""
-        positions = position_ids(h, w, self.config.spatial_merge_size)
+        positions = self.rotary_position_ids(h, w, self.config.spatial_merge_size)
         return FramePlan(positions, None, None, None, None)
 
     def in_windows(self, index: int) -> bool:
