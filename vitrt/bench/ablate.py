@@ -90,7 +90,7 @@ def ablate(
 def _pairs(encoder: VisionEncoder) -> Iterator[_Pair]:
     yield _Pair("RoPE kernel", "PyTorch operators", _one_backend, _native_rope)
     yield _Pair("cached positions", "computed in every call", _as_it_is, _uncached, latency=True)
-    yield _Pair("attention=auto", "sdpa", _as_it_is, _sdpa)
+    yield _Pair("attention=auto", "sdpa", _as_it_is, _with(attention="sdpa"))
     if encoder.config.window_size is not None:
         yield _Pair("window kernel", "the full layers' backend", _eager, _one_backend)
     width = encoder.config.intermediate_size
@@ -110,19 +110,12 @@ def _as_it_is(encoder: VisionEncoder) -> Iterator[Run]:
     yield encoder.engine.run
 
 
-@contextlib.contextmanager
-def _eager(encoder: VisionEncoder) -> Iterator[Run]:
-    yield _variant(encoder, cuda_graphs=False).run
+def _with(**runtime: Any) -> Variant:
+    """The same weights under other choices."""
+    return lambda encoder: contextlib.nullcontext(_variant(encoder, **runtime).run)
 
 
-@contextlib.contextmanager
-def _graphs(encoder: VisionEncoder) -> Iterator[Run]:
-    yield _variant(encoder, cuda_graphs=True).run
-
-
-@contextlib.contextmanager
-def _sdpa(encoder: VisionEncoder) -> Iterator[Run]:
-    yield _variant(encoder, attention="sdpa").run
+_eager, _graphs = _with(cuda_graphs=False), _with(cuda_graphs=True)
 
 
 @contextlib.contextmanager

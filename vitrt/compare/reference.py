@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,8 @@ def build_tower(model: NamedModel, *, device: torch.device, dtype: torch.dtype) 
     if model.checkpoint is None:
         _randomise(tower)
     else:
-        tower.load_state_dict(_read(model.checkpoint))
+        tensors = model.checkpoint.tower_tensors()
+        tower.load_state_dict({name: tensor[...] for name, tensor in tensors})
     return tower
 
 
@@ -141,10 +141,6 @@ def _preprocessor(config: VisionConfig) -> dict[str, Any]:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-
-
-def _read(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
-    return {name: tensor[...] for name, tensor in checkpoint.tower_tensors()}
 
 
 def _randomise(tower: nn.Module) -> None:
