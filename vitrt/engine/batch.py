@@ -79,7 +79,10 @@ class PixelValues:
             return  # no grids, as whoever makes the plan will say
         shape = tuple(self.pixel_values.shape)
         if shape and patches > shape[0]:
-            raise ValueError(f"pixel_values has shape {shape}; grid_thw holds {patches} patches")
+            raise ValueError(
+                f"pixel_values has shape {shape}; grid_thw holds {patches} patches, so it must be "
+                f"{(patches, *shape[1:])}"
+            )
 
     def send(self, plan: ForwardPlan, config: VisionConfig, uploader: PixelUploader) -> None:
         values, wanted = self.pixel_values, (plan.num_patches, config.patch_dim)
