@@ -32,7 +32,8 @@ from vitrt.commands.console import Parser, graceful_interrupts
 from vitrt.commands.options import from_args
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions
-from vitrt.job.progress import Progress, ProgressDisplay
+from vitrt.job.progress import Progress
+from vitrt.job.progress_display import ProgressDisplay
 from vitrt.job.stop import Stop
 from vitrt.store.check import check_folder
 from vitrt.store.lock import FolderLock
@@ -588,7 +589,7 @@ def test_a_broken_display_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> Non
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("vitrt.job.progress._BAR_SECONDS", 0.001)
+    monkeypatch.setattr("vitrt.job.progress_display._BAR_SECONDS", 0.001)
     for stream in (Broken(), None):
         monkeypatch.setattr(sys, "stderr", stream)
         progress = Progress()
@@ -648,8 +649,8 @@ def test_an_interrupt_while_numpy_is_imported_ends_the_command(
 
 
 def test_reporters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitrt.job.progress._LINE_SECONDS", 0.02)
-    monkeypatch.setattr("vitrt.job.progress._BAR_SECONDS", 0.02)
+    monkeypatch.setattr("vitrt.job.progress_display._LINE_SECONDS", 0.02)
+    monkeypatch.setattr("vitrt.job.progress_display._BAR_SECONDS", 0.02)
     progress = Progress()
     progress.listing = lambda: (100, False)
     progress.count_batch(10, 640, 0.01)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from vitrt.job import progress as progress_module
-from vitrt.job.progress import Progress, ProgressDisplay, Snapshot
+from vitrt.job import progress_display
+from vitrt.job.progress import Progress, Snapshot
+from vitrt.job.progress_display import ProgressDisplay
 
 
 def state(**values: Any) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def test_one_rank_shows_what_all_have_done(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_others_tell_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(progress_module, "_TELL_SECONDS", 0.001)
+    monkeypatch.setattr(progress_display, "_TELL_SECONDS", 0.001)
     told = _Told()
     with ProgressDisplay(worked(), "none", told, 2):
         deadline = time.monotonic() + 30

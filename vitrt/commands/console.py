@@ -42,7 +42,9 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
     terminal or a scheduler has sent to its ranks as well. Before a run listens to `stop`, already
     the first one raises KeyboardInterrupt.
     """
-    from vitrt.job.progress import json_line  # not in the handler, which interrupts any code
+    from vitrt.job.progress_display import (
+        json_line,  # not in the handler, which interrupts any code
+    )
 
     first: float | None = None
 
@@ -148,7 +150,7 @@ class _Handler(logging.Handler):
         try:
             text = self.format(record)
             if self._as_json:
-                from vitrt.job.progress import write_json
+                from vitrt.job.progress_display import write_json
 
                 write_json("log", {"level": record.levelname.lower(), "message": text})
             else:

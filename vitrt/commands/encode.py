@@ -19,7 +19,10 @@ from vitrt.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from vitrt.job.encode import Summary
+    from vitrt.job.ranks import Job
+    from vitrt.job.stop import Stop
     from vitrt.sources.folder import FileFilter
+    from vitrt.sources.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Encode, or follow the rank that leads; the exit code."""
     from vitrt.engine.group import GroupError
-    from vitrt.job.encode import encode_folder, follow_leader
-    from vitrt.job.progress import Progress, ProgressDisplay, Style
+    from vitrt.job.encode import follow_leader
     from vitrt.job.ranks import open_job
     from vitrt.job.stop import Stop
     from vitrt.parallel.watchdog import PeerFailedError
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = Inputs(args.inputs, from_args(SourceOptions, args))
     _check_output(args)
     _limit_image_size(args.max_image_pixels)
-    progress, stop = Progress(), Stop()
+    stop = Stop()
     try:
         with (
             graceful_interrupts(stop, as_json=args.log_json),
@@ -112,21 +114,7 @@ def run(args: argparse.Namespace) -> int:
                 return OK
             if options.workers is None:
                 options = replace(options, workers=job.workers)
-            style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
-            shared = job.shared
-            told = (shared.tell, shared.size) if shared else ()
-            with ProgressDisplay(progress, style, *told):
-                summary = encode_folder(
-                    open_model(args),
-                    runtime,
-                    inputs,
-                    args.output,
-                    options,
-                    progress=progress,
-                    stop=stop,
-                    ranks=job.shared,
-                    parallel=job.parallel,
-                )
+            summary = _encode(args, runtime, inputs, options, stop, job)
             # What the first rank says stands for all of them, so torchrun sees one exit code.
             return _conclude(summary, inputs.file_filter, args) if job.is_first else OK
     except PeerFailedError:
@@ -136,8 +124,38 @@ def run(args: argparse.Namespace) -> int:
         return FAILED
 
 
+def _encode(
+    args: argparse.Namespace,
+    runtime: RuntimeConfig,
+    inputs: Inputs,
+    options: EncodeOptions,
+    stop: Stop,
+    job: Job,
+) -> Summary:
+    """This rank's part of a run, its progress shown by the first one."""
+    from vitrt.job.encode import encode_folder
+    from vitrt.job.progress import Progress
+    from vitrt.job.progress_display import ProgressDisplay, Style
+
+    progress, shared = Progress(), job.shared
+    style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
+    told = (shared.tell, shared.size) if shared else ()
+    with ProgressDisplay(progress, style, *told):
+        return encode_folder(
+            open_model(args),
+            runtime,
+            inputs,
+            args.output,
+            options,
+            progress=progress,
+            stop=stop,
+            ranks=shared,
+            parallel=job.parallel,
+        )
+
+
 def _conclude(summary: Summary, file_filter: FileFilter, args: argparse.Namespace) -> int:
-    from vitrt.job.progress import write_json
+    from vitrt.job.progress_display import write_json
 
     state, output = summary.state, args.output
     code = INTERRUPTED if summary.interrupted else SKIPPED if state.skipped else OK
