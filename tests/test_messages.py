@@ -22,12 +22,20 @@ def test_long_texts_keep_both_ends() -> None:
     assert shorten("x" * 300, 300) == "x" * 300
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (FileNotFoundError(2, "No such file", "a.png"), "No such file"),
         (OSError("of a library, without a number"), "of a library, without a number"),
         (AssertionError(), "AssertionError"),
+        (FileNotFoundError("s3://bucket/a.png"), "No such file or directory"),
+        (caused(FileNotFoundError("http://a"), ConnectionRefusedError(111, "Refused")), "Refused"),
+        (caused(FileNotFoundError("b"), FileNotFoundError("b")), "No such file or directory"),
     ],
 )
 def test_reasons(error: Exception, reason: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -45,4 +47,9 @@ def listed(found: Mapping[str, Sequence[str]]) -> str:
 
 def reason_of(error: Exception) -> str:
     """Why something could not be had: what the system says, or the error's own text."""
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        # fsspec's, of a path alone. So it calls a server that gave no answer, too.
+
+        cause = error.__cause__
+        return reason_of(cause) if isinstance(cause, Exception) else os.strerror(errno.ENOENT)
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

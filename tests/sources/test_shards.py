@@ -448,6 +448,19 @@ def test_rows_before_a_damaged_page_are_read_and_those_behind_it_say_so(tmp_path
     assert records[50].load() == bytes([50]) * 5000  # once more, from before
 
 
+def test_a_server_that_does_not_answer_is_no_missing_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fsspec's file system of HTTP raises FileNotFoundError for both."""
+
+    def info(self: object, path: str, **named: object) -> None:
+        raise FileNotFoundError(path) from ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", info)
+    with pytest.raises(InputError, match=r"memory://a/b cannot be opened: Connection refused"):
+        Inputs(["memory://a/b"])
+
+
 def test_tables_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path is no URL, and need not be UTF-8."""
     monkeypatch.chdir(tmp_path)

@@ -132,9 +132,9 @@ def remote_part(
             shards = find_shards(url, is_folder=info["type"] == "directory")
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"INPUT {shown(url)} does not exist") from None
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+            raise InputError(f"INPUT {shown(url)} does not exist") from error
         raise InputError(f"INPUT {shown(url)} cannot be opened: {reason_of(error)}") from error
     return Shards(url, shards, options, file_filter) if shards else RemoteFolder(url, file_filter)
 
