@@ -547,6 +547,30 @@ def test_streams_that_fail_fail_no_run(
     assert check_folder(tmp_path / "out").problems == []
 
 
+def test_an_empty_path_is_not_the_folder_that_it_runs_in(
+    tiny_qwen3_vl: Path,
+    photos: Path,
+    tmp_path: Path,
+    vitrt: Vitrt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a shell's variable is not set: --output "$OUT"."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (
+        ["encode", tiny_qwen3_vl, photos, "--output", ""],
+        ["extract", tiny_qwen3_vl, "--output", "", "--overwrite"],
+        ["show", tiny_qwen3_vl, photos / "a.png", "--output", ""],
+        ["check", ""],
+        ["export", "", "--to", "parquet"],
+        ["export", tmp_path, "--to", "parquet", "--output", ""],
+        ["bench", tiny_qwen3_vl, "--json", ""],
+    ):
+        done = vitrt(*command)
+        assert done.code == 1 and "the path is empty" in done.err, command
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_a_name_that_standard_output_cannot_encode(
     tiny_qwen3_vl: Path, photos: Path, tmp_path: Path
 ) -> None:

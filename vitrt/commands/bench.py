@@ -11,7 +11,7 @@ from pathlib import Path
 from vitrt.bench.options import PEER_NAMES, BenchConfig
 from vitrt.bench.workloads import WORKLOAD_NAMES
 from vitrt.commands.console import FAILED, INTERRUPTED, OK, Parser
-from vitrt.commands.options import add_fields, from_args, name_list, runtime_config
+from vitrt.commands.options import add_fields, from_args, name_list, path_of, runtime_config
 from vitrt.config import RuntimeConfig
 
 TOWER = {
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    parser.add_argument("--json", type=path_of, metavar="FILE", help="write every figure here")
     parser.add_argument("--quiet", action="store_true", help="tables only, no progress")
 
 

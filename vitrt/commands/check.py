@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vitrt.commands.console import FAILED, OK
+from vitrt.commands.options import path_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Read an output folder back and verify it. Exit code 1 if anything is wrong."
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=path_of, metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitrt.commands.console import FAILED, INTERRUPTED, OK, SKIPPED, graceful_interrupts, say_last
-from vitrt.commands.options import add_fields, add_model, add_runtime, from_args, open_model
+from vitrt.commands.options import (
+    add_fields,
+    add_model,
+    add_runtime,
+    from_args,
+    open_model,
+    path_of,
+)
 from vitrt.config import RuntimeConfig
 from vitrt.job.options import EncodeOptions
 from vitrt.messages import counted
@@ -62,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, an image, a .tar, a Parquet file or dataset on disk, a URL of one of these "
         "(s3://, gs://, hf://, ...), or @list.txt",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=path_of, metavar="DIR")
     add_runtime(
         parser,
         attention="a backend of vitrt info",

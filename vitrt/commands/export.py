@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vitrt.commands.console import OK
+from vitrt.commands.options import path_of
 from vitrt.messages import counted
 
 
@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Write the ids and the pooled features of an output folder as one table, with a column "
         "`id` and a column `vector` of fixed-size lists of float32."
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=path_of, metavar="DIR")
     parser.add_argument("--to", choices=("parquet", "lance"), required=True)
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="default: DIR.parquet, DIR.lance"
+        "--output", type=path_of, metavar="PATH", help="default: DIR.parquet, DIR.lance"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 

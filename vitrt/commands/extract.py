@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vitrt.commands.console import OK
-from vitrt.commands.options import add_model, open_model
+from vitrt.commands.options import add_model, open_model, path_of
 from vitrt.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write the vision tower alone: config, preprocessor, one safetensors file."
     add_model(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=path_of, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace the files in DIR")
 
 

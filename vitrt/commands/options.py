@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -88,6 +89,15 @@ def runtime_config(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
 def add_runtime(parser: argparse.ArgumentParser, **more: str) -> None:
     """Declare what `runtime_config` reads: `RUNTIME`, and `more` fields with their help."""
     add_fields(parser, RuntimeConfig, RUNTIME | more)
+
+
+def path_of(text: str) -> Path:
+    """A path that is not empty, as one from an unset variable is: that would mean the folder that
+    the command runs in. For argparse.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; '.' is the folder this runs in")
+    return Path(text)
 
 
 def layer_list(text: str) -> tuple[int, ...]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vitrt.commands.console import OK
-from vitrt.commands.options import add_model, add_runtime, layer_list, open_model, runtime_config
+from vitrt.commands.options import (
+    add_model,
+    add_runtime,
+    layer_list,
+    open_model,
+    path_of,
+    runtime_config,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "embeddings and of each deepstack level."
     )
     add_model(parser)
-    parser.add_argument("image", type=Path, metavar="IMAGE")
-    parser.add_argument("--output", required=True, type=Path, metavar="PNG")
+    parser.add_argument("image", type=path_of, metavar="IMAGE")
+    parser.add_argument("--output", required=True, type=path_of, metavar="PNG")
     parser.add_argument(
         "--layers", type=layer_list, default=(), metavar="N,N,...", help="and after these layers"
     )
