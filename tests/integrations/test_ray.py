@@ -29,7 +29,6 @@ import ray
 import ray.data
 
 from tests.support.commands import Vitrt, vitrt  # noqa: F401
-from tests.support.ray_cluster import local_ray
 from vitrt import FeatureStore, VisionEncoder
 from vitrt.checkpoint.opened import open_checkpoint
 from vitrt.config import RuntimeConfig
@@ -50,11 +49,7 @@ from vitrt.store.check import check_folder
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray():
-        yield
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def tiny_image(seed: int) -> bytes:

@@ -28,7 +28,6 @@ pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'vitr
 
 from ray import serve
 
-from tests.support.ray_cluster import local_ray
 from vitrt import VisionEncoder
 from vitrt.features import ImageFeatures
 from vitrt.integrations.ray_serve import EncoderService
@@ -47,19 +46,18 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tiny_qwen3_vl: Path) -> Iterator[Service]:
+def service(tiny_qwen3_vl: Path, cluster: None) -> Iterator[Service]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    with local_ray():
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        deployment = EncoderService.options(num_replicas=2, ray_actor_options={"num_cpus": 0.5})
-        handle = serve.run(deployment.bind(tiny_qwen3_vl, max_image_bytes=MOST_BYTES))
-        encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
-        try:
-            yield Service(f"http://127.0.0.1:{port}/", handle, encoder)
-        finally:
-            serve.shutdown()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    deployment = EncoderService.options(num_replicas=2, ray_actor_options={"num_cpus": 0.5})
+    handle = serve.run(deployment.bind(tiny_qwen3_vl, max_image_bytes=MOST_BYTES))
+    encoder = VisionEncoder.from_pretrained(tiny_qwen3_vl, device="cpu")
+    try:
+        yield Service(f"http://127.0.0.1:{port}/", handle, encoder)
+    finally:
+        serve.shutdown()
 
 
 def png(seed: int) -> bytes:

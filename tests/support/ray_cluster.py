@@ -1,4 +1,4 @@
-"""A small Ray of this machine for one test module, stopped after it."""
+"""A small Ray of this machine, stopped after the tests that need it."""
 
 from __future__ import annotations
 
