@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +187,18 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(
     assert done.code == FAILED and f"cannot write {tmp_path}" in done.err
     assert picture.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "out.png"]
+
+
+def test_urls_are_images(tiny_qwen3_vl: Path, tmp_path: Path, vitrt: Vitrt) -> None:
+    image = photo(tmp_path / "a b.png", 1)
+    content = base64.b64encode(image.read_bytes()).decode()
+    panels = []
+    for source in (str(image), image.as_uri(), f"data:image/png;base64,{content}"):
+        output = tmp_path / "x.png"
+        done = vitrt("show", tiny_qwen3_vl, source, "--output", output, "--device", "cpu")
+        assert done.code == OK, done
+        panels.append(np.asarray(Image.open(tmp_path / "x.png"))[40:])  # without the label
+    np.testing.assert_array_equal(panels[0], panels[1])
+    assert len(panels[0]) == len(panels[2])  # which is wider, for a longer label
+    done = vitrt("show", tiny_qwen3_vl, image.as_uri(), "--output", image, "--device", "cpu")
+    assert done.code == FAILED and "is the image itself" in done.err

@@ -20,7 +20,7 @@ from torch import Tensor
 from vitrt.encoder import VisionEncoder
 from vitrt.features import ImageFeatures
 from vitrt.images.decode import name_of
-from vitrt.images.inputs import ImageInput
+from vitrt.images.inputs import ImageInput, content_of
 from vitrt.store.durable import write_file
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,17 @@ def check_output(output: str | Path, image: ImageInput) -> Path:
         raise ValueError(f"output {str(path)!r} must end in .png: the picture is a PNG")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"output {str(path)!r} lies in a folder that does not exist")
-    if isinstance(image, str | os.PathLike) and _is_same(path, Path(image)):
+    if isinstance(image, str | os.PathLike) and _is_same(path, image):
         raise ValueError(f"output {str(path)!r} is the image itself: give another file")
     return path
 
 
-def _is_same(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.samefile(other)
+def _is_same(path: Path, image: str | os.PathLike[str]) -> bool:
+    try:
+        content = content_of(image)
+        return isinstance(content, str) and path.samefile(content)
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def panels_of(features: ImageFeatures, deepstack_layers: Sequence[int] = ()) -> Iterator[Panel]:

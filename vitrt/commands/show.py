@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "embeddings and of each deepstack level."
     )
     add_model(parser)
-    parser.add_argument("image", type=path_of, metavar="IMAGE")
+    # Text, as of a path a URL would lose a slash.
+    parser.add_argument("image", metavar="IMAGE", help="a file, or a file: or data: URL")
     parser.add_argument("--output", required=True, type=path_of, metavar="PNG")
     parser.add_argument(
         "--layers", type=layer_list, default=(), metavar="N,N,...", help="and after these layers"
