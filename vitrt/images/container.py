@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vitrt.images.inputs import ImageError, first_bytes
+from vitrt.images.file_content import first_bytes
+from vitrt.images.inputs import ImageError
 from vitrt.messages import reason_of, shorten
 
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")

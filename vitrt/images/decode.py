@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from vitrt.images.file_content import content_of
 from vitrt.images.heif import is_heif, register_heif
 from vitrt.images.inputs import (
     BYTES,
@@ -24,7 +25,6 @@ from vitrt.images.inputs import (
     ImageInput,
     Pixels,
     PlainInput,
-    content_of,
     is_file,
     is_tensor,
 )

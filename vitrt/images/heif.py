@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from vitrt.images.inputs import first_bytes
+from vitrt.images.file_content import first_bytes
 
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 

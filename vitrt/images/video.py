@@ -28,7 +28,8 @@ from vitrt.images.container import (
     upright,
 )
 from vitrt.images.cores import CORES
-from vitrt.images.inputs import PlainInput, content_of
+from vitrt.images.file_content import content_of
+from vitrt.images.inputs import PlainInput
 
 # Pillow was asked first; the name and the first bytes may both mislead.
 _UNREAD = "not an image, and cannot be read as a video"
