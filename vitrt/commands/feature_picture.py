@@ -20,7 +20,8 @@ from torch import Tensor
 from vitrt.encoder import VisionEncoder
 from vitrt.features import ImageFeatures
 from vitrt.images.decode import name_of
-from vitrt.images.inputs import ImageInput, content_of
+from vitrt.images.file_content import content_of
+from vitrt.images.inputs import ImageInput
 from vitrt.store.durable import write_file
 
 logger = logging.getLogger(__name__)
