@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from tests.support.pipes import make_pipe
 from vitrt import Pixels
+from vitrt.images.container import is_video
 from vitrt.images.decode import check_images, size_of
 from vitrt.images.inputs import ImageError
 from vitrt.images.levels import normalisation_table
@@ -174,6 +175,13 @@ def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
     unmasked = np.ma.array(np.asarray(photo()))
     expected = PROCESSOR.prepare(np.asarray(photo())).pixels
     np.testing.assert_array_equal(PROCESSOR.prepare(unmasked).pixels, expected)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"hevx", b"msf1", b"avif"])
+def test_what_is_boxed_as_videos_are_may_be_an_image(brand: bytes) -> None:
+    content = b"\0\0\0\x20ftyp" + brand + bytes(100)
+    assert not is_video(io.BytesIO(content))
+    assert is_video(io.BytesIO(content.replace(brand, b"isom")))
 
 
 HEIC = b"\0\0\0\x20ftypheic" + bytes(100)

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from vitrt.images.file_content import first_bytes
+from vitrt.images.heif import BRANDS
 from vitrt.images.inputs import ImageError
 from vitrt.messages import reason_of, shorten
 
-_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_IMAGE_BRANDS = (b"avif", b"avis", *BRANDS)
 
 
 def is_video(content: str | io.BytesIO) -> bool:

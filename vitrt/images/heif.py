@@ -6,13 +6,13 @@ import io
 
 from vitrt.images.file_content import first_bytes
 
-_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def is_heif(content: str | io.BytesIO) -> bool:
     """Whether a file, or its content, says that it is in this format."""
     start = first_bytes(content)
-    return start[4:8] == b"ftyp" and start[8:12] in _BRANDS
+    return start[4:8] == b"ftyp" and start[8:12] in BRANDS
 
 
 def register_heif() -> None:
