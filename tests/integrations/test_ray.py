@@ -212,6 +212,12 @@ def test_parquet_is_resumed_by_id(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encode", [encode_dataset, encode_parquet])
+def test_an_empty_output_is_not_the_folder_that_this_runs_in(encode: Any) -> None:
+    with pytest.raises(ValueError, match="output is empty"):
+        encode(None, "model", "")
+
+
+@pytest.mark.parametrize("encode", [encode_dataset, encode_parquet])
 def test_an_actor_has_two_batches_in_hand(
     encode: Any, tiny_qwen3_vl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

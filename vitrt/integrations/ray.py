@@ -28,7 +28,13 @@ import ray.data
 
 from vitrt.integrations.ray_actor import EncoderActor, RayEncoder, RowBatch
 from vitrt.integrations.ray_parquet import encode_parquet
-from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments, two_at_a_time
+from vitrt.integrations.ray_run import (
+    DatasetRun,
+    DatasetSummary,
+    RunArguments,
+    check_output,
+    two_at_a_time,
+)
 from vitrt.job.encode import open_output
 from vitrt.job.progress import Progress
 from vitrt.job.run import encode_records
@@ -85,6 +91,7 @@ def encode_dataset(
         ValueError: about the model, or a folder of another run; nothing was written.
         ray.exceptions.RayError: what an actor raised; what was finished before stays valid.
     """
+    check_output(output)
     run = DatasetRun(dataset, model, **arguments)
     folder = Path(output).resolve()
     dropped: list[tuple[str, str]] = []

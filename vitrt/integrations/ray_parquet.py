@@ -16,7 +16,7 @@ import ray.data
 from pyarrow import fs
 
 from vitrt.integrations.ray_actor import RayEncoder, RowBatch
-from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments
+from vitrt.integrations.ray_run import DatasetRun, DatasetSummary, RunArguments, check_output
 from vitrt.store.run_identity import RunIdentity
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def encode_parquet(
         ValueError: about the model, or files of another run; nothing was written.
         ray.exceptions.RayError: what an actor raised; what was finished before stays.
     """
+    check_output(output)
     run = DatasetRun(dataset, model, **arguments)
     files = _Files.of(output)
     if run.options.overwrite:

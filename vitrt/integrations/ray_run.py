@@ -16,7 +16,7 @@ from vitrt.integrations.ray_actor import EncoderActor, open_run_model
 from vitrt.job.identity import run_identity
 from vitrt.job.options import EncodeOptions
 
-__all__ = ["DatasetRun", "DatasetSummary", "RunArguments", "two_at_a_time"]
+__all__ = ["DatasetRun", "DatasetSummary", "RunArguments", "check_output", "two_at_a_time"]
 
 
 class RunArguments(TypedDict, total=False):
@@ -93,6 +93,12 @@ class DatasetRun:
         return self._dataset.map_batches(
             actor, fn_constructor_kwargs=self._of_actor | arguments, **self._of_pool
         )
+
+
+def check_output(output: str | os.PathLike[str]) -> None:
+    """ValueError for an empty path, which would mean the folder that this runs in."""
+    if not os.fspath(output):
+        raise ValueError("output is empty; '.' is the folder that this runs in")
 
 
 def two_at_a_time(actors: int) -> ray.data.ActorPoolStrategy:
