@@ -61,6 +61,7 @@ def test_version_1_and_files_that_say_nothing(machine: Path) -> None:
 def test_ranks_of_a_host_share_them(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert cores.usable_cores() == 8
-    assert cores.usable_cores(processes=2) == 32  # only so many of them decode
+    with cores.shared_by(2):  # only so many of them decode
+        assert cores.usable_cores() == 32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
     assert cores.usable_cores() == 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _MOST_WORKERS = 16
 _CGROUP = Path("/proc/self/cgroup")
 _LIMITS = Path("/sys/fs/cgroup")
+
+_processes: int | None = None
 
 
 def default_workers(cores: int | None = None) -> int:
@@ -22,14 +24,24 @@ def default_workers(cores: int | None = None) -> int:
     return min(max(cores - cores // 4, 1), _MOST_WORKERS)
 
 
-def usable_cores(processes: int | None = None) -> int:
-    """The cores for one of `processes` of this host that decode (None: all that torchrun started).
+@contextmanager
+def shared_by(processes: int) -> Iterator[None]:
+    """So many processes of this host decode, not all that torchrun started."""
+    global _processes
+    before, _processes = _processes, processes
+    try:
+        yield
+    finally:
+        _processes = before
+
+
+def usable_cores() -> int:
+    """This process's share of the cores, where torchrun started several on this host.
 
     Of the machine's those that this process may run on, and not more than its container may keep
-    busy, which the machine does not tell: `docker run --cpus 4` has the others idle or stop it.
+    busy, which the machine does not tell: under `docker run --cpus 4` more threads only wait.
     """
-    if processes is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = _processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(min(cores or 1, *_limits()) // max(processes, 1), 1)
 

@@ -48,8 +48,7 @@ def listed(found: Mapping[str, Sequence[str]]) -> str:
 def reason_of(error: Exception) -> str:
     """Why something could not be had: what the system says, or the error's own text."""
     if isinstance(error, FileNotFoundError) and error.errno is None:
-        # fsspec's, of a path alone. So it calls a server that gave no answer, too.
-
+        # fsspec's, which names a path and no reason; for a server without an answer it has a cause.
         cause = error.__cause__
         return reason_of(cause) if isinstance(cause, Exception) else os.strerror(errno.ENOENT)
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -37,6 +37,8 @@ from vitrt.integrations.ray import (
     DatasetSummary,
     RayEncoder,
     _FolderEncoder,
+    _id_hash,
+    _say_doubled,
     encode_dataset,
     encode_parquet,
     from_bytes,
@@ -209,6 +211,13 @@ def test_parquet_is_resumed_by_id(tiny_qwen3_vl: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not written by encode_parquet"):
             encode_parquet(ray.data.from_items(rows), tiny_qwen3_vl, output, options=options)
     assert sorted(output.iterdir()) == held
+
+
+def test_rows_of_one_id_without_features_are_not_doubled(tmp_path: Path) -> None:
+    """None of them was kept, and what is wrong with each was said."""
+    same = np.full(3, _id_hash("None"), np.int64)
+    assert _say_doubled(tmp_path, [same]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("encode", [encode_dataset, encode_parquet])

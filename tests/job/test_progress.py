@@ -78,6 +78,14 @@ def test_one_rank_shows_what_all_have_done(monkeypatch: pytest.MonkeyPatch) -> N
     assert (event["event"], event["images"], event["listed"]) == ("progress", 12, 12)
 
 
+def test_a_rank_that_did_nothing_shows_what_the_others_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with ProgressDisplay(Progress(), "json", _Told(), 2):
+        pass
+    event = json.loads(sys.stderr.getvalue().splitlines()[-1])  # type: ignore[attr-defined]
+    assert event["images"] == 7
+
+
 def test_the_others_tell_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(progress_display, "_TELL_SECONDS", 0.001)

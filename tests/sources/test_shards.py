@@ -448,16 +448,34 @@ def test_rows_before_a_damaged_page_are_read_and_those_behind_it_say_so(tmp_path
     assert records[50].load() == bytes([50]) * 5000  # once more, from before
 
 
+class _AnswerError(Exception):
+    """A client's error, which has the status that a server gave."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status}, message='...'")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "cannot be opened: Connection refused"),
+        (_AnswerError(503), "cannot be opened: 503"),
+        (_AnswerError(404), "does not exist"),
+        (None, "does not exist"),
+    ],
+    ids=["no answer", "503", "404", "no cause"],
+)
 def test_a_server_that_does_not_answer_is_no_missing_file(
-    monkeypatch: pytest.MonkeyPatch,
+    cause: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fsspec's file system of HTTP raises FileNotFoundError for both."""
+    """fsspec's file system of HTTP raises FileNotFoundError for all of them."""
 
     def info(self: object, path: str, **named: object) -> None:
-        raise FileNotFoundError(path) from ConnectionRefusedError(111, "Connection refused")
+        raise FileNotFoundError(path) from cause
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", info)
-    with pytest.raises(InputError, match=r"memory://a/b cannot be opened: Connection refused"):
+    with pytest.raises(InputError, match=rf"memory://a/b {message}"):
         Inputs(["memory://a/b"])
 
 

@@ -63,7 +63,7 @@ class FlashAttention4:
 
     @cached_property
     def _forwards(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-        """The package's, whose import takes seconds; see `_forwards`."""
+        """The forwards that compile, the package's or with our parts: importing takes seconds."""
         keep_kernels()
         return _forwards(self._own, self._processors)
 

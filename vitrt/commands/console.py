@@ -75,10 +75,10 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
 
 @contextmanager
 def held_interrupts() -> Iterator[None]:
-    """A Ctrl-C that comes inside is handled behind it.
+    """A Ctrl-C that comes inside the block is handled after it; an error of the block comes first.
 
-    For imports of NumPy, whose C code, and torch's that imports it, takes an interrupt for a module
-    that is not there: it would be lost, or end in an ImportError.
+    For imports of NumPy. Its C code, and torch's C code that imports it, take an interrupt for a
+    missing module: it would be lost, or end in an ImportError.
     """
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,8 +119,6 @@ def run(args: argparse.Namespace) -> int:
             if job.follows:
                 follow_leader(open_model(args), runtime, options, job.parallel)
                 return OK
-            if options.workers is None:
-                options = replace(options, workers=job.workers)
             summary = _encode(args, runtime, inputs, options, stop, job)
             # What the first rank says stands for all of them, so torchrun sees one exit code.
             return _conclude(summary, inputs.file_filter, args) if job.is_first else OK

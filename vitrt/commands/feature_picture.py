@@ -22,7 +22,7 @@ from vitrt.features import ImageFeatures
 from vitrt.images.decode import name_of
 from vitrt.images.file_content import content_of
 from vitrt.images.inputs import ImageInput
-from vitrt.store.durable import write_file
+from vitrt.store.durable import partial_path, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def save_picture(
     panels = [Panel(label, resized), *panels_of(features, encoder.config.deepstack_visual_indexes)]
     content = io.BytesIO()
     arrange(panels).save(content, format="PNG")
-    write_file(path, [content.getbuffer()])
+    write_file(path, [content.getbuffer()], partial_path(path))
     return path
 
 

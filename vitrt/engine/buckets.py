@@ -19,7 +19,7 @@ from vitrt.models.tower import VisionTower
 # Up to this many patches a replay beats an eager forward, whose launches then still outlast its
 # kernels; above, the two differ by the padding.
 AUTO_MAX_PATCHES = 4096
-_LITTLE_MORE = 32  # patches over the bucket below, in an image that warms a bucket up
+_LITTLE_MORE = 32  # most patches over the bucket below, in an image that warms a bucket up
 _FEW_SEGMENTS = 8  # that every bucket has room for
 _MOST_SCHEDULE = 64  # int32 values of a backend's schedule, beside those for each segment
 
@@ -111,7 +111,8 @@ class Buckets:
         """
         side = 16 if bucket % 256 == 0 else 8
         below = max((size for size in self.sizes if size < bucket), default=0)
-        plans = [self._image(bucket), self._image(min(below + _LITTLE_MORE, bucket))]
+        little = below + min(_LITTLE_MORE, (bucket - below) // 2)
+        plans = [self._image(bucket), self._image(little)]
         if bucket % side**2 == 0:
             plans.append(self.tower.plan([(bucket // side**2, side, side)]))
         return [plan for plan in plans if self.refusal(plan, TOKENS) is None]

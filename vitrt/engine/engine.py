@@ -49,19 +49,21 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 def kernel_plans(runner: EagerRunner) -> list[ForwardPlan]:
-    """One image each and a list, which between them use every kernel that an eager forward runs."""
+    """Images and lists, which between them use every kernel that an eager forward runs."""
     merge = runner.tower.config.spatial_merge_size
     few = [merge * side for side in (1, 4, 6, 7, 8)]  # 4 to 256 patches: products in shares of K
     larger = range(16 * merge, 32 * merge, merge)  # at most 3844 patches
     plans = [runner.tower.plan([(1, side, side)]) for side in (*few, *larger)]
     large = plans[len(few) :]
+    # 2048 patches in short segments: our flash kernel takes other blocks than for one small image.
+    short = runner.tower.plan([(1, 8 * merge, 8 * merge)] * 8)
     some = runner.tower.plan([(1, 16 * merge, 16 * merge)] * 5)
     scheduled = {
         attention.key: plan
         for plan in (some, *reversed(large))
         if (attention := runner.attention_for(plan)).schedule is not None
     }
-    return [*plans[: len(few) + 1], *scheduled.values()]
+    return [*plans[: len(few) + 1], short, *scheduled.values()]
 
 
 def attention_of(tower: VisionTower, runtime: RuntimeConfig) -> AttentionChoice:

@@ -120,16 +120,18 @@ def _say_doubled(folder: Path, hashes: list[np.ndarray]) -> int:
     if not doubled:
         return 0
     names = {entry.id: doubled.get(_id_hash(entry.id)) for entry in live_entries(folder)}
+    kept = {name: rows for name, rows in names.items() if rows is not None}
+    if not kept:  # none of them could be encoded, which was said of each
+        return 0
     said = {
         name: f"{shown(name)}: {rows} rows have this id, and one was kept"
-        for name, rows in names.items()
-        if rows is not None
+        for name, rows in kept.items()
     }
     lines = [error_line(name, "ValueError", message) for name, message in said.items()]
     append(folder / errors_name(0), b"".join(lines), flush=True)
     few = "; ".join(list(said.values())[:5])
-    logger.warning("%s of several rows: %s", counted(len(doubled), "id"), few)
-    return sum(doubled.values()) - len(doubled)
+    logger.warning("%s of several rows: %s", counted(len(kept), "id"), few)
+    return sum(kept.values()) - len(kept)
 
 
 class _FolderEncoder(EncoderActor):
@@ -149,7 +151,8 @@ class _FolderEncoder(EncoderActor):
 
         def records() -> Iterator[Record]:
             for record in self._records(batch):
-                hashes.append(_id_hash(record.id))
+                if record.problem is None:
+                    hashes.append(_id_hash(record.id))
                 yield record
 
         writer = self._take_writer()

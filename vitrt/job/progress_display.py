@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Style = Literal["auto", "bar", "lines", "json", "none"]
 _BAR_SECONDS = 0.5
 _LINE_SECONDS = 5.0
-_TELL_SECONDS = 1.0  # from one word of a rank to the one that speaks for all, to the next
+_TELL_SECONDS = 1.0  # between the reports of a rank that shows nothing
 
 Told = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
@@ -63,8 +63,9 @@ class ProgressDisplay:
         self._ended.set()
         if self._has_thread:
             self._thread.join()
-            if self._progress.snapshot().listed:
-                self._show()
+            last = self._snapshot()
+            if last.listed:
+                self._show(last)
         if self._bar is not None:
             self._bar.close()
 
@@ -75,7 +76,7 @@ class ProgressDisplay:
     def _run(self) -> None:
         interval = {"bar": _BAR_SECONDS, "none": _TELL_SECONDS}.get(self._style, _LINE_SECONDS)
         while not self._ended.wait(interval):
-            self._show()
+            self._show(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
         own = self._progress.snapshot()
@@ -87,8 +88,7 @@ class ProgressDisplay:
             logger.debug("other ranks are not heard of", exc_info=True)
             return own
 
-    def _show(self) -> None:
-        snapshot = self._snapshot()
+    def _show(self, snapshot: Snapshot) -> None:
         if self._style == "none":
             return
         if self._bar is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vitrt.cores import default_workers, usable_cores
+from vitrt.cores import shared_by
 from vitrt.job.stop import Stop
 from vitrt.parallel.context import AllReduce, ParallelContext
 from vitrt.parallel.shared_parts import SharedParts
@@ -69,7 +69,6 @@ class Job:
 
     parallel: ParallelContext
     shared: SharedWork | None  # None: alone, or a rank that only follows its leader
-    workers: int | None = None  # decoding threads that leave the other ranks their cores
 
     @property
     def follows(self) -> bool:
@@ -111,13 +110,9 @@ def open_job(tp: int, *, device: str, stop: Stop, all_reduce: AllReduce = "auto"
                 check=watchdog.check,
                 leaving=lambda: stop.requested,
             )
-            yield Job(parallel, shared, _share_of_cores(tp))
+            # Of a group's ranks the first decodes for all.
+            with shared_by(max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // tp, 1)):
+                yield Job(parallel, shared)
             watchdog.check()
             shared.gather(None)
     parallel.close()
-
-
-def _share_of_cores(tp: int) -> int:
-    """Decoding threads of one of the ranks on this host that decode."""
-    decoding = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // tp, 1)
-    return default_workers(usable_cores(decoding))

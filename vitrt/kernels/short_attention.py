@@ -2,7 +2,7 @@
 
 A small image's attention takes a few microseconds, and every kernel before it as many again:
 RoPE, and FlashAttention-3's planning of what there is to do. This one rotates q and k on the way.
-Each program turns all keys of its segment anew, so it is for segments of few tiles; window
+Each program rotates all keys of its segment anew, so it is for segments of few tiles; window
 attention has a kernel that keeps a whole window at hand (window_attention.py).
 
 Shapes: T patches, H heads, Dh head size, M query rows and N key rows of a block.

@@ -133,10 +133,18 @@ def remote_part(
     except InputError:
         raise
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+        if isinstance(error, FileNotFoundError) and _is_absent(error):
             raise InputError(f"INPUT {shown(url)} does not exist") from error
         raise InputError(f"INPUT {shown(url)} cannot be opened: {reason_of(error)}") from error
     return Shards(url, shards, options, file_filter) if shards else RemoteFolder(url, file_filter)
+
+
+def _is_absent(error: FileNotFoundError) -> bool:
+    """Whether a server said so: fsspec calls one that gave no answer by the same name."""
+    cause = error.__cause__
+    answer = getattr(cause, "response", cause)
+    status = getattr(answer, "status", None) or getattr(answer, "status_code", None)
+    return cause is None or status in (404, 410)
 
 
 def find_shards(argument: str, *, is_folder: bool) -> list[Shard]:

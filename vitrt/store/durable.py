@@ -48,12 +48,20 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name.lstrip('.').split('.')[0]}.tmp")
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def partial_path(path: Path) -> Path:
+    """Where a file or folder outside of output folders is written, until it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_file(
+    path: Path, chunks: Iterable[bytes | memoryview], temporary: Path | None = None
+) -> None:
     """Write `chunks` to a temporary file, flush it, and rename it to `path`: all or nothing.
 
-    After an error `path` is as it was, or complete but perhaps not lasting.
+    After an error `path` is as it was, or complete but perhaps not lasting. `temporary` lies beside
+    it, by default at `temporary_path`, which is for output folders.
     """
-    temporary = temporary_path(path)
+    temporary = temporary or temporary_path(path)
     action, target = "create", temporary
     try:
         with _opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as handle:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrt.store.durable import OutputError
+from vitrt.store.durable import OutputError, partial_path
 from vitrt.store.feature_store import FeatureStore
 
 TableFormat = Literal["parquet", "lance"]
@@ -42,16 +42,15 @@ def export_vectors(
             rows += batch.num_rows
             yield batch
 
-    # Of this process alone: runs may be exported side by side, a.1 and a.2 among them.
-    temporary = target.with_name(f".{target.name}-{os.getpid()}.partial")
+    temporary = partial_path(target)
     try:
         write(temporary, first.schema, counted())
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(temporary, target)
     except OSError as error:
-        if error.errno is None or error.filename is not None:  # of a shard that is read
-            raise
+        if error.errno is None or error.filename not in (None, str(temporary), str(target)):
+            raise  # of a shard that is read
         raise OutputError("write", target, error) from error
     finally:
         if temporary.is_dir():
