@@ -11,7 +11,7 @@ _MOST_WORKERS = 16
 _CGROUP = Path("/proc/self/cgroup")
 _LIMITS = Path("/sys/fs/cgroup")
 
-_processes: int | None = None
+_processes: int | None = None  # see `shared_by`
 
 
 def default_workers(cores: int | None = None) -> int:
@@ -43,12 +43,11 @@ def usable_cores() -> int:
     """
     processes = _processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(min(cores or 1, *_limits()) // max(processes, 1), 1)
+    return max(min([cores or 1, *_limits()]) // max(processes, 1), 1)
 
 
 def _limits() -> Iterator[int]:
     """Cores that the control groups of this process allow, rounded up."""
-    yield 1 << 20
     groups = [Path()]
     with suppress(OSError):
         for line in _CGROUP.read_text().splitlines():

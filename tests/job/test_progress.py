@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from vitrt.job import progress_display
 from vitrt.job.progress import Progress, Snapshot
 from vitrt.job.progress_display import ProgressDisplay
+from vitrt.job.ranks import Alone
 
 
 def state(**values: Any) -> dict[str, Any]:
@@ -52,13 +53,15 @@ def test_nothing_to_do_takes_no_time_and_the_unknown_none() -> None:
     assert Snapshot.total([state(listed=5, all_listed=True)], 1).seconds_left is None
 
 
-class _Told:
-    """Ranks that tell each other: this one, and one that said its word before."""
+class _Pair(Alone):
+    """This rank, and one that said its word before."""
+
+    size = 2
 
     def __init__(self) -> None:
         self.own: list[Mapping[str, Any]] = []
 
-    def __call__(self, own: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    def tell(self, own: Mapping[str, Any]) -> list[Any]:
         self.own.append(own)
         return [own, state(listed=7, all_listed=True, images=7)]
 
@@ -72,7 +75,7 @@ def worked() -> Progress:
 
 def test_one_rank_shows_what_all_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with ProgressDisplay(worked(), "json", _Told(), 2):
+    with ProgressDisplay(worked(), "json", _Pair()):
         pass
     event = json.loads(sys.stderr.getvalue().splitlines()[-1])  # type: ignore[attr-defined]
     assert (event["event"], event["images"], event["listed"]) == ("progress", 12, 12)
@@ -80,7 +83,7 @@ def test_one_rank_shows_what_all_have_done(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_rank_that_did_nothing_shows_what_the_others_did(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with ProgressDisplay(Progress(), "json", _Told(), 2):
+    with ProgressDisplay(Progress(), "json", _Pair()):
         pass
     event = json.loads(sys.stderr.getvalue().splitlines()[-1])  # type: ignore[attr-defined]
     assert event["images"] == 7
@@ -89,8 +92,8 @@ def test_a_rank_that_did_nothing_shows_what_the_others_did(monkeypatch: pytest.M
 def test_the_others_tell_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(progress_display, "_TELL_SECONDS", 0.001)
-    told = _Told()
-    with ProgressDisplay(worked(), "none", told, 2):
+    told = _Pair()
+    with ProgressDisplay(worked(), "none", told):
         deadline = time.monotonic() + 30
         while not told.own and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -99,10 +102,11 @@ def test_the_others_tell_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ranks_that_are_not_heard_of_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(own: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        raise RuntimeError("Connection reset by peer")
+    class Broken(_Pair):
+        def tell(self, own: Mapping[str, Any]) -> list[Any]:
+            raise RuntimeError("Connection reset by peer")
 
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with ProgressDisplay(worked(), "lines", broken, 2):
+    with ProgressDisplay(worked(), "lines", Broken()):
         pass
     assert "5/5 images" in sys.stderr.getvalue()  # type: ignore[attr-defined]

@@ -42,9 +42,8 @@ def graceful_interrupts(stop: Stop, *, as_json: bool = False) -> Iterator[None]:
     terminal or a scheduler has sent to its ranks as well. Before a run listens to `stop`, already
     the first one raises KeyboardInterrupt.
     """
-    from vitrt.job.progress_display import (
-        json_line,  # not in the handler, which interrupts any code
-    )
+    # Not in the handler, which interrupts any code.
+    from vitrt.job.progress_display import json_line
 
     first: float | None = None
 

@@ -142,10 +142,9 @@ def _encode(
     from vitrt.job.progress import Progress
     from vitrt.job.progress_display import ProgressDisplay, Style
 
-    progress, shared = Progress(), job.shared
+    progress = Progress()
     style: Style = "none" if not job.is_first else "json" if args.log_json else "auto"
-    told = (shared.tell, shared.size) if shared else ()
-    with ProgressDisplay(progress, style, *told):
+    with ProgressDisplay(progress, style, job.shared):
         return encode_folder(
             open_model(args),
             runtime,
@@ -154,7 +153,7 @@ def _encode(
             options,
             progress=progress,
             stop=stop,
-            ranks=shared,
+            ranks=job.shared,
             parallel=job.parallel,
         )
 

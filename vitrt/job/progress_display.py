@@ -7,14 +7,16 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from tqdm import tqdm
 
 from vitrt.job.progress import Progress, Snapshot
+
+if TYPE_CHECKING:
+    from vitrt.job.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +25,22 @@ _BAR_SECONDS = 0.5
 _LINE_SECONDS = 5.0
 _TELL_SECONDS = 1.0  # between the reports of a rank that shows nothing
 
-Told = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
-
 
 class ProgressDisplay:
     """Shows a Progress from a thread of its own while a run lasts. A context manager.
 
-    Of several `ranks` each is to have one: they tell each other how far they are by `tell`, and
-    those whose style is not "none" show all together. Nothing that is wrong with standard error,
-    or with telling, ends the run.
+    Of several `ranks` each is to have one: they tell each other how far they are, and those whose
+    style is not "none" show all together. Nothing that is wrong with standard error, or with
+    telling, ends the run.
     """
 
     def __init__(
-        self, progress: Progress, style: Style = "auto", tell: Told | None = None, ranks: int = 1
+        self, progress: Progress, style: Style = "auto", ranks: Ranks | None = None
     ) -> None:
         if style == "auto":
             style = "bar" if sys.stderr is not None and sys.stderr.isatty() else "lines"
         self._progress = progress
         self._style = style
-        self._tell = tell
         self._ranks = ranks
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vitrt-progress", daemon=True)
@@ -71,7 +70,7 @@ class ProgressDisplay:
 
     @property
     def _has_thread(self) -> bool:
-        return self._style != "none" or self._tell is not None
+        return self._style != "none" or self._ranks is not None
 
     def _run(self) -> None:
         interval = {"bar": _BAR_SECONDS, "none": _TELL_SECONDS}.get(self._style, _LINE_SECONDS)
@@ -80,10 +79,10 @@ class ProgressDisplay:
 
     def _snapshot(self) -> Snapshot:
         own = self._progress.snapshot()
-        if self._tell is None:
+        if self._ranks is None:
             return own
         try:
-            return Snapshot.total(self._tell(asdict(own)), self._ranks)
+            return Snapshot.total(self._ranks.tell(asdict(own)), self._ranks.size)
         except Exception:  # of a network; that a rank is gone, its watchdog says
             logger.debug("other ranks are not heard of", exc_info=True)
             return own
